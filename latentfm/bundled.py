@@ -1,0 +1,14 @@
+"""Where the bundled model is: beside the package in a checkout, inside it in an installed wheel."""
+
+from pathlib import Path
+
+from latentfm.errors import InputError
+
+
+def bundled_model() -> Path:
+    """The folder of the bundled pipeline. Raises InputError when the installation lacks it."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "assets" / "emoji", package.parent / "assets" / "emoji"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise InputError("the bundled model is missing from this installation; give a pipeline folder with --model, or reinstall latentfm")

@@ -1,0 +1,1 @@
+"""The command line: `latentfm ...`, one file a command; main.py gathers them."""

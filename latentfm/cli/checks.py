@@ -1,0 +1,120 @@
+"""What the commands check of their input before they load anything heavy. Each raises InputError with the way out."""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentfm.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def wanted_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read."""
+    texts = list(prompts or [])
+    for text in texts:
+        check_text(text, "the prompt")
+    if file is not None:
+        try:
+            lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        except OSError as error:
+            raise InputError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"--prompts-file {file} is not UTF-8 text; save it as UTF-8, one prompt a line") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise InputError(f"--prompts-file {file} has no prompt in it; write one a line")
+        texts += found
+    if not texts:
+        raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
+    return texts
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises InputError for text that is no valid Unicode (bytes on the command line in another encoding than the terminal's)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {text!r} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file") from None
+
+
+def check_at_least_one(values: dict[str, int]) -> None:
+    """Raises InputError naming the first option of `values` that is below 1."""
+    for option, value in values.items():
+        if value < 1:
+            raise InputError(f"{option} {value} must be at least 1")
+
+
+def check_name(option: str, name: str, names: tuple[str, ...]) -> None:
+    """Raises InputError when `name` is none of `names`, suggesting the nearest."""
+    if name not in names:
+        raise InputError(f"{option} {name!r} does not exist{nearest(name, names)}; there are {', '.join(names)}")
+
+
+def check_folder_can_be_written(folder: Path) -> None:
+    """Raises InputError when pictures cannot be put into `folder`; makes nothing."""
+    existing = next((place for place in (folder, *folder.parents) if place.exists()), Path())
+    if not existing.is_dir():
+        raise InputError(f"--out {folder}: {existing} is a file, not a folder; give another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder}: no permission to write in {existing}; give another folder")
+
+
+def model_folder(model: Path | None) -> Path:
+    """The pipeline folder to load. Raises InputError when it is missing, or when the pipeline is a folder further down."""
+    if model is None:
+        from latentfm.bundled import bundled_model
+
+        return bundled_model()
+    if not model.is_dir():
+        what = "is a file" if model.exists() else "does not exist"
+        raise InputError(f"--model {model} {what}; give a pipeline folder (with a model_index.json), saved by latentfm or diffusers")
+    if not (model / "model_index.json").is_file():
+        below = sorted(index.parent for pattern in ("*", "*/*") for index in model.glob(f"{pattern}/model_index.json"))
+        if below:
+            raise InputError(f"--model {model} has no model_index.json; did you mean {below[-1]}?")
+    return model
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) in pixels of "512x768" or "512". Raises InputError."""
+    found = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×*]\s*(\d{1,6})\s*)?", text)
+    if not found:
+        raise InputError(f"--size {text!r} is no size; write WIDTHxHEIGHT, as in 512x768, or one number for a square")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def check_size(width: int, height: int, multiple: int, largest: int) -> None:
+    """Raises InputError, naming sizes that work, unless both sides are multiples of `multiple` and at most `largest`."""
+    if all(0 < side <= largest and side % multiple == 0 for side in (width, height)):
+        return
+    top = largest // multiple * multiple
+    lower, upper = (
+        "x".join(str(min(top, max(multiple, rounding(side / multiple) * multiple))) for side in (width, height))
+        for rounding in (math.floor, math.ceil)
+    )
+    near = f"the nearest is {lower}" if lower == upper else f"the nearest are {lower} and {upper}"
+    raise InputError(f"--size {width}x{height} does not fit this model: multiples of {multiple} up to {top} a side do; {near}")
+
+
+def chosen_device(name: str) -> "torch.device":
+    """The device that `name` means on this machine. Raises InputError when there is no such device here."""
+    import torch
+
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return gpu or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is no device; write cpu, cuda, or cuda:0 and so on") from None
+    if device.type == "cpu":
+        return device
+    if gpu is None or device.type != gpu.type:
+        raise InputError(f"--device {name}: torch sees no such device on this machine; use --device {gpu.type if gpu else 'cpu'}")
+    if device.index is not None and device.index >= torch.accelerator.device_count():
+        raise InputError(f"--device {name}: there are only {torch.accelerator.device_count()}, counted from 0")
+    return device

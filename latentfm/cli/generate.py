@@ -1,0 +1,257 @@
+"""`latentfm generate`: pictures from prompts. Everything that can be checked without a model is checked before one is loaded."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentfm.cli.checks import (
+    check_at_least_one,
+    check_folder_can_be_written,
+    check_name,
+    check_size,
+    check_text,
+    chosen_device,
+    model_folder,
+    parse_size,
+    wanted_prompts,
+)
+from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show
+from latentfm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from rich.progress import Progress
+
+    from latentfm.pipeline import LatentFMPipeline
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LAST_SEED = 2**63 - 1
+GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
+PIECES, PIECE_BYTES = 64, 4096  # what the fingerprint reads of each large file
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help='What to show, each prompt in quotes. "" is the empty prompt: no condition.', show_default=False),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A text file (UTF-8) with one prompt a line; blank lines are skipped.", show_default=False)
+    ] = None,
+    number: Annotated[int, typer.Option("--number", "-n", help="Pictures of each prompt.")] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first picture; each next picture has the next one. Default: random, printed.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler: more is slower and finer.")] = 28,
+    guidance: Annotated[
+        float, typer.Option(help="How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal.")
+    ] = 3.0,
+    negative: Annotated[
+        str | None, typer.Option(help="What to steer away from (needs guidance above 1). Default: no prompt at all.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels: WIDTHxHEIGHT, or one number for a square. Default: the model's.", show_default=False)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Pipeline folder, ours or a stock SD3 / SD3.5 one. Default: the bundled model.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing. No file in it is overwritten.")] = Path("outputs"),
+    grid: Annotated[
+        bool | None,
+        typer.Option("--grid/--no-grid", help=f"A contact sheet besides. Default: for 2 to {GRID_UP_TO} pictures.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures made at a time: memory against speed; the pictures do not depend on it.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu. auto: a GPU when there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16. auto: float32 on the CPU, bfloat16 on a GPU.")] = "auto",
+) -> None:
+    """Make pictures from prompts.
+
+    Prints the path of each picture on stdout. A picture depends on its prompt, its seed and the settings, not on what was made
+    beside it; all of these are written into the PNG (latentfm.pictures.read_settings), so that any picture can be made again.
+    """
+    texts = wanted_prompts(prompts, prompts_file)
+    check_at_least_one({"--number": number, "--steps": steps, "--batch": batch})
+    if not math.isfinite(guidance) or guidance < 0:
+        raise InputError(f"--guidance {guidance} is not a strength; 1 is no guidance, 2 to 5 is usual")
+    count = len(texts) * number
+    if seed is not None and not 0 <= seed <= LAST_SEED - (count - 1):
+        raise InputError(f"--seed {seed} is out of range: {count} pictures need a seed from 0 to {LAST_SEED - (count - 1)}")
+    if negative is not None:
+        check_text(negative, "--negative")
+    wanted_size = parse_size(size) if size is not None else None
+    check_name("--device", device.split(":")[0], DEVICES)
+    check_name("--dtype", dtype, DTYPES)
+    check_folder_can_be_written(out)
+    folder = model_folder(model)
+
+    from latentfm.pictures import cell
+
+    quiet_libraries()
+    with progress_bar() as bar:
+        task = bar.add_task("loading the model", total=None)
+        chosen = chosen_device(device)
+        kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
+        pipe = load(folder, kind)
+        width, height = wanted_size or (pipe.default_width, pipe.default_height)
+        check_size(width, height, pipe.size_multiple, pipe.max_side)
+        for line in pipe.prompt_warnings(list(dict.fromkeys([*texts, negative or ""]))):
+            say(f"note: {line}", bar)
+        if negative and guidance <= 1:
+            say(f"note: --negative does nothing at --guidance {guidance:g}; it needs more than 1", bar)
+        if seed is None:
+            seed = secrets.randbelow(2**32)
+            say(f"seed {seed} (to repeat: --seed {seed})", bar)
+        settings = {
+            "negative_prompt": negative or "",
+            "steps": steps,
+            "guidance": guidance,
+            "width": width,
+            "height": height,
+            "model": str(model) if model else "bundled",
+            "model_fingerprint": fingerprint(folder),
+            "device": str(chosen),
+            "dtype": kind,
+            **versions(),
+        }
+        queue = [(text, seed + index) for index, text in enumerate(text for text in texts for _ in range(number))]
+        with_grid = count > 1 and (count <= GRID_UP_TO if grid is None else grid)
+        made, thumbnails = [], []
+
+        bar.update(task, description="drawing", total=count * steps)
+        move(pipe, chosen)
+        for start in range(0, count, batch):
+            part = queue[start : start + batch]
+            images = draw(pipe, part, settings, bar, task)
+            bar.update(task, completed=(start + len(part)) * steps)
+            for (text, picture_seed), image in zip(part, images, strict=True):
+                own = {"prompt": text, "seed": picture_seed}
+                path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
+                made.append({"file": path.name, **own})
+                thumbnails += [cell(image)] if with_grid else []
+                show(path, bar)
+        if with_grid:
+            sheet = contact_sheet(thumbnails, queue, number)
+            show(save(sheet, out, f"grid-{seed}", settings | {"seed": seed, "pictures": made}), bar)
+
+
+def load(folder: Path, dtype: str) -> "LatentFMPipeline":
+    """The pipeline in `folder`, on the CPU. Raises InputError when it is none, or cannot be read."""
+    import torch
+    from safetensors import SafetensorError
+
+    from latentfm.pipeline import LatentFMPipeline
+
+    try:
+        pipe = LatentFMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--model {folder} cannot be loaded; its copy may be incomplete or damaged: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
+    """Puts the model on `device`; InputError when it does not fit."""
+    import torch
+
+    try:
+        pipe.to(device)
+    except torch.OutOfMemoryError:
+        raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
+
+
+def draw(pipe: "LatentFMPipeline", part: list[tuple[str, int]], settings: dict, bar: "Progress", task: int) -> "list[Image.Image]":
+    """The pictures of `part`, a list of (prompt, seed): one batch. Each picture's noise comes from its own seed, drawn on the CPU.
+
+    Raises InputError when the memory does not suffice or the latents end as something else than numbers.
+    """
+    import torch
+
+    def after_step(pipe: "LatentFMPipeline", step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        bar.advance(task, len(part))
+        if step == settings["steps"] - 1 and not torch.isfinite(tensors["latents"]).all():
+            way_out = "use --dtype float32" if settings["dtype"] != "float32" else "try a lower --guidance; else its weights are damaged"
+            raise InputError(f"the model's latents are not finite numbers in {settings['dtype']}: {way_out}")
+        return {}
+
+    try:
+        return pipe(
+            prompt=[text for text, _ in part],
+            negative_prompt=settings["negative_prompt"] or None,
+            height=settings["height"],
+            width=settings["width"],
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
+            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
+            output_type="pil",
+            callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=["latents"],
+        ).images
+    except torch.OutOfMemoryError:
+        smaller = "a smaller --size" if len(part) == 1 else f"--batch {len(part) // 2} or less"
+        raise InputError(f"out of memory with {len(part)} pictures at a time: use {smaller}") from None
+
+
+def contact_sheet(images: "list[Image.Image]", queue: list[tuple[str, int]], number: int) -> "Image.Image":
+    """The contact sheet: a row a prompt where its `number` pictures fit one, labelled by prompt; by seed when all prompts are the same."""
+    from latentfm.pictures import grid
+
+    if len(queue) == number:
+        return grid(images, labels=[f"seed {seed}" for _, seed in queue])
+    return grid(images, columns=number if 1 < number <= 12 else None, labels=[text or "(empty prompt)" for text, _ in queue])
+
+
+def save(image: "Image.Image", folder: Path, stem: str, settings: dict) -> Path:
+    """The path of the saved picture. Raises InputError when the disk refuses it."""
+    from latentfm.pictures import save_png
+
+    try:
+        return save_png(image, folder, stem, settings)
+    except OSError as error:
+        raise InputError(f"cannot write a picture into {folder}: {error.strerror or error}; the finished ones are kept") from error
+
+
+def slug(prompt: str) -> str:
+    """The prompt as part of a file name: words joined by hyphens, at most 80 bytes."""
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
+    return words.encode()[:80].decode(errors="ignore").strip("-") or ("picture" if prompt.strip() else "empty-prompt")
+
+
+def fingerprint(folder: Path) -> str:
+    """12 hex digits that tell models apart: a hash over the files' names, sizes and evenly spaced pieces of their contents.
+
+    Reads at most 256 kB of each file, so it is instant for any model. Retrained weights differ nearly everywhere, hence in it.
+    """
+    hashed = hashlib.sha256()
+    index = folder / "model_index.json"
+    components = sorted(name for name in json.loads(index.read_bytes()) if (folder / name).is_dir())
+    for file in [index, *(file for name in components for file in sorted((folder / name).iterdir()) if file.is_file())]:
+        size = file.stat().st_size
+        hashed.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as content:
+            if size <= PIECES * PIECE_BYTES:
+                hashed.update(content.read())
+                continue
+            for piece in range(PIECES):
+                content.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
+                hashed.update(content.read(PIECE_BYTES))
+    return hashed.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """The versions of latentfm, torch and diffusers, by name; imports none of them."""
+    from latentfm import __version__
+
+    return {"latentfm": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "diffusers")}}

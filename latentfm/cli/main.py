@@ -1,0 +1,91 @@
+"""`latentfm`: the command line's front door. Light: whatever is heavy is imported by the command that needs it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from latentfm.cli.generate import generate
+from latentfm.cli.train import train
+from latentfm.errors import InputError
+
+UsageError = typer.BadParameter.__base__  # an option or argument that typer refuses; typer carries its own click and exports no more
+
+
+@contextmanager
+def one_way_to_fail() -> Iterator[None]:
+    """A context that turns bad input into one line "error: ..." on stderr and exit code 2, and Ctrl-C into exit code 130.
+
+    With LATENTFM_DEBUG=1 the exception goes through, traceback and all.
+    """
+    try:
+        yield
+    except (InputError, UsageError, KeyboardInterrupt) as error:
+        if os.environ.get("LATENTFM_DEBUG") == "1":
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+        message = error.format_message() if isinstance(error, UsageError) else str(error)
+        print("error:", " ".join(message.splitlines()), file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+class Commands(TyperGroup):
+    """The commands, all failing in one way."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """What typer makes of the options before the command."""
+        with one_way_to_fail():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Whatever the command returns, its own options parsed on the way."""
+        with one_way_to_fail():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands,
+    invoke_without_command=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Start with:  latentfm generate "a red apple"\n\nEvery command explains itself:  latentfm generate --help',
+)
+app.command(
+    epilog="Examples\n\n"
+    'latentfm generate "a red apple"\n\n'
+    'latentfm generate "a red apple" "a green car" -n 4 --seed 7\n\n'
+    "latentfm generate --prompts-file prompts.txt --model runs/mine/pipeline --out pictures\n\n"
+    'latentfm generate ""  (the empty prompt: an unconditional picture)'
+)(generate)
+app.command()(train)
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Pictures from words: train and sample latent flow-matching models in the Stable Diffusion 3 style."""
+    if version:
+        from latentfm.cli.generate import versions
+
+        print(f"latentfm {versions()['latentfm']}")
+        raise typer.Exit()
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), nl=False)
+
+
+def main() -> None:
+    """Runs the command line on sys.argv and exits with its code: 0 done, 2 bad input, 130 interrupted."""
+    app(prog_name="latentfm")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from latentfm.errors import InputError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelOptions(Section):
+    """Where the network and its frozen encoders come from."""
+
+    pipeline: str | None = Field(None, description="pipeline folder with VAE and text encoders; the bundled model if not given")
+    preset: str | None = Field(None, description="train a new network of this size from scratch, instead of the pipeline's")
+
+
+class DataOptions(Section):
+    """The pictures and captions."""
+
+    folder: str = Field(description="images with same-stem .txt captions, or with metadata.jsonl / metadata.csv")
+    size: int | tuple[int, int] | None = Field(None, description="pixels, or [width, height]; the model's own size if not given")
+    flip: bool = Field(False, description="mirror half of the draws left to right")
+    t5_lengths: dict[int, float] | None = Field(
+        None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
+    )
+    cache: str = Field("~/.cache/latentfm", description="folder of VAE moments and prompt embeddings, shared by all runs")
+    workers: int = Field(1, ge=0, description="processes that read batches ahead, for each training process")
+
+    @field_validator("t5_lengths")
+    @classmethod
+    def shares_are_positive(cls, value: dict[int, float] | None) -> dict[int, float] | None:
+        if value is not None and (not value or min(value) < 1 or min(value.values()) <= 0):
+            raise ValueError(f"lengths must be at least 1 and their shares above 0, got {value}")
+        return value
+
+
+class TrainOptions(Section):
+    """The optimisation."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="pictures an optimizer step, over all processes and accumulation")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimizer step is split into")
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(100, ge=0, description="linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; biases and norms have none")
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = Field(1.0, gt=0)
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
+    compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    t_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    t_shift: float = Field(1.0, gt=0, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
+    dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
+    dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
+    seed: int = Field(0, ge=0)
+
+
+class SampleOptions(Section):
+    """Pictures drawn while training, from the averaged weights."""
+
+    prompts: list[str] = Field(default_factory=list, description="none: the first captions of the dataset")
+    every: int = Field(200, ge=1, description="steps between pictures; they are also made before the first step and after the last")
+    steps: int = Field(28, ge=1)
+    guidance: float = Field(3.0, allow_inf_nan=False)
+    seed: int = Field(0, ge=0)
+
+
+class OutputOptions(Section):
+    """Where the run is written."""
+
+    folder: str = Field(description="the run's folder: checkpoints, samples, logs, and at the end model/")
+    checkpoint_every: int = Field(200, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the saved network")
+
+
+class RunConfig(Section):
+    """A whole run. Built by `load_config`."""
+
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    data: DataOptions
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    sample: SampleOptions = Field(default_factory=SampleOptions)
+    output: OutputOptions
+
+    @model_validator(mode="after")
+    def batch_divides(self) -> "RunConfig":
+        if self.train.batch_size % self.train.gradient_accumulation:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not divide by train.gradient_accumulation {self.train.gradient_accumulation}"
+            )
+        return self
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
+    """The options of the YAML file `path` with `overrides` ("section.key=value", values in YAML) on top.
+
+    Raises InputError in one line for a missing file, an unknown name (suggesting the nearest) or a value out of range.
+    """
+    data: Any = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+        except OSError as error:
+            raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} should hold sections (model, data, train, sample, output), it holds {type(data).__name__}")
+    for override in overrides or []:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (equals and dot and key):
+            raise InputError(f"override '{override}' should look like section.key=value, for example train.steps=500")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"the value of '{override}' is not valid YAML") from error
+        data.setdefault(section, {})
+        if not isinstance(data[section], dict):
+            raise InputError(f"section '{section}' should hold options, it holds {data[section]!r}")
+        data[section][key] = value
+    check_names(data)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']} (got {e['input']!r})" for e in error.errors(include_url=False)]
+        missing = [line.split(":")[0] for line, e in zip(lines, error.errors()) if e["type"] == "missing"]
+        if missing:
+            raise InputError(f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE") from None
+        raise InputError("; ".join(lines)) from None
+
+
+def check_names(data: dict[str, Any]) -> None:
+    """Raises InputError for the first section or option that does not exist."""
+    sections = RunConfig.model_fields
+    for section, options in data.items():
+        if section not in sections:
+            raise InputError(f"unknown section '{section}'{nearest(str(section), sections)}; there are {', '.join(sections)}")
+        known = sections[section].annotation.model_fields
+        if not isinstance(options, dict):
+            raise InputError(f"section '{section}' should hold options ({', '.join(known)}), it holds {options!r}")
+        for key in options:
+            if key not in known:
+                raise InputError(f"unknown option '{section}.{key}'{nearest(str(key), known)}; there are {', '.join(known)}")

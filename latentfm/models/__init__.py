@@ -1,0 +1,1 @@
+"""Networks and encoders, on torch's, diffusers' and transformers' base classes."""

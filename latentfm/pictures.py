@@ -1,0 +1,162 @@
+"""Pictures on disk: PNGs that remember how they were made, and contact sheets. Pillow only, no torch."""
+
+import io
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from latentfm.errors import InputError
+
+CHUNK = "latentfm"  # the PNG text chunk with the settings as JSON
+SMALLEST, LARGEST = 192, 512  # pixels of a contact sheet cell's longer side: below it is enlarged, above it is reduced
+PAPER, INK = (255, 255, 255), (60, 60, 60)
+LABEL_LINES = 2
+
+
+def save_png(image: Image.Image, folder: Path, stem: str, settings: dict) -> Path:
+    """The path of a new file folder/stem.png (stem-2.png, -3, ... when taken) that holds `image` and its `settings`.
+
+    `settings` is any JSON object; `read_settings` gives it back. It is written twice: as JSON in the iTXt chunk "latentfm",
+    and in words in the chunk "parameters", where other programs look. An existing file is never overwritten, and the name
+    appears only once the file is whole: an interrupt or a full disk leaves nothing behind. Creates `folder`. Raises OSError.
+    """
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
+    text.add_itxt("parameters", in_words(settings))
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=text)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        with unfinished.open("xb") as file:
+            file.write(encoded.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        return move_to_free_name(unfinished, folder, stem)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def move_to_free_name(file: Path, folder: Path, stem: str) -> Path:
+    """The first free path of folder/stem.png, stem-2.png, ..., to which `file` has been moved in one step."""
+    number = 1
+    while True:
+        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        try:
+            os.link(file, path)  # unlike os.replace, refuses a name that another process has taken meanwhile
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.replace(file, path)
+                return path
+            number += 1
+
+
+def in_words(settings: dict) -> str:
+    """The settings as the text that image viewers and galleries read: prompt, negative prompt, then "Name: value, ..."."""
+    lines = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    values = dict(settings)
+    if "width" in values and "height" in values:
+        values["size"] = f"{values['width']}x{values['height']}"
+    named = {
+        "Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Size": "size", "Model": "model",
+        "Model hash": "model_fingerprint", "Version": "latentfm",
+    }  # fmt: skip
+    lines.append(", ".join(f"{name}: {values[key]}" for name, key in named.items() if key in values))
+    return "\n".join(lines)
+
+
+def read_settings(path: str | Path) -> dict:
+    """The settings that `save_png` wrote into the picture at `path`.
+
+    Raises InputError when there is no such file, it is no picture, or it carries no settings of ours.
+    """
+    try:
+        with Image.open(path) as image:
+            written = image.info.get(CHUNK)
+    except FileNotFoundError:
+        raise InputError(f"there is no picture {path}") from None
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+    if written is None:
+        raise InputError(f"{path} carries no settings: it was not made by latentfm, or another program saved it again without them")
+    try:
+        return json.loads(written)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the settings in {path} are damaged: {error}") from None
+
+
+def cell(image: Image.Image) -> Image.Image:
+    """`image` in RGB at a size to be looked at: enlarged by a whole factor, pixels kept square, or reduced to LARGEST a side."""
+    image, side = image.convert("RGB"), max(image.size)
+    if side > LARGEST:
+        size = tuple(max(1, round(edge * LARGEST / side)) for edge in image.size)
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = math.ceil(SMALLEST / side)
+    return image if factor == 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def grid(images: list[Image.Image], columns: int | None = None, labels: list[str] | None = None, padding: int = 8) -> Image.Image:
+    """The contact sheet of `images`, row by row, `columns` wide (default: near square), each with its label underneath.
+
+    Every picture passes through `cell`; pictures of different sizes are centred in cells of the largest. `padding` is in
+    pixels, around and between. Raises ValueError for no image, columns < 1, or labels that are not one per image.
+    """
+    if not images:
+        raise ValueError("a contact sheet needs at least one picture")
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} pictures")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    cells = [cell(image) for image in images]
+    width, height = max(c.width for c in cells), max(c.height for c in cells)
+    font = ImageFont.load_default(13)
+    texts = [wrapped(label, font, width) for label in labels or []]
+    line = sum(font.getmetrics())
+    below = line * max((len(text) for text in texts), default=0)  # pixels of label under each picture
+
+    sheet = Image.new("RGB", (padding + columns * (width + padding), padding + rows * (height + below + padding)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(cells):
+        left = padding + index % columns * (width + padding)
+        top = padding + index // columns * (height + below + padding)
+        sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+        for number, text in enumerate(texts[index] if texts else []):
+            draw.text((left, top + height + number * line), text, fill=INK, font=font)
+    return sheet
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """At most LABEL_LINES lines of `text`, each within `width` pixels; what is left out is marked by "..."."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    kept = lines[:LABEL_LINES]
+    if len(lines) > LABEL_LINES:
+        kept[-1] += "..."
+    return [shortened(line, font, width) for line in kept]
+
+
+def shortened(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`line`, or as much of its beginning as fits in `width` pixels together with "..."."""
+    if font.getlength(line) <= width:
+        return line
+    line = line.removesuffix("...")
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."

@@ -1,0 +1,385 @@
+"""LatentFMPipeline: prompts to pictures, with SD3's call and SD3's folder on disk.
+
+    from latentfm import LatentFMPipeline
+    pipe = LatentFMPipeline.from_pretrained("assets/emoji")
+    pipe("a slice of pizza", generator=torch.Generator().manual_seed(0)).images[0].save("pizza.png")
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from latentfm import flow
+from latentfm.errors import InputError
+from latentfm.models import vae as vae_room
+from latentfm.models.interchange import refuse_pickle
+from latentfm.models.mmdit import MMDiT
+from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
+from latentfm.models.velocity import velocity
+
+INFO_FILE = "latentfm.json"
+STOCK_NAMES = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+
+
+class LatentFMPipeline(DiffusionPipeline):
+    """Text-to-image pipeline with the components of StableDiffusion3Pipeline; text encoders and tokenizers may be None.
+
+    `info` holds what the model's folder says of itself in latentfm.json ("max_sequence_length": the T5 length it is
+    meant for); `null` is its null condition.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = [
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor",
+    ]  # fmt: skip
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: torch.nn.Module | None = None,
+        tokenizer: Any = None,
+        text_encoder_2: torch.nn.Module | None = None,
+        tokenizer_2: Any = None,
+        text_encoder_3: torch.nn.Module | None = None,
+        tokenizer_3: Any = None,
+        image_encoder: torch.nn.Module | None = None,
+        feature_extractor: Any = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3, tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2, tokenizer_3=tokenizer_3, transformer=transformer, scheduler=scheduler,
+            image_encoder=image_encoder, feature_extractor=feature_extractor,
+        )  # fmt: skip
+        self.vae_scale_factor = vae_room.downsampling(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.info: dict[str, Any] = {}
+        self.null = NullCondition(self.prompt_encoder)
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """The tokenizers and encoders as one; made anew at each use, so that replaced components count."""
+        config = self.transformer.config
+        return PromptEncoder(
+            (self.tokenizer, self.tokenizer_2, self.tokenizer_3),
+            (self.text_encoder, self.text_encoder_2, self.text_encoder_3),
+            config.joint_attention_dim,
+            config.pooled_projection_dim,
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this many pixels."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    @property
+    def default_height(self) -> int:
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    default_width = default_height
+
+    @property
+    def max_side(self) -> int:
+        """The largest height or width in pixels that the position table allows."""
+        return self.transformer.config.pos_embed_max_size * self.size_multiple
+
+    @property
+    def max_sequence_length(self) -> int:
+        """The number of T5 tokens, padding included, this model is meant for: what its folder says, or SD3's 256."""
+        return self.info.get("max_sequence_length", 256)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set pipe._interrupt = True in a step callback to keep the latents as they are from then on."""
+        return self._interrupt
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "LatentFMPipeline":
+        """Loads a pipeline folder: one saved here, or a stock SD3 / SD3.5 folder (a hub name works as in diffusers).
+
+        The keyword arguments are DiffusionPipeline.from_pretrained's; torch_dtype is float32 unless given.
+        Raises InputError for a folder that is no pipeline or holds only pickles.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        kwargs.setdefault("torch_dtype", torch.float32)
+        kwargs["use_safetensors"] = True
+        if not folder.is_dir():
+            if folder.suffix or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
+                refuse_pickle(folder)
+                raise InputError(f"no such model folder: {folder}; give a folder with a model_index.json")
+            folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True))
+        check_folder(folder)
+        if "transformer" not in kwargs:
+            kwargs["transformer"] = MMDiT.from_pretrained(
+                folder, subfolder="transformer", torch_dtype=kwargs["torch_dtype"], use_safetensors=True
+            )
+        pipe = super().from_pretrained(str(folder), **kwargs)
+        pipe.info = read_info(folder)
+        pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json and the null condition."""
+        folder = Path(save_directory)
+        kwargs["safe_serialization"] = True
+        super().save_pretrained(str(folder), **kwargs)
+        self.null.parts(self.max_sequence_length)
+        self.null.save(folder)
+        (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
+        write_stock_names(folder)
+
+    def prompt_warnings(self, prompts: list[str], max_sequence_length: int | None = None) -> list[str]:
+        """One line for each encoder that would cut a prompt, with the words it would lose."""
+        encoder, length = self.prompt_encoder, max_sequence_length or self.max_sequence_length
+        lengths = (encoder.clip_length, encoder.clip_length, length)
+        names = ("the first CLIP", "the second CLIP", "T5")
+        return [
+            f"prompt {text!r} is longer than the {lengths[i]} tokens {names[i]} reads; it loses {lost!r}"
+            for i in range(3)
+            if encoder.encoders[i] is not None
+            for text, lost in encoder.lost_text(i, prompts, lengths[i])
+        ]
+
+    def check_inputs(self, height: int, width: int, steps: int, guidance_scale: float, given: list[tuple[str, Any, Any]]) -> None:
+        """Raises InputError naming the first argument that cannot be used, before any work is done."""
+        multiple = self.size_multiple
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                low = max(multiple, value // multiple * multiple)
+                raise InputError(f"{name} {value} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
+            if value > self.max_side:
+                raise InputError(f"{name} {value} is larger than this model's {self.max_side}; use {self.max_side} or less")
+        if steps < 1:
+            raise InputError(f"num_inference_steps {steps} must be at least 1")
+        if not math.isfinite(guidance_scale):
+            raise InputError(f"guidance_scale {guidance_scale} is not a number to guide with; 1 is no guidance, 3 to 7 is usual")
+        for name, prompt, embeds in given:
+            if (prompt is None) == (embeds is None) and not (name == "negative_prompt" and prompt is None):
+                raise InputError(f"give {name} or {name}_embeds, one of the two")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        prompt_3: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 7.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        negative_prompt_3: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["LatentFMPipeline", int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> StableDiffusion3PipelineOutput | tuple[list[Image.Image] | Tensor]:
+        """Generates pictures; the arguments are StableDiffusion3Pipeline's.
+
+        height, width: pixels, multiples of `size_multiple`. guidance_scale w: v_u + w (v_c - v_u); 1 or less is no guidance.
+        negative_prompt: what the guidance moves away from, the null condition unless given. generator: one, or a list with
+        one a picture. latents: the starting noise [B, C, height / f, width / f]. max_sequence_length: T5 tokens, padding
+        included; the model's own unless given (stock diffusers' default is 256). output_type: "pil", "np", "pt" or "latent".
+        Raises InputError for arguments that cannot be used.
+        """
+        height, width = height or self.default_height, width or self.default_width
+        length = max_sequence_length or self.max_sequence_length
+        self.check_inputs(
+            height, width, num_inference_steps, guidance_scale,
+            [("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds)],
+        )  # fmt: skip
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise InputError(f"callback inputs {sorted(unknown)} do not exist; there are {self._callback_tensor_inputs}")
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        guided = guidance_scale > 1.0
+        device = self._execution_device
+
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            parts = self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts))
+            condition = self.assemble(parts)
+        else:
+            if pooled_prompt_embeds is None:
+                raise InputError("prompt_embeds needs pooled_prompt_embeds beside it")
+            condition = Condition(prompt_embeds, pooled_prompt_embeds)
+        count = condition.embeds.shape[0]
+        negative = None
+        if guided:
+            negative = self.negative_condition(
+                count, length, negative_prompt, negative_prompt_2, negative_prompt_3, negative_prompt_embeds, negative_pooled_prompt_embeds
+            )
+        condition = repeated(condition, num_images_per_prompt, device)
+        negative = repeated(negative, num_images_per_prompt, device) if guided else None
+
+        channels = self.transformer.config.in_channels
+        shape = (count * num_images_per_prompt, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != shape[0]:
+                raise InputError(f"{len(generator)} generators for {shape[0]} pictures; give one for each, or a single one")
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=condition.embeds.dtype)
+        elif tuple(latents.shape) != shape:
+            raise InputError(f"latents of shape {tuple(latents.shape)}, these arguments need {shape}")
+
+        grid = self.sampling_grid(num_inference_steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
+        self._num_timesteps = num_inference_steps
+        state = {"prompt_embeds": condition.embeds, "pooled_prompt_embeds": condition.pooled}
+        both = joined(negative, condition) if guided else condition
+
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            if not guided:
+                return velocity(self.transformer, x, t, both)
+            unconditional, conditional = velocity(self.transformer, torch.cat([x, x]), t, both).chunk(2)
+            return flow.classifier_free(conditional, unconditional, self._guidance_scale)
+
+        with self.progress_bar(total=num_inference_steps) as bar:
+            previous = latents.to(device).float()
+
+            def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
+                nonlocal both, previous
+                bar.update()
+                if self._interrupt:
+                    return previous
+                if callback_on_step_end is not None:
+                    tensors = {"latents": x, **state}
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), wanted) or {}
+                    x = answer.get("latents", x)
+                    if {"prompt_embeds", "pooled_prompt_embeds"} & answer.keys():
+                        both = Condition(answer.get("prompt_embeds", both.embeds), answer.get("pooled_prompt_embeds", both.pooled))
+                previous = x
+                return x
+
+            latents = flow.integrate(field, latents.to(device), grid, on_step=on_step)
+
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
+
+    def assemble(self, parts: PromptParts) -> Condition:
+        config = self.transformer.config
+        return assemble(parts, config.joint_attention_dim, config.pooled_projection_dim)
+
+    def negative_condition(
+        self,
+        count: int,
+        length: int,
+        prompt: str | list[str] | None,
+        prompt_2: str | list[str] | None,
+        prompt_3: str | list[str] | None,
+        embeds: Tensor | None,
+        pooled: Tensor | None,
+    ) -> Condition:
+        """The condition guided against, [count, ...]: the given embeddings or prompt, or the null condition."""
+        if embeds is not None:
+            if pooled is None:
+                raise InputError("negative_prompt_embeds needs negative_pooled_prompt_embeds beside it")
+            return Condition(embeds, pooled)
+        if not (prompt or prompt_2 or prompt_3):
+            null = self.null.parts(length).map(lambda value: value.expand(count, *value.shape[1:]))
+            return self.assemble(null)
+        prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
+        return self.assemble(self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts)))
+
+    def sampling_grid(self, steps: int, tokens: int) -> Tensor:
+        """The times t of `steps` Euler steps, [steps + 1] from about 0 to 1: those of the model's own scheduler.
+
+        A FlowMatchEulerDiscreteScheduler with a fixed shift is flow.diffusers_grid; any other configuration is asked for its
+        sigmas. `tokens` is the number of image tokens, for schedulers whose shift depends on it.
+        """
+        config = self.scheduler.config
+        plain = not any(config.get(f"use_{kind}") for kind in ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas"))
+        if plain and not config.get("shift_terminal") and not config.get("invert_sigmas"):
+            return flow.diffusers_grid(steps, config.shift, config.num_train_timesteps)
+        extra = {}
+        if config.get("use_dynamic_shifting"):
+            low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            slope = (config.get("max_shift", 1.16) - config.get("base_shift", 0.5)) / (high - low)
+            extra["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
+        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise InputError(f"{type(self.scheduler).__name__} is not a flow-matching scheduler; use FlowMatchEulerDiscreteScheduler")
+        self.scheduler.set_timesteps(steps, device="cpu", **extra)
+        return 1.0 - self.scheduler.sigmas
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What a pipeline folder says of itself in latentfm.json; empty for a stock folder."""
+    path = folder / INFO_FILE
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def check_folder(folder: Path, transformer: bool = True) -> None:
+    """Raises InputError unless `folder` is a pipeline folder with safetensors weights; `transformer` says whether it must have one."""
+    if not folder.is_dir():
+        refuse_pickle(folder)
+        raise InputError(f"no such model folder: {folder}; give a folder with a model_index.json")
+    if not (folder / "model_index.json").is_file():
+        refuse_pickle(folder)
+        raise InputError(f"{folder} is no pipeline folder: it has no model_index.json; give a folder saved by latentfm or diffusers")
+    if not transformer:
+        return
+    if not (folder / "transformer" / "config.json").is_file():
+        raise InputError(f"{folder} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    if not any((folder / "transformer").glob("*.safetensors")):
+        refuse_pickle(folder / "transformer")
+        raise InputError(f"{folder}/transformer has no safetensors weights; its copy is not complete")
+
+
+def write_stock_names(folder: Path) -> None:
+    """Makes the folder's model_index.json and transformer/config.json name diffusers' classes, so that stock code loads it."""
+    index_path, config_path = folder / "model_index.json", folder / "transformer" / "config.json"
+    index = json.loads(index_path.read_text("utf-8")) | STOCK_NAMES
+    index_path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    config = json.loads(config_path.read_text("utf-8")) | {"_class_name": STOCK_NAMES["transformer"][1]}
+    config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | None:
+    """A second prompt as a list as long as `prompts`; None stays None."""
+    return None if not given else [given] * len(prompts) if isinstance(given, str) else list(given)
+
+
+def repeated(condition: Condition, times: int, device: torch.device) -> Condition:
+    """Each row `times` times, next to each other, on `device`."""
+    return Condition(*(v.to(device).repeat_interleave(times, dim=0) for v in (condition.embeds, condition.pooled)))
+
+
+def joined(first: Condition, second: Condition) -> Condition:
+    """The rows of both, as one batch."""
+    return Condition(torch.cat([first.embeds, second.embeds]), torch.cat([first.pooled, second.pooled]))

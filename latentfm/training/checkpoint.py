@@ -1,0 +1,122 @@
+"""Atomic, rotated training checkpoints made of safetensors and JSON only.
+
+A checkpoint is a folder `step-00001200` with `state.safetensors` (weights, averages, optimizer moments) and
+`state.json` (the step and what describes the run). It is written under a `.partial` name, flushed to disk and
+renamed, so a folder without that suffix is whole. Nothing older is removed before the new one is in place.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentfm.errors import InputError
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+def flush(path: Path) -> None:
+    """Force the file or folder `path` to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Have `write` fill a folder, then put it at `target` in one rename; an error leaves nothing of it behind.
+
+    An existing `target` is replaced only once the new folder is whole. Raises OSError naming `target` when the
+    disk is full or refuses the write.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        for path in sorted(partial.rglob("*")):
+            flush(path)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise OSError(
+                f"could not write {target}: {error}. Nothing saved earlier was touched; free some space and resume"
+            ) from error
+        raise
+    if target.exists():
+        old = target.with_name(target.name + ".old.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    flush(target.parent)
+    return target
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int = 2) -> Path:
+    """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`."""
+
+    def write(partial: Path) -> None:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **info}, indent=1), "utf-8")
+
+    path = write_folder(folder / f"step-{step:08d}", write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / "state.json").exists())
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns (tensors, info) of a checkpoint. Raises InputError when it is damaged."""
+    try:
+        info = json.loads((path / "state.json").read_text("utf-8"))
+        return load_file(path / "state.safetensors"), info
+    except Exception as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error}); move it away to resume from the one before") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state as {"<key>/<parameter name>": tensor}; `names` maps id(parameter) to its name."""
+    return {
+        f"{key}/{names[id(parameter)]}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: dict[int, str]) -> None:
+    """Inverse of `optimizer_tensors`. Raises InputError when the parameters differ."""
+    by_name = {name: identity for identity, name in names.items()}
+    by_id = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    for full, value in tensors.items():
+        key, name = full.split("/", 1)
+        parameter = by_id.get(by_name.get(name, -1))
+        if parameter is None:
+            raise InputError(f"the checkpoint's optimizer has the parameter {name}, this run has not")
+        place = value if value.ndim == 0 else value.to(parameter.device, parameter.dtype)
+        optimizer.state[parameter][key] = place.clone()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file `path` by `text` in one rename."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    flush(partial)
+    partial.rename(path)

@@ -1,0 +1,58 @@
+"""A run's progress: a live bar in a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Shows caching and training with loss, pictures a second and time left; silent unless `active`."""
+
+    def __init__(self, active: bool):
+        self.active = active
+        self.console = Console(stderr=True)
+        self.bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=self.console, disable=not (active and self.console.is_terminal),
+        )  # fmt: skip
+        self.smoothed: float | None = None
+        self.printed = 0.0
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def add_task(self, description: str, total: int) -> int:
+        return self.bar.add_task(description, total=total)
+
+    def advance(self, task: int, count: int) -> None:
+        self.bar.advance(task, count)
+
+    def update(self, task: int, description: str) -> None:
+        self.bar.update(task, description=description)
+
+    def remove_task(self, task: int) -> None:
+        self.bar.remove_task(task)
+
+    def start(self, step: int, steps: int) -> None:
+        """Begins the training bar at `step` of `steps`."""
+        self.steps = steps
+        self.task = self.bar.add_task("training", total=steps, completed=step)
+
+    def step(self, step: int, row: dict[str, float]) -> None:
+        """Shows the log row of step `step`; the loss is smoothed over about 50 steps."""
+        self.smoothed = row["loss"] if self.smoothed is None else 0.98 * self.smoothed + 0.02 * row["loss"]
+        pace = row["images_per_second"]
+        text = f"training  loss {self.smoothed:.4f}  {pace:.1f} images/s"
+        self.bar.update(self.task, completed=step, description=text)
+        now = time.monotonic()
+        if self.active and not self.console.is_terminal and (now - self.printed > SECONDS_BETWEEN_LINES or step == self.steps):
+            self.printed = now
+            print(f"step {step}/{self.steps}  {text}", flush=True)

@@ -1,0 +1,293 @@
+"""Training by conditional flow matching with label dropout (notes, Algorithm 5), through Accelerate.
+
+    latentfm train --config configs/quickstart.yaml data.folder=my_pictures
+    accelerate launch --cpu --num_processes 2 -m latentfm train --config configs/quickstart.yaml
+
+A run's folder holds metrics.jsonl and TensorBoard logs, samples/ (pictures from the averaged weights), checkpoints/,
+and at the end model/, a stock pipeline folder.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentfm import flow
+from latentfm.config import RunConfig
+from latentfm.data.loader import Batch, CachedSamples, Dropout, Stream, batches
+from latentfm.errors import InputError
+from latentfm.models import vae as vae_room
+from latentfm.models.text import NullCondition, assemble
+from latentfm.models.velocity import velocity
+from latentfm.training import checkpoint, export
+from latentfm.training.ema import EMA
+from latentfm.training.optim import learning_rate, make_optimizer
+from latentfm.training.prepare import CachedDataset, Models, load_models, open_dataset
+from latentfm.training.progress import Progress
+from latentfm.training.samples import SamplePictures
+
+DENSITIES = {name: density() for name, density in flow.DENSITIES.items()}
+# options that may change when a run is resumed: they do not touch the course of the training
+FREE_ON_RESUME = {
+    "output", "sample", "data.workers", "data.cache", "train.compile", "train.gradient_checkpointing", "train.gradient_accumulation",
+}  # fmt: skip
+
+
+def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, config: RunConfig, shift: float, scale: float) -> Tensor:
+    """The conditional flow-matching loss of each sample, [B] float32: the one place where latents are noised.
+
+    z is a draw from the VAE's posterior, scaled; x_t and the target come from the CondOT path; dropped encoders read the null
+    condition (notes, Algorithm 5, with the target alpha' z + beta' eps).
+    """
+    device = batch.moments.device
+    z = vae_room.sample_latents(batch.moments, batch.vae_noise, shift, scale)
+    t = flow.draw_t(batch.u, DENSITIES[config.train.t_density], config.train.t_shift)
+    path = flow.sample_path(z, batch.eps, t)
+    parts = batch.parts.drop(batch.dropped, null.parts(batch.t5_length).map(lambda value: value.to(device)))
+    condition = assemble(parts.map(Tensor.float), *condition_widths(network))
+    return flow.cfm_loss(velocity(network, path.x_t, t, condition), path.velocity)
+
+
+def condition_widths(network: nn.Module) -> tuple[int, int]:
+    """(joint_attention_dim, pooled_projection_dim) of a network, wrapped for many processes or not."""
+    config = getattr(network, "module", network).config
+    return config.joint_attention_dim, config.pooled_projection_dim
+
+
+class Trainer:
+    """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
+
+    def __init__(self, config: RunConfig, resume: bool = False):
+        self.config, self.out = config, Path(config.output.folder).expanduser()
+        self.refuse_overwriting(resume)
+        torch.manual_seed(config.train.seed)
+        self.accelerator = Accelerator(mixed_precision=config.train.mixed_precision, log_with="tensorboard", project_dir=self.out)
+        self.check_batch()
+        dataset = open_dataset(config.data, self.accelerator)
+        self.models: Models = load_models(config.model)
+        own_length = self.models.info.get("max_sequence_length", 256)
+        self.lengths = config.data.t5_lengths or {own_length: 1.0}
+        self.progress = Progress(self.accelerator.is_main_process)
+        self.data = CachedDataset(dataset, self.models, config.data, sorted(self.lengths))
+
+    def refuse_overwriting(self, resume: bool) -> None:
+        """Raises InputError when the output folder already holds a run and `resume` is off, or the other way round."""
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"output.folder {self.out} is a file; choose another")
+        self.saved = checkpoint.checkpoints(self.out / "checkpoints")
+        if (self.saved or (self.out / "model").exists()) and not resume:
+            raise InputError(f"{self.out} already holds a run; go on with --resume, or choose another output.folder")
+
+    def check_batch(self) -> None:
+        world, options = self.accelerator.num_processes, self.config.train
+        if options.batch_size % (world * options.gradient_accumulation):
+            raise InputError(
+                f"train.batch_size {options.batch_size} does not divide by {world} processes times "
+                f"gradient_accumulation {options.gradient_accumulation}"
+            )
+
+    def run(self) -> Path:
+        """Trains to the last step and returns the folder of the finished pipeline."""
+        with self.progress:
+            self.set_up()
+            try:
+                self.loop()
+            except KeyboardInterrupt:
+                if self.step > self.started_at:
+                    self.save()
+                    self.accelerator.print(f"stopped at step {self.step}, saved; go on with --resume")
+                raise
+            self.accelerator.wait_for_everyone()
+            target = self.out / "model"
+            if self.accelerator.is_main_process:
+                with self.ema.applied_to(self.network):
+                    export.write_pipeline(target, self.models, self.network, self.config, sorted(self.lengths))
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+        return target
+
+    def set_up(self) -> None:
+        """Fills the cache, places the models, restores the newest checkpoint and opens the logs."""
+        config, accelerator = self.config, self.accelerator
+        device = accelerator.device
+        self.models.vae.to(device)
+        self.models.encoder.to(device)
+        self.data.fill(accelerator, self.progress)
+        for length in self.lengths:
+            self.models.null.parts(length)
+        self.samples = SamplePictures(config.sample, self.models, self.data, self.out / "samples", device)
+        self.models.encoder.to(torch.device("cpu"))
+
+        self.network = self.models.network.to(device).train()
+        if config.train.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.names = {id(p): name for name, p in self.network.named_parameters()}
+        self.ema = EMA(self.network, config.train.ema_decay)
+        optimizer = make_optimizer(self.network, config.train)
+        self.step = 0
+        self.identity = {"config": config.model_dump(mode="json"), "samples": [s.id for s in self.data.samples]}
+        if self.saved:
+            self.restore(optimizer)
+        self.started_at = self.step
+        if config.train.compile:
+            torch._dynamo.config.recompile_limit = 64
+            self.network.compile_repeated_blocks(dynamic=False)
+        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.shift, self.scale = vae_room.shift_and_scale(self.models.vae)
+        if accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.json").write_text(json.dumps(self.identity["config"], indent=2) + "\n", "utf-8")
+            keep_rows(self.out / "metrics.jsonl", self.step)
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self.describe()
+
+    def describe(self) -> None:
+        """Prints what is about to happen."""
+        config, samples = self.config, len(self.data.samples)
+        encoders = sum(e is not None for e in self.models.encoder.encoders)
+        dropout = Dropout(config.train.dropout, config.train.dropout_each)
+        parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
+        epochs = config.train.steps * config.train.batch_size / samples
+        self.accelerator.print(
+            f"{parameters:.1f}M parameters, {samples} pictures, {config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
+            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
+            f"P(no condition) = {dropout.p_unconditional(encoders):.3f}"
+        )
+
+    def loop(self) -> None:
+        """The training loop: every optimizer step, its log row, and what is due after it."""
+        config = self.config.train
+        stream = self.micro_batches()
+        if self.step == 0:
+            self.draw_samples()
+        began, first = time.monotonic(), self.step
+        self.progress.start(self.step, config.steps)
+        while self.step < config.steps:
+            row = self.train_step(stream)
+            self.step += 1
+            row["images_per_second"] = (self.step - first) * config.batch_size / (time.monotonic() - began)
+            self.progress.step(self.step, row)
+            self.log(row)
+            last = self.step == config.steps
+            if self.step % self.config.output.checkpoint_every == 0 or last:
+                self.save()
+            if self.step % self.config.sample.every == 0 or last:
+                self.draw_samples()
+
+    def micro_batches(self) -> Iterator[Batch]:
+        config = self.config
+        data = CachedSamples(
+            self.data.samples, self.data.cache, self.data.image_key, self.data.caption_key, config.train.seed,
+            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip,
+        )  # fmt: skip
+        return batches(
+            data, Stream(len(self.data.samples), config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
+            config.train.gradient_accumulation, self.accelerator.process_index, self.accelerator.num_processes, config.data.workers,
+        )  # fmt: skip
+
+    def train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
+        """One optimizer step over the global batch; returns its log row (global mean loss, rate, gradient norm)."""
+        options, accelerator = self.config.train, self.accelerator
+        rate = learning_rate(self.step, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=accelerator.device)
+        for micro in range(options.gradient_accumulation):
+            batch = to_device(next(stream), accelerator.device)
+            with accelerator.no_sync(self.model) if micro + 1 < options.gradient_accumulation else nullcontext():
+                losses = cfm_losses(self.model, batch, self.models.null, self.config, self.shift, self.scale)
+                loss = losses.mean() / options.gradient_accumulation
+                self.refuse_non_finite(losses, batch)
+                accelerator.backward(loss)
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise InputError(f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.network, self.step + 1)
+        return {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
+
+    def refuse_non_finite(self, losses: Tensor, batch: Batch) -> None:
+        """Raises InputError naming the samples whose loss is not finite, before they touch a weight."""
+        bad = [name for name, good in zip(batch.ids, torch.isfinite(losses).tolist(), strict=True) if not good]
+        if bad:
+            raise InputError(f"the loss is not finite at step {self.step + 1} for {', '.join(bad[:5])}; the newest checkpoint is untouched")
+
+    def log(self, row: dict[str, float]) -> None:
+        self.accelerator.log(row, step=self.step)
+        if self.accelerator.is_main_process:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, **row}) + "\n")
+
+    def draw_samples(self) -> None:
+        if self.accelerator.is_main_process:
+            with self.ema.applied_to(self.network):
+                self.samples.draw(self.network, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Writes the checkpoint of the current step (main process)."""
+        if self.accelerator.is_main_process:
+            tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
+            tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+            state = checkpoint.optimizer_tensors(getattr(self.optimizer, "optimizer", self.optimizer), self.names)
+            tensors |= {f"optimizer.{name}": value for name, value in state.items()}
+            checkpoint.save(self.out / "checkpoints", self.step, tensors, self.identity, self.config.output.keep)
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the newest checkpoint into the network, the averages and the optimizer; raises InputError if it is another run's."""
+        tensors, info = checkpoint.load(self.saved[-1])
+        changed = differences(info["config"], self.identity["config"])
+        if changed:
+            raise InputError(f"{self.saved[-1]} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
+        if info["samples"] != self.identity["samples"]:
+            raise InputError(f"the pictures in {self.config.data.folder} are not those {self.saved[-1]} was trained on; choose another output.folder")
+        self.network.load_state_dict(prefixed(tensors, "model."))
+        self.ema.load_state_dict(prefixed(tensors, "ema."))
+        checkpoint.restore_optimizer(optimizer, prefixed(tensors, "optimizer."), self.names)
+        self.step = info["step"]
+        self.accelerator.print(f"resuming after step {self.step}")
+
+
+def train(config: RunConfig, resume: bool = False) -> Path:
+    """Runs a training from its options; returns the folder of the finished pipeline."""
+    return Trainer(config, resume).run()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; u, the draws of dropout and the ids stay as they are in value."""
+    return Batch(
+        moments=batch.moments.to(device), parts=batch.parts.map(lambda value: value.to(device)),
+        dropped={name: mask.to(device) for name, mask in batch.dropped.items()}, u=batch.u.to(device),
+        vae_noise=batch.vae_noise.to(device), eps=batch.eps.to(device), t5_length=batch.t5_length, ids=batch.ids,
+    )  # fmt: skip
+
+
+def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under `prefix`, without it."""
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of the options that matter differs, as "section.key was X, is Y"."""
+    return [
+        f"{section}.{key} was {before.get(section, {}).get(key)!r}, is {value!r}"
+        for section, options in now.items()
+        if section not in FREE_ON_RESUME
+        for key, value in options.items()
+        if f"{section}.{key}" not in FREE_ON_RESUME and before.get(section, {}).get(key) != value
+    ]
+
+
+def keep_rows(path: Path, step: int) -> None:
+    """Drops the rows of metrics.jsonl after `step`: a resumed run writes them again."""
+    if path.exists():
+        kept = [line for line in path.read_text("utf-8").splitlines() if line and line[-1] == "}" and json.loads(line)["step"] <= step]
+        checkpoint.write_text(path, "".join(line + "\n" for line in kept))

@@ -1,0 +1,174 @@
+"""Train an AutoencoderKL on a folder of pictures (notes, section 6.2, Algorithm 6, without the adversarial term).
+
+The loss is L1 + L2 + the L1 distance of image gradients (which keeps edges crisp) + kl_weight * the mean KL per
+latent element, warmed up linearly. Pictures with transparency are laid on white or, for a share of the draws, on a random
+colour; a picture larger than `size` is cropped, and flips and colour permutations widen what the VAE can represent.
+Every draw is a function of (seed, step) alone, so an interrupted run resumes exactly.
+"""
+
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from latentfm.training import checkpoint
+from latentfm.training.ema import EMA
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """Options of a VAE run. `steps` are optimizer steps of `batch_size` crops of `size` pixels."""
+
+    size: int = 64
+    steps: int = 4000
+    batch_size: int = 16
+    learning_rate: float = 1.2e-3
+    warmup: int = 100
+    kl_weight: float = 3e-4
+    gradient_weight: float = 0.5
+    l2_weight: float = 10.0
+    random_background: float = 0.15
+    permute_colours: float = 0.05
+    ema_decay: float = 0.998
+    seed: int = 0
+    mixed_precision: str = "bf16"
+    checkpoint_every: int = 300
+
+
+def load_pictures(folder: Path) -> list[np.ndarray]:
+    """The PNG pictures of `folder` as uint8 RGBA arrays, in name order."""
+    return [np.asarray(Image.open(path).convert("RGBA")) for path in sorted(folder.glob("*.png"))]
+
+
+def draw(picture: np.ndarray, options: VAETraining, rng: random.Random) -> np.ndarray:
+    """One augmented [size, size, 3] float32 crop in [-1, 1]."""
+    size = options.size
+    top, left = rng.randint(0, picture.shape[0] - size), rng.randint(0, picture.shape[1] - size)
+    crop = picture[top : top + size, left : left + size].astype(np.float32) / 255
+    background = np.ones(3, np.float32)
+    if rng.random() < options.random_background:
+        background = np.array([rng.random() for _ in range(3)], np.float32)
+    alpha = crop[..., 3:]
+    crop = crop[..., :3] * alpha + background * (1 - alpha)
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    if rng.random() < options.permute_colours:
+        crop = crop[..., rng.sample(range(3), 3)]
+    return crop * 2 - 1
+
+
+def batch_at(step: int, pictures: list[np.ndarray], options: VAETraining) -> Tensor:
+    """The crops of optimizer step `step` (from 0), [batch, 3, size, size]."""
+    crops = []
+    for position in range(step * options.batch_size, (step + 1) * options.batch_size):
+        epoch, index = divmod(position, len(pictures))
+        order = np.random.default_rng((options.seed, epoch)).permutation(len(pictures))
+        crops.append(draw(pictures[order[index]], options, random.Random(f"{options.seed}/{epoch}/{order[index]}")))
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, options: VAETraining) -> Tensor:
+    """L1 + L2 + L1 of horizontal and vertical differences; [B, 3, H, W] in [-1, 1] -> scalar."""
+    error = output - target
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + options.l2_weight * error.square().mean() + options.gradient_weight * edges
+
+
+def scheduled(step: int, options: VAETraining) -> float:
+    """The learning rate's factor at `step`: linear warm-up, then half a cosine to 0."""
+    warm = min(1.0, (step + 1) / options.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / options.steps)))
+
+
+@torch.no_grad()
+def psnr(vae: torch.nn.Module, pictures: Tensor, batch_size: int = 64) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each reconstruction (posterior mean, 8-bit rounding), [N] for [N, 3, H, W] in [-1, 1]."""
+    ratios = []
+    for part in pictures.split(batch_size):
+        output = vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
+        error = ((output - part) * 127.5).round().square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        ratios.append(10 * torch.log10(255.0**2 / error))
+    return torch.cat(ratios)
+
+
+@torch.no_grad()
+def latent_statistics(vae: torch.nn.Module, pictures: Tensor) -> tuple[float, float]:
+    """(shift, scale) such that (latents - shift) * scale has mean 0 and standard deviation 1 over `pictures`."""
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(64)])
+    return latents.mean().item(), 1.0 / latents.std().item()
+
+
+def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETraining, held_out: Tensor | None = None) -> torch.nn.Module:
+    """Train `vae` on the pictures of `folder`, resuming from `out`; returns it with the averaged weights.
+
+    Writes `out`/checkpoints and `out`/metrics.jsonl (loss, KL, held-out PSNR in dB, pictures a second).
+    """
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    pictures = load_pictures(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    ema = EMA(vae, options.ema_decay)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    names = {id(p): name for name, p in vae.named_parameters()}
+    start = 0
+    saved = checkpoint.checkpoints(out / "checkpoints")
+    if saved:
+        tensors, info = checkpoint.load(saved[-1])
+        if info["options"] != asdict(options):
+            raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
+        start = info["step"]
+        vae.load_state_dict(part(tensors, "model."))
+        ema.load_state_dict(part(tensors, "ema."))
+        checkpoint.restore_optimizer(optimizer, part(tensors, "optimizer."), names)
+    model, optimizer = accelerator.prepare(vae, optimizer)
+    began = time.monotonic()
+    for step in range(start, options.steps):
+        target = batch_at(step, pictures, options)
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * scheduled(step, options)
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        with accelerator.autocast():
+            posterior = vae.encode(target).latent_dist
+            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            output = vae.decode(latents).sample
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        warm = min(1.0, (step + 1) / (0.1 * options.steps))
+        loss = reconstruction_loss(output.float(), target, options) + warm * options.kl_weight * kl
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the VAE's loss is {loss.item()} at step {step}; the last checkpoint in {out} is untouched")
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(vae, step + 1)
+        done = step + 1
+        if done % options.checkpoint_every == 0 or done == options.steps:
+            row = {"step": done, "loss": loss.item(), "kl": kl.item()}
+            row["images_per_second"] = (done - start) * options.batch_size / (time.monotonic() - began)
+            if held_out is not None:
+                with ema.applied_to(vae):
+                    row["held_out_psnr"] = psnr(vae, held_out).mean().item()
+            with (out / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            accelerator.print(json.dumps(row), flush=True)
+            tensors = {f"model.{k}": v for k, v in vae.state_dict().items()}
+            tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+            state = checkpoint.optimizer_tensors(getattr(optimizer, "optimizer", optimizer), names)
+            tensors |= {f"optimizer.{k}": v for k, v in state.items()}
+            checkpoint.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, keep=2)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            parameter.copy_(ema.shadow[name])
+    return vae
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

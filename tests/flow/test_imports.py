@@ -1,0 +1,44 @@
+"""The room of the mathematics stands on torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import latentfm.flow
+
+ROOM = Path(latentfm.flow.__file__).parent
+
+
+def test_importing_flow_loads_no_heavy_library():
+    program = "import sys, latentfm.flow; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOM.parents[1], capture_output=True, text=True, check=True
+    )
+    libraries = set(done.stdout.split())
+    assert "torch" in libraries
+    assert not {"diffusers", "transformers", "accelerate", "PIL"} & libraries
+
+
+def test_every_import_written_in_flow_is_torch_or_flow_or_standard():
+    allowed = {"torch", *sys.stdlib_module_names}
+    files = list(ROOM.glob("**/*.py"))
+    assert len(files) >= 7
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file.name}: relative import"
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                inside = name == "latentfm.flow" or name.startswith("latentfm.flow.")
+                assert inside or name.split(".")[0] in allowed, f"{file.name} imports {name}"
+
+
+def test_all_names_what_the_room_offers():
+    offered = {name for name in vars(latentfm.flow) if not name.startswith("_")}
+    modules = {file.stem for file in ROOM.glob("*.py")}
+    assert set(latentfm.flow.__all__) == offered - modules
