@@ -1,7 +1,8 @@
 """A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides."""
 
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,7 +36,7 @@ class DataOptions(Section):
     @field_validator("t5_lengths")
     @classmethod
     def shares_are_positive(cls, value: dict[int, float] | None) -> dict[int, float] | None:
-        if value is not None and (not value or min(value) < 1 or min(value.values()) <= 0):
+        if value is not None and (not value or min(value) < 1 or not all(0 < share < math.inf for share in value.values())):
             raise ValueError(f"lengths must be at least 1 and their shares above 0, got {value}")
         return value
 
@@ -46,21 +47,26 @@ class TrainOptions(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="pictures an optimizer step, over all processes and accumulation")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimizer step is split into")
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
-    weight_decay: float = Field(0.01, ge=0, description="of matrices; biases and norms have none")
-    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of matrices; biases and norms have none")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     max_grad_norm: float = Field(1.0, gt=0)
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
     compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     t_density: Literal["logit_normal", "uniform"] = "logit_normal"
-    t_shift: float = Field(1.0, gt=0, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
+    t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
     seed: int = Field(0, ge=0)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as False
 
 
 class SampleOptions(Section):
@@ -111,6 +117,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             data = yaml.safe_load(Path(path).read_text("utf-8")) or {}
         except OSError as error:
             raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8: save it again as UTF-8") from error
         except yaml.YAMLError as error:
             raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -124,6 +132,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"the value of '{override}' is not valid YAML") from error
+        if value is not None and not isinstance(value, str) and takes_text(section, key):
+            value = text.strip()  # a folder named 2026-03-01 is no date
         data.setdefault(section, {})
         if not isinstance(data[section], dict):
             raise InputError(f"section '{section}' should hold options, it holds {data[section]!r}")
@@ -132,11 +142,19 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']} (got {e['input']!r})" for e in error.errors(include_url=False)]
+        lines = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"] for e in error.errors(include_url=False)
+        ]
         missing = [line.split(":")[0] for line, e in zip(lines, error.errors()) if e["type"] == "missing"]
         if missing:
             raise InputError(f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE") from None
         raise InputError("; ".join(lines)) from None
+
+
+def takes_text(section: str, key: str) -> bool:
+    """Whether an option exists and is a text."""
+    options = RunConfig.model_fields[section].annotation.model_fields if section in RunConfig.model_fields else {}
+    return key in options and options[key].annotation in (str, str | None)
 
 
 def check_names(data: dict[str, Any]) -> None:

@@ -66,9 +66,11 @@ def in_words(settings: dict) -> str:
     values = dict(settings)
     if "width" in values and "height" in values:
         values["size"] = f"{values['width']}x{values['height']}"
+    if "latentfm" in values:
+        values["version"] = f"latentfm {values['latentfm']}"
     named = {
         "Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Size": "size", "Model": "model",
-        "Model hash": "model_fingerprint", "Version": "latentfm",
+        "Model hash": "model_fingerprint", "Version": "version",
     }  # fmt: skip
     lines.append(", ".join(f"{name}: {values[key]}" for name, key in named.items() if key in values))
     return "\n".join(lines)

@@ -5,15 +5,16 @@
     pipe("a slice of pizza", generator=torch.Generator().manual_seed(0)).images[0].save("pizza.png")
 """
 
-import inspect
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,6 +30,8 @@ from latentfm.models.text import Condition, NullCondition, PromptEncoder, Prompt
 from latentfm.models.velocity import velocity
 
 INFO_FILE = "latentfm.json"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 41) else "torch_dtype"  # the old name warns
 STOCK_NAMES = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
 
 
@@ -82,6 +85,10 @@ class LatentFMPipeline(DiffusionPipeline):
         )
 
     @property
+    def has_encoders(self) -> bool:
+        return any(encoder is not None for encoder in self.prompt_encoder.encoders)
+
+    @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this many pixels."""
         return self.vae_scale_factor * self.transformer.config.patch_size
@@ -107,6 +114,10 @@ class LatentFMPipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0
+
+    @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
@@ -119,23 +130,29 @@ class LatentFMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "LatentFMPipeline":
         """Loads a pipeline folder: one saved here, or a stock SD3 / SD3.5 folder (a hub name works as in diffusers).
 
-        The keyword arguments are DiffusionPipeline.from_pretrained's; torch_dtype is float32 unless given.
+        The keyword arguments are DiffusionPipeline.from_pretrained's; torch_dtype (or dtype) is float32 unless given.
         Raises InputError for a folder that is no pipeline or holds only pickles.
         """
         folder = Path(pretrained_model_name_or_path)
-        kwargs.setdefault("torch_dtype", torch.float32)
+        names = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtype = next((given for given in names if given is not None), torch.float32)
         kwargs["use_safetensors"] = True
         if not folder.is_dir():
-            if folder.suffix or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
-                refuse_pickle(folder)
-                raise InputError(f"no such model folder: {folder}; give a folder with a model_index.json")
-            folder = Path(cls.download(str(pretrained_model_name_or_path), use_safetensors=True))
-        check_folder(folder)
+            if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
+                check_folder(folder)
+            refuse_pickle(folder)
+            try:
+                folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+            except (OSError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise InputError(f"no such model folder: {folder}; as a model on the hub it did not load either: {reason}") from error
+        check_folder(folder, transformer="transformer" not in kwargs)
         if "transformer" not in kwargs:
             kwargs["transformer"] = MMDiT.from_pretrained(
-                folder, subfolder="transformer", torch_dtype=kwargs["torch_dtype"], use_safetensors=True
-            )
-        pipe = super().from_pretrained(str(folder), **kwargs)
+                folder, subfolder="transformer", use_safetensors=True, variant=kwargs.get("variant"),
+                torch_dtype=dtype.get("transformer", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
+            )  # fmt: skip
+        pipe = super().from_pretrained(str(folder), **kwargs, **{DTYPE: dtype})
         pipe.info = read_info(folder)
         pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
         return pipe
@@ -144,8 +161,9 @@ class LatentFMPipeline(DiffusionPipeline):
         """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json and the null condition."""
         folder = Path(save_directory)
         kwargs["safe_serialization"] = True
+        if self.has_encoders:
+            self.null.parts(self.max_sequence_length)
         super().save_pretrained(str(folder), **kwargs)
-        self.null.parts(self.max_sequence_length)
         self.null.save(folder)
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
@@ -162,22 +180,35 @@ class LatentFMPipeline(DiffusionPipeline):
             for text, lost in encoder.lost_text(i, prompts, lengths[i])
         ]
 
-    def check_inputs(self, height: int, width: int, steps: int, guidance_scale: float, given: list[tuple[str, Any, Any]]) -> None:
-        """Raises InputError naming the first argument that cannot be used, before any work is done."""
+    def check_inputs(
+        self, height: int, width: int, steps: int, guidance_scale: float, images: int, given: list[tuple[str, tuple[Any, ...], Any]]
+    ) -> None:
+        """Raises InputError naming the first argument that cannot be used, before any work is done.
+
+        given: (name, its three prompts, its embeds) of the prompt and of the negative prompt.
+        """
         multiple = self.size_multiple
         for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                low = max(multiple, value // multiple * multiple)
-                raise InputError(f"{name} {value} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
             if value > self.max_side:
                 raise InputError(f"{name} {value} is larger than this model's {self.max_side}; use {self.max_side} or less")
-        if steps < 1:
-            raise InputError(f"num_inference_steps {steps} must be at least 1")
+            if value < multiple:
+                raise InputError(f"{name} {value} is too small; it must be a multiple of {multiple}, {multiple} or more")
+            if value % multiple:
+                low = value // multiple * multiple
+                raise InputError(f"{name} {value} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
+        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", images)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} {value} must be a whole number of at least 1")
         if not math.isfinite(guidance_scale):
             raise InputError(f"guidance_scale {guidance_scale} is not a number to guide with; 1 is no guidance, 3 to 7 is usual")
-        for name, prompt, embeds in given:
-            if (prompt is None) == (embeds is None) and not (name == "negative_prompt" and prompt is None):
+        for name, prompts, embeds in given:
+            if embeds is not None and any(prompt is not None for prompt in prompts):
                 raise InputError(f"give {name} or {name}_embeds, one of the two")
+        name, prompts, embeds = given[0]
+        if embeds is None and (prompts[0] is None or not (isinstance(prompts[0], str) or len(prompts[0]))):
+            raise InputError(f'give {name} or {name}_embeds, one of the two; the empty prompt is ""')
+        if embeds is None and not self.has_encoders:
+            raise InputError("no text encoder is loaded to read the prompt; load one, or give prompt_embeds and pooled_prompt_embeds")
 
     @torch.no_grad()
     def __call__(
@@ -215,15 +246,20 @@ class LatentFMPipeline(DiffusionPipeline):
         """
         height, width = height or self.default_height, width or self.default_width
         length = max_sequence_length or self.max_sequence_length
+        negative_prompts = (negative_prompt, negative_prompt_2, negative_prompt_3)
         self.check_inputs(
-            height, width, num_inference_steps, guidance_scale,
-            [("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds)],
+            height, width, num_inference_steps, guidance_scale, num_images_per_prompt,
+            [("prompt", (prompt, prompt_2, prompt_3), prompt_embeds), ("negative_prompt", negative_prompts, negative_prompt_embeds)],
         )  # fmt: skip
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"no output_type {output_type!r}; there are {', '.join(OUTPUT_TYPES)}")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise InputError(f"callback inputs {sorted(unknown)} do not exist; there are {self._callback_tensor_inputs}")
         self._guidance_scale, self._interrupt = guidance_scale, False
-        guided = guidance_scale > 1.0
+        guided = self.do_classifier_free_guidance
         device = self._execution_device
 
         if prompt_embeds is None:
@@ -237,9 +273,12 @@ class LatentFMPipeline(DiffusionPipeline):
         count = condition.embeds.shape[0]
         negative = None
         if guided:
-            negative = self.negative_condition(
-                count, length, negative_prompt, negative_prompt_2, negative_prompt_3, negative_prompt_embeds, negative_pooled_prompt_embeds
-            )
+            negative = self.negative_condition(count, length, *negative_prompts, negative_prompt_embeds, negative_pooled_prompt_embeds)
+            if negative.embeds.shape != condition.embeds.shape:
+                raise InputError(
+                    f"prompt_embeds of shape {tuple(condition.embeds.shape)}, the negative's are {tuple(negative.embeds.shape)}; "
+                    f"max_sequence_length, here {length}, must be the one that the given embeddings were made with"
+                )
         condition = repeated(condition, num_images_per_prompt, device)
         negative = repeated(negative, num_images_per_prompt, device) if guided else None
 
@@ -254,32 +293,30 @@ class LatentFMPipeline(DiffusionPipeline):
 
         grid = self.sampling_grid(num_inference_steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = num_inference_steps
-        state = {"prompt_embeds": condition.embeds, "pooled_prompt_embeds": condition.pooled}
-        both = joined(negative, condition) if guided else condition
+        state = joined(negative, condition) if guided else condition
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            if not guided:
-                return velocity(self.transformer, x, t, both)
-            unconditional, conditional = velocity(self.transformer, torch.cat([x, x]), t, both).chunk(2)
+            if self._interrupt:
+                return torch.zeros_like(x)
+            if not self.do_classifier_free_guidance:  # asked at each step, since a callback may end it
+                return velocity(self.transformer, x, t, state)
+            unconditional, conditional = velocity(self.transformer, torch.cat([x, x]), t, state).chunk(2)
             return flow.classifier_free(conditional, unconditional, self._guidance_scale)
 
         with self.progress_bar(total=num_inference_steps) as bar:
-            previous = latents.to(device).float()
 
             def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
-                nonlocal both, previous
-                bar.update()
+                nonlocal state
                 if self._interrupt:
-                    return previous
-                if callback_on_step_end is not None:
-                    tensors = {"latents": x, **state}
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), wanted) or {}
-                    x = answer.get("latents", x)
-                    if {"prompt_embeds", "pooled_prompt_embeds"} & answer.keys():
-                        both = Condition(answer.get("prompt_embeds", both.embeds), answer.get("pooled_prompt_embeds", both.pooled))
-                previous = x
-                return x
+                    return None
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                tensors = {"latents": x, "prompt_embeds": state.embeds, "pooled_prompt_embeds": state.pooled}
+                wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), wanted) or {}
+                state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
+                return answer.get("latents")
 
             latents = flow.integrate(field, latents.to(device), grid, on_step=on_step)
 
@@ -323,8 +360,11 @@ class LatentFMPipeline(DiffusionPipeline):
         A FlowMatchEulerDiscreteScheduler with a fixed shift is flow.diffusers_grid; any other configuration is asked for its
         sigmas. `tokens` is the number of image tokens, for schedulers whose shift depends on it.
         """
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or self.scheduler.config.get("stochastic_sampling"):
+            raise InputError(f"this {type(self.scheduler).__name__} does not fit; use a FlowMatchEulerDiscreteScheduler, not stochastic")
         config = self.scheduler.config
         plain = not any(config.get(f"use_{kind}") for kind in ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas"))
+        plain = plain and self.scheduler.shift == config.shift  # set_shift changes the first and not the second
         if plain and not config.get("shift_terminal") and not config.get("invert_sigmas"):
             return flow.diffusers_grid(steps, config.shift, config.num_train_timesteps)
         extra = {}
@@ -332,8 +372,6 @@ class LatentFMPipeline(DiffusionPipeline):
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             slope = (config.get("max_shift", 1.16) - config.get("base_shift", 0.5)) / (high - low)
             extra["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
-        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise InputError(f"{type(self.scheduler).__name__} is not a flow-matching scheduler; use FlowMatchEulerDiscreteScheduler")
         self.scheduler.set_timesteps(steps, device="cpu", **extra)
         return 1.0 - self.scheduler.sigmas
 
@@ -352,27 +390,43 @@ def check_folder(folder: Path, transformer: bool = True) -> None:
     if not (folder / "model_index.json").is_file():
         refuse_pickle(folder)
         raise InputError(f"{folder} is no pipeline folder: it has no model_index.json; give a folder saved by latentfm or diffusers")
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder}/model_index.json is damaged ({error}); copy the folder again") from error
+    for name in index:
+        refuse_pickle(folder / name)
     if not transformer:
         return
     if not (folder / "transformer" / "config.json").is_file():
         raise InputError(f"{folder} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     if not any((folder / "transformer").glob("*.safetensors")):
-        refuse_pickle(folder / "transformer")
         raise InputError(f"{folder}/transformer has no safetensors weights; its copy is not complete")
 
 
 def write_stock_names(folder: Path) -> None:
-    """Makes the folder's model_index.json and transformer/config.json name diffusers' classes, so that stock code loads it."""
+    """Makes the folder's JSON files name diffusers' classes and float32 text encoders, so that stock code loads and runs it.
+
+    Without a dtype stock diffusers loads the transformer and the VAE in float32 whatever was saved, but transformers 5 loads
+    a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail.
+    """
     index_path, config_path = folder / "model_index.json", folder / "transformer" / "config.json"
     index = json.loads(index_path.read_text("utf-8")) | STOCK_NAMES
     index_path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     config = json.loads(config_path.read_text("utf-8")) | {"_class_name": STOCK_NAMES["transformer"][1]}
     config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text("utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | None:
-    """A second prompt as a list as long as `prompts`; None stays None."""
-    return None if not given else [given] * len(prompts) if isinstance(given, str) else list(given)
+    """A second prompt as a list as long as `prompts`; None stays None. Raises InputError for a list of another length."""
+    if not given or isinstance(given, str):
+        return [given] * len(prompts) if given else None
+    if len(given) != len(prompts):
+        raise InputError(f"{len(given)} texts for another encoder beside {len(prompts)} prompts; give one for each, or a single one")
+    return list(given)
 
 
 def repeated(condition: Condition, times: int, device: torch.device) -> Condition:

@@ -70,7 +70,8 @@ def tiny_pipeline(folder: Path, seed: int = 0, with_t5: bool = True, clip_length
     """Writes a stock StableDiffusion3Pipeline folder of random weights (a function of `seed`) and returns `folder`.
 
     Images 32 x 32, latents 4 x 8 x 8 (factor 4), 2 MM-DiT blocks of 2 heads x 16, joint width 48, pooled width 40. The
-    velocity network's modulations and output are not zero, so that pictures depend on prompts and times.
+    velocity network's modulations and output are not zero, so that pictures depend on prompts and times. Stock diffusers loads
+    a folder without T5 only when asked with text_encoder_3=None, tokenizer_3=None, as it does any SD3 folder.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import T5Config, T5EncoderModel

@@ -26,11 +26,15 @@ def train(
     run = load_config(config, overrides)
 
     from latentfm.cli.terminal import quiet_libraries
+    from latentfm.errors import InputError
 
     quiet_libraries()
     from latentfm.training.trainer import train as run_training
 
-    target = run_training(run, resume)
+    try:
+        target = run_training(run, resume)
+    except OSError as error:  # a full disk, a folder that may not be written: the message names it
+        raise InputError(" ".join(str(error).split())) from error
     typer.echo(f"finished: {target}", err=True)
     print(target)
 

@@ -7,7 +7,7 @@ temporary name and renamed; each carries a checksum, and a damaged one counts as
 
 import hashlib
 import json
-import os
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def fingerprint(module: torch.nn.Module | None) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -63,7 +63,7 @@ class Cache:
         """Stores an entry in one rename. Raises OSError when the disk refuses it; nothing half-written remains."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{key}.{os.getpid()}.partial")
+        partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial"  # two writers, on two machines even, never share it)
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
             save_file(tensors, partial, metadata={"crc32": str(checksum(tensors))})

@@ -28,8 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         8, 4, sample_size=16, patch_size=4, in_channels=12, out_channels=12,
         joint_attention_dim=320, pooled_projection_dim=320, pos_embed_max_size=16,
     ),
-    "small": size(12, 6),  # about 60M: 12 x 384
-    "base": size(12, 12),  # about 240M: 12 x 768
-    "large": size(24, 16),  # about 860M: 24 x 1024
-    "sd3-medium": size(24, 24, qk_norm=None),
+    "small": size(12, 6),  # 65M: 12 x 384
+    "base": size(12, 12),  # 255M: 12 x 768
+    "large": size(24, 16),  # 904M: 24 x 1024
+    "sd3-medium": size(24, 24, qk_norm=None),  # 2.03B
 }  # fmt: skip

@@ -42,9 +42,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
     try:
         partial.mkdir(parents=True)
         write(partial)
-        for path in sorted(partial.rglob("*")):
+        for path in (*sorted(partial.rglob("*")), partial):
             flush(path)
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise OSError(
@@ -64,14 +64,14 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int = 2) -> Path:
-    """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`."""
+    """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`, and what was left half-written."""
 
     def write(partial: Path) -> None:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **info}, indent=1), "utf-8")
 
     path = write_folder(folder / f"step-{step:08d}", write)
-    for old in checkpoints(folder)[:-keep]:
+    for old in (*checkpoints(folder)[:-keep], *folder.glob("step-*.partial")):  # the latter of runs killed while saving
         shutil.rmtree(old)
     return path
 
@@ -110,8 +110,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         parameter = by_id.get(by_name.get(name, -1))
         if parameter is None:
             raise InputError(f"the checkpoint's optimizer has the parameter {name}, this run has not")
-        place = value if value.ndim == 0 else value.to(parameter.device, parameter.dtype)
-        optimizer.state[parameter][key] = place.clone()
+        dtype = torch.float32 if key == "step" else parameter.dtype
+        optimizer.state[parameter][key] = value.to(parameter.device, dtype, copy=True)  # a fused optimizer counts on the device
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Everything a run needs before its first step: the models, the dataset, and a filled cache."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def load_models(options: ModelOptions) -> Models:
 def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
     """(width, height) in pixels of the training pictures. Raises InputError for sides that do not divide."""
     own = models.network.config.sample_size * vae_room.downsampling(models.vae)
-    size = options.size or own
+    size = own if options.size is None else options.size
     width, height = (size, size) if isinstance(size, int) else size
     for side in (width, height):
         if side < models.multiple or side % models.multiple:
@@ -90,6 +91,7 @@ class CachedDataset:
         self.transform = {flip: Transform(height=height, width=width, flip=flip) for flip in self.flips}
         self.vae_print = fingerprint(models.vae)
         self.text_print = key_of(
+            str(models.encoder.joint_dim),  # the width of the zeros that stand for an absent T5
             *(fingerprint(e) for e in models.encoder.encoders), *(tokenizer_fingerprint(t) for t in models.encoder.tokenizers)
         )
         self.digests = {sample.id: digest(sample.path) for sample in dataset.samples}
@@ -100,6 +102,15 @@ class CachedDataset:
 
     def caption_key(self, caption: str, length: int) -> str:
         return key_of("prompt", caption, str(length), self.text_print)
+
+    def identity(self) -> dict[str, str]:
+        """What the training sees, as a hash of each kind; another hash is another run."""
+        return {
+            "pictures": key_of(*(f"{s.id}\0{self.digests[s.id]}" for s in self.samples)),
+            "captions": key_of(*(json.dumps([s.id, *s.captions]) for s in self.samples)),
+            "VAE": self.vae_print,
+            "text encoders": self.text_print,
+        }
 
     def encode_images(self, items: Sequence[tuple[Sample, bool]]) -> list[dict[str, Tensor]]:
         """The entries of pictures; one that cannot be read gets the entry {"unreadable"}."""

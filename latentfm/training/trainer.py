@@ -8,9 +8,11 @@ and at the end model/, a stock pipeline folder.
 """
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,8 @@ class Trainer:
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"output.folder {self.out} is a file; choose another")
         self.saved = checkpoint.checkpoints(self.out / "checkpoints")
+        if resume and not self.saved:
+            raise InputError(f"nothing to resume: {self.out} holds no checkpoint; leave --resume out to start from the first step")
         if (self.saved or (self.out / "model").exists()) and not resume:
             raise InputError(f"{self.out} already holds a run; go on with --resume, or choose another output.folder")
 
@@ -131,7 +135,7 @@ class Trainer:
         self.ema = EMA(self.network, config.train.ema_decay)
         optimizer = make_optimizer(self.network, config.train)
         self.step = 0
-        self.identity = {"config": config.model_dump(mode="json"), "samples": [s.id for s in self.data.samples]}
+        self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity()}
         if self.saved:
             self.restore(optimizer)
         self.started_at = self.step
@@ -164,21 +168,22 @@ class Trainer:
         """The training loop: every optimizer step, its log row, and what is due after it."""
         config = self.config.train
         stream = self.micro_batches()
-        if self.step == 0:
+        if self.due(self.config.sample.every):  # at the start, and again after a stop between a checkpoint and its pictures
             self.draw_samples()
         began, first = time.monotonic(), self.step
         self.progress.start(self.step, config.steps)
         while self.step < config.steps:
             row = self.train_step(stream)
-            self.step += 1
             row["images_per_second"] = (self.step - first) * config.batch_size / (time.monotonic() - began)
             self.progress.step(self.step, row)
             self.log(row)
-            last = self.step == config.steps
-            if self.step % self.config.output.checkpoint_every == 0 or last:
+            if self.due(self.config.output.checkpoint_every):
                 self.save()
-            if self.step % self.config.sample.every == 0 or last:
+            if self.due(self.config.sample.every):
                 self.draw_samples()
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.train.steps
 
     def micro_batches(self) -> Iterator[Batch]:
         config = self.config
@@ -192,7 +197,7 @@ class Trainer:
         )  # fmt: skip
 
     def train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
-        """One optimizer step over the global batch; returns its log row (global mean loss, rate, gradient norm)."""
+        """Takes one optimizer step over the global batch, and counts it; returns its log row (global mean loss, rate, gradient norm)."""
         options, accelerator = self.config.train, self.accelerator
         rate = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
@@ -209,10 +214,13 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
         if not torch.isfinite(norm):
             raise InputError(f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(self.network, self.step + 1)
-        return {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
+        loss = accelerator.reduce(total, "mean").item()
+        with unbroken():  # Ctrl-C in here would save weights, averages and step that do not belong together
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ema.update(self.network, self.step + 1)
+            self.step += 1
+        return {"loss": loss, "learning_rate": rate, "gradient_norm": norm.item()}
 
     def refuse_non_finite(self, losses: Tensor, batch: Batch) -> None:
         """Raises InputError naming the samples whose loss is not finite, before they touch a weight."""
@@ -247,8 +255,11 @@ class Trainer:
         changed = differences(info["config"], self.identity["config"])
         if changed:
             raise InputError(f"{self.saved[-1]} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
-        if info["samples"] != self.identity["samples"]:
-            raise InputError(f"the pictures in {self.config.data.folder} are not those {self.saved[-1]} was trained on; choose another output.folder")
+        changed = [what for what, value in self.identity["inputs"].items() if info.get("inputs", {}).get(what) != value]
+        if changed:
+            raise InputError(
+                f"{', '.join(changed)} of this run are not those {self.saved[-1]} was trained on; restore them, or choose another output.folder"
+            )
         self.network.load_state_dict(prefixed(tensors, "model."))
         self.ema.load_state_dict(prefixed(tensors, "ema."))
         checkpoint.restore_optimizer(optimizer, prefixed(tensors, "optimizer."), self.names)
@@ -259,6 +270,22 @@ class Trainer:
 def train(config: RunConfig, resume: bool = False) -> Path:
     """Runs a training from its options; returns the folder of the finished pipeline."""
     return Trainer(config, resume).run()
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """A context that Ctrl-C does not interrupt: it takes effect at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[tuple] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed and callable(handler):
+        handler(*pressed[0])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

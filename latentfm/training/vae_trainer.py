@@ -28,7 +28,7 @@ class VAETraining:
     """Options of a VAE run. `steps` are optimizer steps of `batch_size` crops of `size` pixels."""
 
     size: int = 64
-    steps: int = 4000
+    steps: int = 2600
     batch_size: int = 16
     learning_rate: float = 1.2e-3
     warmup: int = 100

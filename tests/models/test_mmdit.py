@@ -278,6 +278,10 @@ def test_initialize_starts_at_zero_and_is_not_stuck_there():
     assert not torch.equal(model.pos_embed.proj.weight, before)  # Xavier reached the convolution through its flattened view
     bound, weight = (6 / (16 + 48)) ** 0.5, model.pos_embed.proj.weight.detach()
     assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    image, text = torch.randn(2, 16, 48), torch.randn(2, 9, 48)
+    for block in model.transformer_blocks:  # adaLN-Zero: every block starts as the identity
+        after, text_after = block(image, text, torch.randn(2, 48))
+        assert torch.equal(after, image) and (text_after is None or torch.equal(text_after, text))
     given = inputs(model)
     assert torch.equal(model(**given).sample, torch.zeros_like(given["hidden_states"]))
     target = torch.randn_like(given["hidden_states"])

@@ -1,0 +1,156 @@
+"""Build the bundled model from nothing: three emoji sets in, assets/emoji out.
+
+    pip install -e ".[test]"                                   # brings resvg_py; npm is needed too, for the fetch
+    python scripts/build_emoji.py --work build/emoji           # every stage in order; hours on two CPU cores
+    python scripts/build_emoji.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
+
+Stages: fetch (npm packages) -> render (PNG at 64 and 96 px) -> captions -> vae -> text (three encoders) -> base (those as a
+pipeline folder without network) -> mmdit (`latentfm train --config configs/emoji.yaml`) -> export (half precision, into assets/).
+`python scripts/eval_emoji.py` then measures the result. Seeds are fixed; a stage that is done is not done again.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emoji_data
+import emoji_text
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("fetch", "render", "captions", "vae", "text", "base", "mmdit", "export")
+VAE = {
+    "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128), "layers_per_block": 1, "latent_channels": 12,
+    "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 16,
+    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": emoji_data.SIZE,
+}  # fmt: skip
+TEXT_STEPS = {"clip": 300, "open_clip": 300, "t5": 600}
+SHORT, LONG = emoji_text.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
+
+
+def pictures_of(folder: Path):
+    """The PNG pictures of a folder, float [N, 3, 64, 64] in [-1, 1], in name order."""
+    import numpy as np
+    import torch
+
+    from latentfm.data.images import open_rgb, to_tensor
+
+    return torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted(folder.glob("*.png"))])
+
+
+def fetch(work: Path) -> None:
+    emoji_data.fetch(work / "npm")
+
+
+def render(work: Path) -> None:
+    emoji_data.write_pictures(emoji_data.catalogue(work / "npm"), work / "pictures")
+
+
+def captions(work: Path) -> None:
+    emoji_data.write_captions(emoji_data.catalogue(work / "npm"), work / "pictures")
+
+
+def vae(work: Path) -> None:
+    """Train the VAE (held-out PSNR is printed), find its shift and scale, save it in half precision."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentfm.training.vae_trainer import VAETraining, latent_statistics, train_vae
+
+    if (work / "vae" / "model" / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    model = AutoencoderKL(**VAE)
+    train_vae(model, work / "pictures" / "vae", work / "vae", VAETraining(), pictures_of(work / "pictures" / "held_out"))
+    shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "train"))
+    model.register_to_config(shift_factor=shift, scaling_factor=scale)
+    model.half().save_pretrained(work / "vae" / "model")
+
+
+def text(work: Path) -> None:
+    pairs, out = emoji_text.Pairs(work / "pictures" / "train"), work / "text"
+    if not (out / "tokenizer").exists():
+        emoji_text.train_clip(pairs, out, TEXT_STEPS["clip"], batch=256, seed=1)
+    if not (out / "tokenizer_2").exists():
+        emoji_text.train_open_clip(pairs, out, TEXT_STEPS["open_clip"], batch=256, seed=2)
+    if not (out / "text_encoder_3").exists():
+        emoji_text.train_t5(pairs, out, TEXT_STEPS["t5"], batch=128, seed=3)
+
+
+def base(work: Path) -> None:
+    """Put the frozen models together as a pipeline folder, with the null condition at both T5 lengths."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from latentfm.models.text import NullCondition, PromptEncoder
+
+    folder = work / "base"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / "text", folder)
+    shutil.copytree(work / "vae" / "model", folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": ["diffusers", "AutoencoderKL"]}
+    for suffix, model, tokenizer in (
+        ("", "CLIPTextModelWithProjection", "CLIPTokenizer"),
+        ("_2", "CLIPTextModelWithProjection", "CLIPTokenizer"),
+        ("_3", "T5EncoderModel", "T5Tokenizer"),
+    ):
+        index[f"text_encoder{suffix}"] = ["transformers", model]
+        index[f"tokenizer{suffix}"] = ["transformers", tokenizer]
+    index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    widths = emoji_text.T5_WIDTH, sum(emoji_text.CLIP_WIDTHS)
+    null = NullCondition(PromptEncoder.from_folder(folder, *widths))
+    for length in (SHORT, LONG):
+        null.parts(length)
+    null.save(folder)
+    info = {"format": 1, "name": "emoji", "max_sequence_length": SHORT}
+    (folder / "latentfm.json").write_text(json.dumps(info, indent=2) + "\n", "utf-8")
+
+
+def mmdit(work: Path) -> None:
+    """Train the MM-DiT with this package's own trainer."""
+    if (work / "mmdit" / "model" / "model_index.json").exists():
+        return
+    command = [
+        sys.executable, "-m", "latentfm", "train", "--config", str(ROOT / "configs" / "emoji.yaml"), f"data.folder={work / 'pictures' / 'train'}",
+        f"data.cache={work / 'cache'}", f"model.pipeline={work / 'base'}", f"output.folder={work / 'mmdit'}",
+    ]  # fmt: skip
+    if (work / "mmdit" / "checkpoints").exists():
+        command.append("--resume")
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def export(work: Path) -> None:
+    """Put the finished pipeline into assets/emoji; the model card there is kept."""
+    target = ROOT / "assets" / "emoji"
+    card = (target / "README.md").read_text("utf-8") if (target / "README.md").exists() else None
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(work / "mmdit" / "model", target)
+    if card is not None:
+        (target / "README.md").write_text(card, "utf-8")
+    total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: {total / 2**20:.1f} MiB")
+    if total > 80 * 2**20:
+        raise SystemExit("the bundled model must stay under 80 MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; all of them if none is named")
+    parser.add_argument("--work", type=Path, default=Path("build/emoji"), help="where downloads, renders, caches and checkpoints go")
+    options = parser.parse_args()
+    unknown = [stage for stage in options.stages if stage not in STAGES]
+    if unknown:
+        parser.error(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    work = options.work.resolve()
+    for stage in STAGES:
+        if not options.stages or stage in options.stages:
+            print(f"== {stage}", flush=True)
+            globals()[stage](work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""`latentfm generate` on a tiny stock pipeline: pictures that depend on nothing but their settings, and one clear line for bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import latentfm
+from latentfm.cli import generate as generate_module
+from latentfm.cli.checks import check_size, parse_size
+from latentfm.cli.generate import fingerprint, slug
+from latentfm.cli.main import app
+from latentfm.errors import InputError
+from latentfm.pictures import read_settings
+
+ROOT = Path(latentfm.__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def loud_libraries_afterwards():
+    """The command silences the libraries of its process; here that is everybody's process."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, before, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs the command line with its arguments, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def draw(run, tiny_folder):
+    """A function that runs `latentfm generate` on the tiny model, three steps, and returns the paths printed."""
+
+    def paths(*args):
+        result = run("generate", "--model", tiny_folder, "--steps", 3, *args)
+        assert result.exit_code == 0, result.output
+        return [Path(line) for line in result.stdout.splitlines()]
+
+    return paths
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def refused(result, *words):
+    """Asserts one line on stderr, with `words` in it, exit code 2, and nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_the_batch_changes_no_picture(draw):
+    prompts = ["a red apple", "a blue car, flat style"]
+    ones = draw(*prompts, "-n", 3, "--seed", 11, "--no-grid", "--batch", 1, "--out", "ones")
+    fours = draw(*prompts, "-n", 3, "--seed", 11, "--no-grid", "--batch", 4, "--out", "fours")
+    assert [path.name for path in ones] == [f"{11 + i}-{'a-red-apple' if i < 3 else 'a-blue-car-flat-style'}.png" for i in range(6)]
+    assert [path.name for path in fours] == [path.name for path in ones]
+    for one, four in zip(ones, fours, strict=True):
+        assert abs(pixels(one) - pixels(four)).max() <= 1
+    assert min(abs(pixels(a) - pixels(b)).max() for a, b in zip(ones, ones[1:])) > 10
+
+
+def test_a_picture_can_be_made_again_from_its_own_settings(draw, tiny_folder):
+    path = draw("a cat", "the moon", "-n", 2, "--seed", 5, "--guidance", 4.5, "--negative", "a dog", "--size", "24x40")[2]
+    settings = read_settings(path)
+    assert settings == {
+        "prompt": "the moon", "negative_prompt": "a dog", "seed": 7, "steps": 3, "guidance": 4.5, "width": 24, "height": 40,
+        "model": str(tiny_folder), "model_fingerprint": fingerprint(tiny_folder), "device": "cpu", "dtype": "float32",
+        **generate_module.versions(),
+    }  # fmt: skip
+    again = draw(
+        settings["prompt"], "--seed", settings["seed"], "--guidance", settings["guidance"], "--negative", settings["negative_prompt"],
+        "--size", f"{settings['width']}x{settings['height']}", "--out", "again",
+    )  # fmt: skip
+    assert len(again) == 1
+    assert abs(pixels(again[0]) - pixels(path)).max() <= 1
+
+
+def test_every_option_reaches_the_pipeline(draw, tiny_folder):
+    import torch
+
+    path = draw("a cat", "--seed", 3, "--guidance", 6, "--negative", "a dog", "--size", "24x40", "--dtype", "float32", "--device", "cpu")[0]
+    pipe = latentfm.LatentFMPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "a cat", negative_prompt="a dog", height=40, width=24, num_inference_steps=3, guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    assert Image.open(path).size == (24, 40)
+    assert abs(pixels(path) - np.asarray(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("change", [("--steps", 5), ("--guidance", 8), ("--negative", "a dog"), ("--seed", 4), ("--dtype", "bfloat16")])
+def test_every_option_changes_the_picture(draw, change):
+    before, after = (draw("a cat", "--seed", 3, *extra)[0] for extra in ((), change))
+    assert (pixels(before) != pixels(after)).any()
+    differing = {key for key, value in read_settings(before).items() if read_settings(after)[key] != value}
+    assert differing == {change[0].removeprefix("--").replace("negative", "negative_prompt")}
+
+
+def test_a_random_seed_is_printed_and_used(run, tiny_folder):
+    results = [run("generate", "a cat", "--model", tiny_folder, "--steps", 1) for _ in range(2)]
+    seeds = [int(result.stderr.split()[1]) for result in results]
+    assert seeds[0] != seeds[1]
+    assert [result.stderr for result in results] == [f"seed {seed} (to repeat: --seed {seed})\n" for seed in seeds]
+    assert [read_settings(result.stdout.strip())["seed"] for result in results] == seeds
+
+
+def test_the_empty_prompt_is_a_prompt(draw):
+    path, cat = draw("", "a cat", "--seed", 3, "--no-grid")
+    assert path.name == "3-empty-prompt.png" and read_settings(path)["prompt"] == ""
+    assert (pixels(path) != pixels(draw("a cat", "--seed", 3)[0])).any()
+    assert read_settings(cat)["seed"] == 4
+
+
+def test_prompts_from_a_file_come_after_those_on_the_line(draw):
+    Path("prompts.txt").write_bytes("\ufeffa cat\r\n\r\n   \n  ein Bär  \n".encode())
+    paths = draw("first", "--prompts-file", "prompts.txt", "--seed", 0, "--no-grid")
+    assert [read_settings(path)["prompt"] for path in paths] == ["first", "a cat", "ein Bär"]
+    assert paths[2].name == "2-ein-bär.png"
+
+
+def test_the_contact_sheet_is_printed_last_and_lists_its_pictures(draw):
+    paths = draw("a cat", "a dog", "-n", 2, "--seed", 1)
+    assert [path.name for path in paths] == ["1-a-cat.png", "2-a-cat.png", "3-a-dog.png", "4-a-dog.png", "grid-1.png"]
+    assert [picture["file"] for picture in read_settings(paths[-1])["pictures"]] == [path.name for path in paths[:-1]]
+    sheet = pixels(paths[-1])
+    for index, path in enumerate(paths[:-1]):  # two columns, a row for each prompt; pictures of 32 pixels six times as large
+        left, top = 8 + index % 2 * 200, 8 + index // 2 * (sheet.shape[0] - 8) // 2
+        assert (sheet[top : top + 192 : 6, left : left + 192 : 6] == pixels(path)).all()
+    assert len(draw("a cat", "--seed", 1, "--grid", "--out", "single")) == 1
+    assert len(draw("a cat", "-n", 2, "--no-grid", "--out", "none")) == 2
+
+
+def test_nothing_is_overwritten(draw):
+    first = draw("a cat", "--seed", 1)[0]
+    content = first.read_bytes()
+    assert draw("a cat", "--seed", 1, "--guidance", 9) == [Path("outputs/1-a-cat-2.png")]
+    assert first.read_bytes() == content
+
+
+def test_what_the_encoders_cut_off_is_said(run, tiny_folder):
+    result = run("generate", "a cat " * 40, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--guidance", 1, "--negative", "a dog")
+    assert result.exit_code == 0 and result.stdout == f"outputs/1-{slug('a cat ' * 40)}.png\n"
+    lines = result.stderr.splitlines()
+    assert len(lines) >= 2 and all(line.startswith("note: ") for line in lines)
+    assert "longer than" in lines[0] and "--negative does nothing at --guidance 1;" in lines[-1]
+
+
+EARLY = [
+    ((), ["no prompt", "--prompts-file"]),
+    (("cat", "-n", "0"), ["--number 0", "at least 1"]),
+    (("cat", "--steps", "0"), ["--steps 0"]),
+    (("cat", "--steps", "-3"), ["--steps -3"]),
+    (("cat", "--batch", "0"), ["--batch 0"]),
+    (("cat", "--steps", "many"), ["--steps", "integer"]),
+    (("cat", "--stps", "3"), ["--stps", "--steps"]),
+    (("cat", "--guidance", "nan"), ["--guidance nan"]),
+    (("cat", "--guidance", "inf"), ["--guidance inf"]),
+    (("cat", "--guidance=-1"), ["--guidance -1"]),
+    (("cat", "--seed=-1"), ["--seed -1 is out of range"]),
+    (("cat", "--seed", str(2**63)), ["is out of range"]),
+    (("cat", "-n", "2", "--seed", str(2**63 - 1)), ["is out of range", str(2**63 - 2)]),
+    (("cat", "--size", "large"), ["--size 'large'", "WIDTHxHEIGHT"]),
+    (("cat", "--size=-8x8"), ["--size '-8x8'"]),
+    (("cat", "--prompts-file", "missing.txt"), ["missing.txt", "No such file"]),
+    (("cat", "--prompts-file", "blank.txt"), ["blank.txt has no prompt"]),
+    (("cat", "--prompts-file", "latin.txt"), ["latin.txt is not UTF-8"]),
+    (("cat", "--out", "blank.txt"), ["blank.txt is a file"]),
+    (("cat", "--out", "blank.txt/below"), ["blank.txt is a file"]),
+    (("cat", "--device", "cuad"), ["'cuad'", "did you mean 'cuda'"]),
+    (("cat", "--dtype", "bfloat"), ["'bfloat'", "did you mean 'bfloat16'"]),
+    (("cat", "--model", "missing"), ["missing does not exist"]),
+    (("cat", "--model", "blank.txt"), ["blank.txt is a file"]),
+    (("cat", "--model", "run"), ["did you mean run/step-2?"]),
+    (("b\udce4r",), ["not valid UTF-8"]),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), EARLY, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_bad_input_is_refused_before_anything_is_loaded(run, tiny_folder, monkeypatch, args, words):
+    monkeypatch.setattr(generate_module, "quiet_libraries", lambda: pytest.fail("the libraries were loaded"))
+    Path("blank.txt").write_text("\n  \n")
+    Path("latin.txt").write_bytes("ein Bär".encode("latin-1"))
+    for step in (1, 2):
+        Path(f"run/step-{step}").mkdir(parents=True)
+        Path(f"run/step-{step}/model_index.json").write_text("{}")
+    before = sorted(Path().rglob("*"))
+    refused(run("generate", *(() if "--model" in args else ("--model", tiny_folder)), *args), *words)
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--size", "36"), ["36x36", "multiples of 8", "32x32 and 40x40"]),
+        (("--size", "32x37"), ["32x32 and 32x40"]),
+        (("--size", "128x64"), ["up to 64", "the nearest is 64x64"]),
+        (("--size", "0"), ["the nearest is 8x8"]),
+        (("--guidance", "1e39"), ["not finite", "--guidance"]),
+        (("--device", "cuda:99"), ["--device cuda:99"]),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(run, tiny_folder, args, words):
+    refused(run("generate", "a cat", "--model", tiny_folder, "--steps", 3, "--seed", 1, *args), *words)
+    assert not Path("outputs").exists()
+
+
+def test_folders_that_are_no_model_are_refused(run, tiny_folder):
+    Path("empty").mkdir()
+    refused(run("generate", "a cat", "--model", "empty"), "empty", "model_index.json")
+    shutil.copytree(tiny_folder, "damaged")
+    weights = next(Path("damaged/vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(run("generate", "a cat", "--model", "damaged"), "damaged cannot be loaded")
+    assert not Path("outputs").exists()
+
+
+def test_sizes():
+    assert parse_size("512x768") == (512, 768) == parse_size(" 512 X 768 ")
+    assert parse_size("64") == (64, 64)
+    for text in ("", "x", "64x", "64x64x64", "6.4", "1e3"):
+        with pytest.raises(InputError):
+            parse_size(text)
+    check_size(8, 64, 8, 64)
+    with pytest.raises(InputError, match="the nearest are 48x48 and 48x64$"):
+        check_size(48, 50, 16, 64)
+
+
+def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
+    real, calls = generate_module.draw, []
+
+    def draw_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generate_module, "draw", draw_once)
+    result = run("generate", "a cat", "-n", 3, "--batch", 1, "--model", tiny_folder, "--steps", 1, "--seed", 1)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "outputs/1-a-cat.png\n", "interrupted\n")
+    assert [path.name for path in Path("outputs").iterdir()] == ["1-a-cat.png"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_finished(run, tiny_folder, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full_after_one(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_one)
+    result = run("generate", "a cat", "-n", 3, "--model", tiny_folder, "--steps", 1, "--seed", 1)
+    assert (result.exit_code, result.stdout) == (2, "outputs/1-a-cat.png\n")
+    assert result.stderr == "error: cannot write a picture into outputs: No space left on device; the finished ones are kept\n"
+    assert [path.name for path in Path("outputs").iterdir()] == ["1-a-cat.png"]
+
+
+def test_debugging_shows_the_exception(run, monkeypatch):
+    monkeypatch.setenv("LATENTFM_DEBUG", "1")
+    assert isinstance(run("generate").exception, InputError)
+
+
+def test_names_of_files():
+    assert slug("A red Apple,  on/a\\plate!") == "a-red-apple-on-a-plate"
+    assert slug("../..") == slug("🐻") == "picture"
+    assert slug(" ") == "empty-prompt"
+    assert len(slug("熊 " * 200).encode()) <= 80 and set(slug("熊 " * 200)) == {"熊", "-"}
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_the_folder(tmp_path):
+    weights = np.random.default_rng(0).integers(0, 256, 2**20, dtype=np.uint8)
+
+    def model(name, scale=1):
+        (tmp_path / name / "transformer").mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": "X", "transformer": ["a", "B"]}))
+        (tmp_path / name / "transformer" / "model.safetensors").write_bytes((weights * scale).tobytes())
+        return tmp_path / name
+
+    first = fingerprint(model("first"))
+    assert len(first) == 12 and int(first, 16) >= 0
+    assert fingerprint(model("copy")) == first
+    assert fingerprint(model("retrained", scale=3)) != first
+    (tmp_path / "first" / "outputs").mkdir()
+    (tmp_path / "first" / "outputs" / "picture.png").write_bytes(b"beside the model")
+    assert fingerprint(tmp_path / "first") == first
+    (tmp_path / "first" / "transformer" / "config.json").write_text("{}")
+    assert fingerprint(tmp_path / "first") != first
+
+
+def shell(*args):
+    """Runs python with `args` as a user would, outside this process."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_output_holds_nothing_but_ours(tiny_folder, tmp_path):
+    done = shell("-m", "latentfm.cli.main", "generate", "a cat", "--model", tiny_folder, "--steps", 2, "--seed", 1, "--out", tmp_path / "o")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/o/1-a-cat.png\n", "")
+
+
+def test_the_command_line_starts_without_the_heavy_libraries():
+    done = shell("-c", "import sys, latentfm.cli.main; print(*sys.modules)")
+    loaded = set(done.stdout.split())
+    assert "latentfm.cli.generate" in loaded, done.stderr
+    assert not loaded & {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "yaml", "accelerate"}
+
+
+def test_help_and_version(run):
+    assert run("--version").stdout == f"latentfm {latentfm.__version__}\n"
+    for args in ((), ("--help",), ("-h",)):
+        result = run(*args)
+        assert result.exit_code == 0 and "generate" in result.stdout and "train" in result.stdout
+    assert 'latentfm generate "a red apple"' in run("generate", "--help").stdout
+    refused(run("generat"), "generat", "Did you mean 'generate'")
+    refused(run("--verbse"), "--verbse")

@@ -1,0 +1,94 @@
+"""The moving average of weights, against its recursion written out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from latentfm.training.ema import EMA
+
+
+def network():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    module[1].bias.requires_grad_(False)
+    return module
+
+
+@torch.no_grad()
+def move(module, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2, 0.9])
+def test_it_is_the_recursion_with_the_warm_up(decay):
+    module = network()
+    ema = EMA(module, decay)
+    expected = {name: p.detach().double() for name, p in module.named_parameters() if p.requires_grad}
+    for step in range(1, 31):
+        move(module, step)
+        ema.update(module, step)
+        d = min(decay, (1 + step) / (10 + step))
+        for name, parameter in module.named_parameters():
+            if name in expected:
+                expected[name] = d * expected[name] + (1 - d) * parameter.detach().double()
+    assert set(ema.state_dict()) == set(expected) == {"0.weight", "0.bias", "1.weight"}
+    for name, value in ema.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_weights_are_averaged_in_float32():
+    module = network().to(torch.bfloat16)
+    ema = EMA(module, 0.999)
+    start = ema.shadow["0.weight"].clone()
+    with torch.no_grad():
+        module[0].weight.add_(1.0)
+    for step in range(100_000, 100_010):  # past the warm-up: each moves a thousandth, which bfloat16 could not hold
+        ema.update(module, step)
+    moved = (ema.shadow["0.weight"] - start) / (module[0].weight.detach().float() - start)
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.999**10), rtol=1e-3, atol=0)
+
+
+def test_applied_to_lends_the_averages_and_gives_the_weights_back_also_after_an_error():
+    module = network()
+    ema = EMA(module, 0.5)
+    move(module, 1)
+    own = copy.deepcopy(module.state_dict())
+    assert not torch.equal(own["0.weight"], ema.shadow["0.weight"])
+    with pytest.raises(RuntimeError, match="inside"), ema.applied_to(module) as lent:
+        assert lent is module
+        for name, value in ema.shadow.items():
+            assert torch.equal(module.state_dict()[name], value)
+        raise RuntimeError("inside")
+    for name, value in own.items():
+        assert torch.equal(module.state_dict()[name], value)
+
+
+def test_the_averages_are_copies_of_what_they_load():
+    first, second = EMA(network(), 0.9), EMA(network(), 0.9)
+    module = network()
+    move(module, 3)
+    first.update(module, 1)
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(first.shadow[name], second.shadow[name]) for name in first.shadow)
+    first.update(module, 2)
+    assert not torch.equal(first.shadow["0.weight"], second.shadow["0.weight"])
+
+
+def test_a_state_of_another_network_is_refused_by_name():
+    ema = EMA(network(), 0.9)
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        ema.load_state_dict({name: value for name, value in ema.state_dict().items() if name != "0.weight"})
+    with pytest.raises(ValueError, match="extra"):
+        ema.load_state_dict(ema.state_dict() | {"extra": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay"):
+        EMA(network(), decay)
