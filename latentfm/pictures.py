@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import unicodedata
 import uuid
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def grid(images: list[Image.Image], columns: int | None = None, labels: list[str
     cells = [cell(image) for image in images]
     width, height = max(c.width for c in cells), max(c.height for c in cells)
     font = ImageFont.load_default(13)
-    texts = [wrapped(label, font, width) for label in labels or []]
+    texts = [wrapped(unaccented(label), font, width) for label in labels or []]
     line = sum(font.getmetrics())
     below = line * max((len(text) for text in texts), default=0)  # pixels of label under each picture
 
@@ -137,6 +138,11 @@ def grid(images: list[Image.Image], columns: int | None = None, labels: list[str
         for number, text in enumerate(texts[index] if texts else []):
             draw.text((left, top + height + number * line), text, fill=INK, font=font)
     return sheet
+
+
+def unaccented(text: str) -> str:
+    """`text` without the accents that Pillow's own font lacks: "Bär" becomes "Bar"."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -111,7 +111,7 @@ def t5_tokenizer(texts: list[str], folder: Path):
 
 
 def train(module: nn.Module, losses: Iterator[Callable[[], Tensor]], steps: int, rate: float, label: str) -> None:
-    """AdamW with warm-up and cosine decay in bf16 autocast; prints the loss and speed every 100 steps."""
+    """AdamW with warm-up and cosine decay in bf16 autocast; prints the loss and speed every 50 steps."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * s / steps)))
@@ -125,7 +125,7 @@ def train(module: nn.Module, losses: Iterator[Callable[[], Tensor]], steps: int,
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             pace = (step + 1) / (time.monotonic() - began)
             print(f"{label} step {step + 1}/{steps} loss {loss.item():.4f} {pace:.2f} steps/s", flush=True)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from latentfm.errors import InputError
-from latentfm.pictures import LARGEST, PAPER, SMALLEST, cell, grid, read_settings, save_png, shortened, wrapped
+from latentfm.pictures import LARGEST, PAPER, SMALLEST, cell, grid, read_settings, save_png, shortened, unaccented, wrapped
 
 SETTINGS = {
     "prompt": "ein Bär, 熊 🐻\nsecond line", "seed": 2**63 - 1, "negative_prompt": "blur", "steps": 28, "guidance": 3.5,
@@ -34,7 +34,8 @@ def test_a_picture_gives_its_settings_and_its_pixels_back(tmp_path):
         words = image.info["parameters"].splitlines()
     assert words[:3] == ["ein Bär, 熊 🐻", "second line", "Negative prompt: blur"]
     assert words[3] == (
-        "Steps: 28, CFG scale: 3.5, Seed: 9223372036854775807, Size: 64x32, Model: bundled, Model hash: 0123456789ab, Version: latentfm 0.1.0"
+        "Steps: 28, CFG scale: 3.5, Seed: 9223372036854775807, Size: 64x32, "
+        "Model: bundled, Model hash: 0123456789ab, Version: latentfm 0.1.0"
     )
 
 
@@ -125,7 +126,7 @@ def test_labels_stand_under_their_pictures_and_stay_within_their_width():
     images = [noise(200, 200, seed) for seed in range(2)]
     words = " ".join(["a rather long prompt"] * 20)
     plain, labelled = pixels(grid(images, columns=2)), pixels(grid(images, columns=2, labels=[words, "W" * 300]))
-    below = labelled[208:]
+    below = labelled[208:].copy()
     assert (labelled[:208] == plain[:208]).all()
     for left in (8, 216):
         assert (below[:, left : left + 200] != PAPER).any()
@@ -143,6 +144,11 @@ def test_a_shortened_label_says_so():
     assert "one two three four five six seven eight nine ten".startswith(" ".join(lines).removesuffix("..."))
     cut = shortened("W" * 50, font, 100)
     assert cut.endswith("W...") and font.getlength(cut) <= 100 < font.getlength("W" + cut)
+
+
+def test_labels_lose_the_accents_the_font_lacks():
+    assert unaccented("ein Bär à côté, 熊") == "ein Bar a cote, 熊"
+    assert (pixels(grid([noise(200, 200)], labels=["Bär"])) == pixels(grid([noise(200, 200)], labels=["Bar"]))).all()
 
 
 def test_sheets_that_cannot_be_made_are_refused():

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import re
 import secrets
 from pathlib import Path
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAST_SEED = 2**63 - 1
+MOST_GUIDANCE = 1000
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
 PIECES, PIECE_BYTES = 64, 4096  # what the fingerprint reads of each large file
 
@@ -81,8 +81,8 @@ def generate(
     """
     texts = wanted_prompts(prompts, prompts_file)
     check_at_least_one({"--number": number, "--steps": steps, "--batch": batch})
-    if not math.isfinite(guidance) or guidance < 0:
-        raise InputError(f"--guidance {guidance} is not a strength; 1 is no guidance, 2 to 5 is usual")
+    if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
+        raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE}; 1 is no guidance, 2 to 5 is usual")
     count = len(texts) * number
     if seed is not None and not 0 <= seed <= LAST_SEED - (count - 1):
         raise InputError(f"--seed {seed} is out of range: {count} pictures need a seed from 0 to {LAST_SEED - (count - 1)}")

@@ -61,7 +61,7 @@ app.command(
     epilog="Examples\n\n"
     'latentfm generate "a red apple"\n\n'
     'latentfm generate "a red apple" "a green car" -n 4 --seed 7\n\n'
-    "latentfm generate --prompts-file prompts.txt --model runs/mine/pipeline --out pictures\n\n"
+    "latentfm generate --prompts-file prompts.txt --model runs/mine/model --out pictures\n\n"
     'latentfm generate ""  (the empty prompt: an unconditional picture)'
 )(generate)
 app.command()(train)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from latentfm.errors import InputError
@@ -63,7 +63,7 @@ class Cache:
         """Stores an entry in one rename. Raises OSError when the disk refuses it; nothing half-written remains."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial"  # two writers, on two machines even, never share it)
+        partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial")  # two writers, on two machines even, never share it
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
             save_file(tensors, partial, metadata={"crc32": str(checksum(tensors))})
@@ -76,9 +76,10 @@ class Cache:
         """An entry's tensors. Raises KeyError when it is missing, InputError when it is damaged."""
         path = self.path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                expected = (file.metadata() or {}).get("crc32")
+            data = path.read_bytes()  # once: safe_open opens a file twice, and another run may replace it in between
+            tensors = load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            expected = header.get("__metadata__", {}).get("crc32")
         except FileNotFoundError:
             raise KeyError(key) from None
         except (OSError, SafetensorError) as error:

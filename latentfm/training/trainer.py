@@ -1,7 +1,10 @@
 """Training by conditional flow matching with label dropout (notes, Algorithm 5), through Accelerate.
 
     latentfm train --config configs/quickstart.yaml data.folder=my_pictures
-    accelerate launch --cpu --num_processes 2 -m latentfm train --config configs/quickstart.yaml
+    accelerate launch --multi_gpu --num_processes 2 -m latentfm train --config configs/quickstart.yaml
+    torchrun --nproc_per_node 2 -m latentfm train --config configs/quickstart.yaml
+
+Both work without a GPU too; `accelerate launch --cpu --num_processes 2` starts a single process.
 
 A run's folder holds metrics.jsonl and TensorBoard logs, samples/ (pictures from the averaged weights), checkpoints/,
 and at the end model/, a stock pipeline folder.
@@ -69,7 +72,10 @@ class Trainer:
         self.config, self.out = config, Path(config.output.folder).expanduser()
         self.refuse_overwriting(resume)
         torch.manual_seed(config.train.seed)
-        self.accelerator = Accelerator(mixed_precision=config.train.mixed_precision, log_with="tensorboard", project_dir=self.out)
+        self.accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision, log_with="tensorboard", project_dir=self.out,
+            cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
+        )  # fmt: skip
         self.check_batch()
         dataset = open_dataset(config.data, self.accelerator)
         self.models: Models = load_models(config.model)
@@ -173,10 +179,12 @@ class Trainer:
         began, first = time.monotonic(), self.step
         self.progress.start(self.step, config.steps)
         while self.step < config.steps:
-            row = self.train_step(stream)
-            row["images_per_second"] = (self.step - first) * config.batch_size / (time.monotonic() - began)
-            self.progress.step(self.step, row)
-            self.log(row)
+            row = self.gradient(stream)
+            with unbroken():  # a Ctrl-C in here would save weights, averages, step and log that do not belong together
+                self.update()
+                row["images_per_second"] = (self.step - first) * config.batch_size / (time.monotonic() - began)
+                self.progress.step(self.step, row)
+                self.log(row)
             if self.due(self.config.output.checkpoint_every):
                 self.save()
             if self.due(self.config.sample.every):
@@ -196,8 +204,8 @@ class Trainer:
             config.train.gradient_accumulation, self.accelerator.process_index, self.accelerator.num_processes, config.data.workers,
         )  # fmt: skip
 
-    def train_step(self, stream: Iterator[Batch]) -> dict[str, float]:
-        """Takes one optimizer step over the global batch, and counts it; returns its log row (global mean loss, rate, gradient norm)."""
+    def gradient(self, stream: Iterator[Batch]) -> dict[str, float]:
+        """The log row of one optimizer step (global mean loss, rate, gradient norm), its clipped gradient left in the weights."""
         options, accelerator = self.config.train, self.accelerator
         rate = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
@@ -214,13 +222,14 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
         if not torch.isfinite(norm):
             raise InputError(f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate")
-        loss = accelerator.reduce(total, "mean").item()
-        with unbroken():  # Ctrl-C in here would save weights, averages and step that do not belong together
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.ema.update(self.network, self.step + 1)
-            self.step += 1
-        return {"loss": loss, "learning_rate": rate, "gradient_norm": norm.item()}
+        return {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
+
+    def update(self) -> None:
+        """Moves the weights by the gradient and the averages after them, and counts the step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.network, self.step + 1)
+        self.step += 1
 
     def refuse_non_finite(self, losses: Tensor, batch: Batch) -> None:
         """Raises InputError naming the samples whose loss is not finite, before they touch a weight."""

@@ -20,21 +20,26 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def write_pictures(folder: Path, captions: list[str], size: tuple[int, int] = (32, 32)) -> Path:
-    """A folder of smooth random pictures, a function of their number alone, with these captions."""
+def write_pictures(folder: Path, count: int = len(CAPTIONS), size: tuple[int, int] = (32, 32), opening: str = "") -> Path:
+    """A new folder of smooth random pictures, each a function of its number alone; `opening` is put before every caption."""
     folder.mkdir(parents=True)
-    for index, caption in enumerate(captions):
+    for index, caption in enumerate(CAPTIONS[:count]):
         rng = np.random.default_rng(index)
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8).astype(np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:02d}.png")
-        (folder / f"{index:02d}.txt").write_text(caption, "utf-8")
+        (folder / f"{index:02d}.txt").write_text(opening + caption.replace("\n", f"\n{opening}"), "utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_pictures() -> Callable[..., Path]:
+    return write_pictures
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten 32 x 32 pictures; the last has three captions. Read it, never write into it."""
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "pictures", CAPTIONS)
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "pictures")
 
 
 @pytest.fixture(scope="session")
