@@ -101,7 +101,8 @@ class RunConfig(Section):
     def batch_divides(self) -> "RunConfig":
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} does not divide by train.gradient_accumulation {self.train.gradient_accumulation}"
+                f"train.batch_size {self.train.batch_size} does not divide by "
+                f"train.gradient_accumulation {self.train.gradient_accumulation}"
             )
         return self
 
@@ -143,7 +144,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         return RunConfig.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"] for e in error.errors(include_url=False)
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"]
+            for e in error.errors(include_url=False)
         ]
         missing = [line.split(":")[0] for line, e in zip(lines, error.errors()) if e["type"] == "missing"]
         if missing:

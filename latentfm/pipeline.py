@@ -24,15 +24,14 @@ from torch import Tensor
 from latentfm import flow
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
+from latentfm.models.folder import INFO_FILE, check_folder, read_info, write_stock_names
 from latentfm.models.interchange import refuse_pickle
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
 from latentfm.models.velocity import velocity
 
-INFO_FILE = "latentfm.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 41) else "torch_dtype"  # the old name warns
-STOCK_NAMES = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
 
 
 class LatentFMPipeline(DiffusionPipeline):
@@ -374,50 +373,6 @@ class LatentFMPipeline(DiffusionPipeline):
             extra["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
         self.scheduler.set_timesteps(steps, device="cpu", **extra)
         return 1.0 - self.scheduler.sigmas
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder says of itself in latentfm.json; empty for a stock folder."""
-    path = folder / INFO_FILE
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-
-def check_folder(folder: Path, transformer: bool = True) -> None:
-    """Raises InputError unless `folder` is a pipeline folder with safetensors weights; `transformer` says whether it must have one."""
-    if not folder.is_dir():
-        refuse_pickle(folder)
-        raise InputError(f"no such model folder: {folder}; give a folder with a model_index.json")
-    if not (folder / "model_index.json").is_file():
-        refuse_pickle(folder)
-        raise InputError(f"{folder} is no pipeline folder: it has no model_index.json; give a folder saved by latentfm or diffusers")
-    try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder}/model_index.json is damaged ({error}); copy the folder again") from error
-    for name in index:
-        refuse_pickle(folder / name)
-    if not transformer:
-        return
-    if not (folder / "transformer" / "config.json").is_file():
-        raise InputError(f"{folder} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    if not any((folder / "transformer").glob("*.safetensors")):
-        raise InputError(f"{folder}/transformer has no safetensors weights; its copy is not complete")
-
-
-def write_stock_names(folder: Path) -> None:
-    """Makes the folder's JSON files name diffusers' classes and float32 text encoders, so that stock code loads and runs it.
-
-    Without a dtype stock diffusers loads the transformer and the VAE in float32 whatever was saved, but transformers 5 loads
-    a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail.
-    """
-    index_path, config_path = folder / "model_index.json", folder / "transformer" / "config.json"
-    index = json.loads(index_path.read_text("utf-8")) | STOCK_NAMES
-    index_path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    config = json.loads(config_path.read_text("utf-8")) | {"_class_name": STOCK_NAMES["transformer"][1]}
-    config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    for path in folder.glob("text_encoder*/config.json"):
-        config = json.loads(path.read_text("utf-8")) | {"dtype": "float32"}
-        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | None:

@@ -114,21 +114,30 @@ def mmdit(work: Path) -> None:
     """Train the MM-DiT with this package's own trainer."""
     if (work / "mmdit" / "model" / "model_index.json").exists():
         return
-    command = [
-        sys.executable, "-m", "latentfm", "train", "--config", str(ROOT / "configs" / "emoji.yaml"), f"data.folder={work / 'pictures' / 'train'}",
-        f"data.cache={work / 'cache'}", f"model.pipeline={work / 'base'}", f"output.folder={work / 'mmdit'}",
-    ]  # fmt: skip
-    if (work / "mmdit" / "checkpoints").exists():
+    from latentfm.training.checkpoint import checkpoints
+
+    folders = {
+        "data.folder": work / "pictures" / "train",
+        "data.cache": work / "cache",
+        "model.pipeline": work / "base",
+        "output.folder": work / "mmdit",
+    }
+    command = [sys.executable, "-m", "latentfm", "train", "--config", str(ROOT / "configs" / "emoji.yaml")]
+    command += [f"{option}={folder}" for option, folder in folders.items()]
+    if checkpoints(work / "mmdit" / "checkpoints"):
         command.append("--resume")
     subprocess.run(command, check=True, cwd=ROOT)
 
 
 def export(work: Path) -> None:
     """Put the finished pipeline into assets/emoji; the model card there is kept."""
+    from latentfm.models.folder import write_stock_names
+
     target = ROOT / "assets" / "emoji"
     card = (target / "README.md").read_text("utf-8") if (target / "README.md").exists() else None
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work / "mmdit" / "model", target)
+    write_stock_names(target)
     if card is not None:
         (target / "README.md").write_text(card, "utf-8")
     total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

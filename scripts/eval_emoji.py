@@ -84,7 +84,8 @@ def main() -> None:
             name = f"{part}_guidance_{guidance:g}_t5_{length}"
             results[name] = (found == 0).float().mean().item()
             results[f"{name}_top5"] = (found < 5).float().mean().item()
-            print(f"{name}: {results[name]:.1%} first, {results[f'{name}_top5']:.1%} in five, of {len(used)}; {time.monotonic() - began:.0f} s", flush=True)
+            first, five, seconds = results[name], results[f"{name}_top5"], time.monotonic() - began
+            print(f"{name}: {first:.1%} first, {five:.1%} in five, of {len(used)}; {seconds:.0f} s", flush=True)
             sheet = [image for i in range(min(24, len(used))) for image in (open_rgb(used[i]["path"]), images[i])]
             labels = [label for i in range(min(24, len(used))) for label in ("render", prompts[i])]
             grid(sheet, columns=12, labels=labels).save(out / f"{name}.png")

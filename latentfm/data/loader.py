@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset as TorchDataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from latentfm.data.cache import Cache
 from latentfm.data.sources import Sample
@@ -136,8 +137,9 @@ class CachedSamples(TorchDataset):
 
 
 def batches(
-    data: CachedSamples, stream: Stream, shares: dict[int, float], start: int, stop: int, accumulation: int, rank: int, world: int, workers: int
-) -> Iterator[Batch]:
+    data: CachedSamples, stream: Stream, shares: dict[int, float], start: int, stop: int,
+    accumulation: int, rank: int, world: int, workers: int,
+) -> Iterator[Batch]:  # fmt: skip
     """Yields this rank's micro-batches of optimizer steps start ... stop - 1, `accumulation` of them a step.
 
     Rank r's micro-batch m of a step is the slice [m W + r, m W + r + 1) * G / (W accumulation) of the global batch.

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from latentfm.config import RunConfig
+from latentfm.models.folder import INFO_FILE, write_stock_names
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
-from latentfm.pipeline import INFO_FILE, write_stock_names
 from latentfm.training import checkpoint
 from latentfm.training.prepare import Models
 

@@ -19,9 +19,9 @@ from latentfm.data.images import Transform, UnreadableImage, apply, digest, open
 from latentfm.data.sources import Dataset, Sample, read_folder, summary
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
+from latentfm.models.folder import check_folder, read_info
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NullCondition, PromptEncoder
-from latentfm.pipeline import check_folder, read_info
 
 IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 8, 32
 
@@ -47,6 +47,8 @@ def load_models(options: ModelOptions) -> Models:
     """The models of `options`: a pipeline's own network to fine-tune, or a new one of a preset beside its frozen models."""
     folder = Path(options.pipeline).expanduser() if options.pipeline else bundled_model()
     check_folder(folder, transformer=options.preset is None)
+    if not (folder / "vae" / "config.json").is_file():
+        raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
     if options.preset is None:
         network = MMDiT.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True)
@@ -122,7 +124,8 @@ class CachedDataset:
                 continue
         entries: list[dict[str, Tensor]] = [{"unreadable": torch.zeros(0)} for _ in items]
         if pictures:
-            for place, moments in zip(pictures, vae_room.encode_moments(self.models.vae, torch.stack(list(pictures.values()))), strict=True):
+            encoded = vae_room.encode_moments(self.models.vae, torch.stack(list(pictures.values())))
+            for place, moments in zip(pictures, encoded, strict=True):
                 entries[place] = {"moments": moments}
         return entries
 

@@ -165,7 +165,8 @@ class Trainer:
         parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
         epochs = config.train.steps * config.train.batch_size / samples
         self.accelerator.print(
-            f"{parameters:.1f}M parameters, {samples} pictures, {config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
+            f"{parameters:.1f}M parameters, {samples} pictures, "
+            f"{config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"P(no condition) = {dropout.p_unconditional(encoders):.3f}"
         )
@@ -221,7 +222,9 @@ class Trainer:
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
         if not torch.isfinite(norm):
-            raise InputError(f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate")
+            raise InputError(
+                f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate"
+            )
         return {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
 
     def update(self) -> None:
@@ -263,11 +266,14 @@ class Trainer:
         tensors, info = checkpoint.load(self.saved[-1])
         changed = differences(info["config"], self.identity["config"])
         if changed:
-            raise InputError(f"{self.saved[-1]} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
+            raise InputError(
+                f"{self.saved[-1]} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder"
+            )
         changed = [what for what, value in self.identity["inputs"].items() if info.get("inputs", {}).get(what) != value]
         if changed:
             raise InputError(
-                f"{', '.join(changed)} of this run are not those {self.saved[-1]} was trained on; restore them, or choose another output.folder"
+                f"{', '.join(changed)} of this run are not those {self.saved[-1]} was trained on; "
+                "restore them, or choose another output.folder"
             )
         self.network.load_state_dict(prefixed(tensors, "model."))
         self.ema.load_state_dict(prefixed(tensors, "ema."))

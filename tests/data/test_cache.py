@@ -125,6 +125,14 @@ def test_a_full_disk_leaves_no_half_entry_and_the_old_one(tmp_path):
     assert files_in(tmp_path) == [f"{KEY}.safetensors"] and same(cache.read(KEY), entry())
 
 
+def test_an_entry_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
+    cache = Cache(tmp_path)
+    (cache.path(KEY) / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match="could not write the cache entry"):
+        cache.write(KEY, entry())
+    assert files_in(tmp_path) == []
+
+
 def write_often(folder, seed, barrier):
     cache = Cache(folder)
     barrier.wait()

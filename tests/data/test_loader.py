@@ -11,6 +11,7 @@ from latentfm.data.cache import Cache, key_of
 from latentfm.data.loader import CachedSamples, Dropout, Stream, batches, generator_for
 from latentfm.data.sources import Sample
 
+NO_DROPOUT = Dropout(0.0, 0.0)
 ENCODERS = ("clip_1", "clip_2", "t5")
 
 
@@ -43,7 +44,7 @@ def samples_of(count, captions=1):
     return tuple(Sample(None, tuple(f"caption {c} of {i}" for c in range(captions)), f"{i:03d}.png") for i in range(count))
 
 
-def reader(count=7, captions=1, seed=3, dropout=Dropout(0.0, 0.0), flip=False):
+def reader(count=7, captions=1, seed=3, dropout=NO_DROPOUT, flip=False):
     samples = samples_of(count, captions)
     return CachedSamples(samples, Shelf(samples), image_key, caption_key, seed, dropout, flip)
 
@@ -175,7 +176,7 @@ def test_a_samples_draws_survive_changes_to_the_other_samples():
 
 
 def test_generators_differ_in_each_of_their_three_parts():
-    names = [(0, 1, "a"), (1, 0, "a"), (0, 1, "b"), (0, 11, "a"), (0, 1, "a\0")]
+    names = [(0, 1, "a"), (1, 0, "a"), (0, 1, "b"), (1, 11, "a"), (11, 1, "a"), (1, 1, "1a"), (0, 1, "a\0")]
     first = {generator_for(*name).initial_seed() for name in names}
     assert len(first) == len(names)
     assert generator_for(5, 6, "ü.png").initial_seed() == generator_for(5, 6, "ü.png").initial_seed() < 2**63

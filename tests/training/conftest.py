@@ -68,7 +68,14 @@ def options(pictures: Path, cache_folder: Path, tiny_folder: Path) -> Callable[.
     """options(out, *more) -> the command line's overrides of a run of six steps into `out`; `more` goes before."""
 
     def build(out: Path, *more: str) -> list[str]:
-        return [f"data.folder={pictures}", f"data.cache={cache_folder}", f"model.pipeline={tiny_folder}", f"output.folder={out}", *SETTINGS, *more]
+        return [
+            f"data.folder={pictures}",
+            f"data.cache={cache_folder}",
+            f"model.pipeline={tiny_folder}",
+            f"output.folder={out}",
+            *SETTINGS,
+            *more,
+        ]
 
     return build
 

@@ -1,6 +1,7 @@
 """The learning rate's course and the optimizer's groups."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_it_rises_in_equal_steps_to_the_peak(decay):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_it_never_rises_after_the_warm_up_and_stays_positive(decay):
     rates = course(steps=50, warmup_steps=5, learning_rate=1.0, decay=decay)
-    assert all(later <= earlier for earlier, later in zip(rates[5:], rates[6:]))
+    assert all(later <= earlier for earlier, later in pairwise(rates[5:]))
     assert all(rate > 0 for rate in rates)
 
 

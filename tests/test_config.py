@@ -1,0 +1,190 @@
+"""The options of a run: what is accepted, what is refused and how, and that each of them is read."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+import latentfm
+from latentfm.config import RunConfig, load_config
+from latentfm.errors import InputError
+
+NEEDED = ["data.folder=pictures", "output.folder=runs/a"]
+SOURCE = Path(latentfm.__file__).parent
+ROOT = SOURCE.parent
+OPTIONS = [(section, key) for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields]
+
+
+def config(*overrides):
+    return load_config(None, [*NEEDED, *overrides])
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_a_file_gives_options_and_overrides_go_on_top(tmp_path):
+    path = written(tmp_path, "data: {folder: a, size: [64, 32]}\ntrain:\n  steps: 7\n  learning_rate: 1.5e-3\noutput: {folder: b}\n")
+    given = load_config(
+        path, ["train.steps=9", "train.betas=[0.8, 0.9]", "data.t5_lengths={16: 0.9, 256: 0.1}", "sample.prompts=[a cat, b]"]
+    )
+    assert (given.data.folder, given.data.size, given.output.folder) == ("a", (64, 32), "b")
+    assert (given.train.steps, given.train.learning_rate, given.train.betas) == (9, 1.5e-3, (0.8, 0.9))
+    assert given.data.t5_lengths == {16: 0.9, 256: 0.1} and given.sample.prompts == ["a cat", "b"]
+    assert given.train.batch_size == RunConfig.model_fields["train"].default_factory().batch_size
+    assert load_config(path, []).train.steps == 7
+    assert load_config(path, ["train.steps=9", "train.steps=10"]).train.steps == 10  # the last one counts
+
+
+@pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0e-4"])
+def test_numbers_may_be_written_as_people_write_them(text):
+    assert config(f"train.learning_rate={text}").train.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("text", ["no", "'no'", "No"])
+def test_no_is_a_precision_though_yaml_calls_it_false(tmp_path, text):
+    assert config(f"train.mixed_precision={text}").train.mixed_precision == "no"
+    path = written(tmp_path, f"data: {{folder: a}}\noutput: {{folder: b}}\ntrain: {{mixed_precision: {text}}}")
+    assert load_config(path).train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["2026-03-01", "123", "007", "on", "1e3", "a=b", "with space", "runs/ä"])
+def test_a_folder_may_have_any_name(name):
+    given = load_config(None, [f"data.folder={name}", f"output.folder={name}", f"model.pipeline={name}"])
+    assert given.data.folder == given.output.folder == given.model.pipeline == name
+
+
+def test_null_leaves_an_option_unset_and_quotes_are_yaml():
+    given = config("model.pipeline=null", "data.cache='a b'", "data.size=null")
+    assert given.model.pipeline is None and given.data.size is None and given.data.cache == "a b"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.learning_rat=1", "unknown option 'train.learning_rat' (did you mean 'learning_rate'?)"),
+        ("train.lr=1", "unknown option 'train.lr'"),
+        ("trian.steps=1", "unknown section 'trian' (did you mean 'train'?)"),
+        ("sample.step=1", "unknown option 'sample.step' (did you mean 'steps'?)"),
+        ("train.steps", "override 'train.steps' should look like section.key=value"),
+        ("steps=3", "override 'steps=3' should look like section.key=value"),
+        ("train.=3", "override 'train.=3' should look like"),
+        ("train.betas=[1,", "the value of 'train.betas=[1,' is not valid YAML"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_nearest(override, message):
+    with pytest.raises(InputError) as error:
+        config(override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+OUT_OF_RANGE = [
+    "train.steps=0", "train.steps=1.5", "train.steps=many", "train.batch_size=0", "train.gradient_accumulation=0",
+    "train.learning_rate=0", "train.learning_rate=-1", "train.learning_rate=.inf", "train.learning_rate=.nan", "train.warmup_steps=-1",
+    "train.decay=cosin", "train.weight_decay=-0.1", "train.weight_decay=.inf", "train.betas=[0.9]", "train.betas=[0.9, 1.0]",
+    "train.betas=[-0.1, 0.9]", "train.max_grad_norm=0", "train.max_grad_norm=.nan", "train.mixed_precision=fp16",
+    "train.mixed_precision=yes", "train.gradient_checkpointing=3", "train.compile=perhaps", "train.ema_decay=1", "train.ema_decay=-0.1",
+    "train.t_density=normal", "train.t_shift=0", "train.t_shift=.inf", "train.dropout=1.1", "train.dropout=-0.1", "train.dropout_each=2",
+    "train.seed=-1", "data.size=big", "data.size=[1, 2, 3]", "data.flip=7", "data.t5_lengths={}", "data.t5_lengths={0: 1}",
+    "data.t5_lengths={16: 0}", "data.t5_lengths={16: .nan}", "data.t5_lengths={16: .inf}", "data.t5_lengths=16", "data.workers=-1",
+    "data.folder=null", "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
+    "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_name(override):
+    with pytest.raises(InputError) as error:
+        config(override)
+    assert override.split("=")[0] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_option_with_a_range_is_tried_above():
+    tried = {override.split("=")[0] for override in OUT_OF_RANGE}
+    free = {"model.pipeline", "model.preset", "data.cache", "output.folder"}  # any text
+    assert tried | free == {f"{section}.{key}" for section, key in OPTIONS}
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    given = config(
+        "train.steps=1", "train.batch_size=1", "train.warmup_steps=0", "train.weight_decay=0", "train.ema_decay=0", "train.dropout=1",
+        "train.dropout_each=1", "data.workers=0", "data.t5_lengths={1: 0.001}", "train.betas=[0, 0.999]", "train.max_grad_norm=.inf",
+    )  # fmt: skip
+    assert given.train.dropout == 1 and given.train.max_grad_norm == float("inf")
+
+
+def test_a_batch_divides_by_the_accumulation():
+    with pytest.raises(InputError, match=r"batch_size 10 does not divide by train\.gradient_accumulation 4$"):
+        config("train.batch_size=10", "train.gradient_accumulation=4")
+    assert config("train.batch_size=12", "train.gradient_accumulation=4").train.batch_size == 12
+
+
+def test_what_is_missing_is_named_with_the_way_to_set_it():
+    with pytest.raises(InputError, match=r"^missing data\.folder; set it .*data\.folder=VALUE"):
+        load_config(None, ["output.folder=a", "data.flip=true"])
+    with pytest.raises(InputError, match=r"^missing data, output;"):
+        load_config(None, [])
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read the configuration .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="cannot read the configuration .*directory"):
+        load_config(tmp_path)
+    with pytest.raises(InputError, match=r"run\.yaml is not valid YAML: .*line 2") as error:
+        load_config(written(tmp_path, "data:\n  folder: [a\ntrain: {"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="should hold sections .* it holds list"):
+        load_config(written(tmp_path, "- data\n- train\n"))
+    with pytest.raises(InputError, match="section 'train' should hold options .* it holds 5"):
+        load_config(written(tmp_path, "train: 5\n"), NEEDED)
+    with pytest.raises(InputError, match=r"unknown option 'train\.batchsize' \(did you mean 'batch_size'\?\)"):
+        load_config(written(tmp_path, "train: {batchsize: 5}\n"), NEEDED)
+    (tmp_path / "latin.yaml").write_bytes("data: {folder: b\xfccher}".encode("latin-1"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_yaml_cannot_make_objects(tmp_path):
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_config(written(tmp_path, "data: !!python/object/apply:os.getcwd []"))
+
+
+def test_an_empty_file_is_no_options(tmp_path):
+    assert load_config(written(tmp_path, "# nothing yet\n"), NEEDED) == config()
+
+
+def test_options_do_not_change_after_they_are_read():
+    with pytest.raises(ValueError, match="frozen"):
+        config().train.steps = 5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configurations_that_come_along_are_valid(path):
+    given = load_config(path)
+    assert given.model_dump(exclude_unset=True, mode="json") == {
+        section: {k: v if k != "t5_lengths" else {str(n): share for n, share in v.items()} for k, v in options.items()}
+        for section, options in yaml.safe_load(path.read_text()).items()
+        for options in [{k: float(v) if k == "learning_rate" else v for k, v in options.items()}]
+    }
+
+
+def test_every_option_is_read_somewhere():
+    """Each option's name appears as an attribute of something other than a definition: an option that nobody reads is a lie."""
+    read = set()
+    for path in SOURCE.rglob("*.py"):
+        if path == SOURCE / "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+                read.add((owner, node.attr))
+    owners = {  # what a section is called where it is passed on: Trainer's `config = self.config.train`, `options: DataOptions`, ...
+        "model": {"model", "options"}, "data": {"data", "options"}, "train": {"train", "options", "config"},
+        "sample": {"sample", "options"}, "output": {"output"},
+    }  # fmt: skip
+    unread = [f"{section}.{key}" for section, key in OPTIONS if not any((owner, key) in read for owner in owners[section])]
+    assert unread == []
