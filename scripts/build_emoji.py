@@ -26,7 +26,7 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 16,
     "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": emoji_data.SIZE,
 }  # fmt: skip
-TEXT_STEPS = {"clip": 300, "open_clip": 300, "t5": 200}
+TEXT_STEPS = {"clip": 200, "open_clip": 200, "t5": 150}
 SHORT, LONG = emoji_text.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 

@@ -2,15 +2,14 @@
 
 import copy
 import multiprocessing
-import resource
 import shutil
 import threading
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from faults import files_no_larger_than
 from PIL import Image
 
 from latentfm.config import DataOptions, ModelOptions
@@ -20,17 +19,6 @@ from latentfm.errors import InputError
 from latentfm.training.prepare import CachedDataset, load_models
 
 KEY, OTHER = key_of("one"), key_of("two")
-
-
-@contextmanager
-def files_no_larger_than(limit):
-    """Within this context the kernel refuses, with EFBIG, to let any file of this process grow beyond `limit` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def entry(seed=0):

@@ -1,26 +1,14 @@
 """Checkpoints: whole or absent, the newest kept, and an optimizer that goes on as if it had never stopped."""
 
 import json
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
+from faults import files_no_larger_than
 from torch import nn
 
 from latentfm.errors import InputError
 from latentfm.training import checkpoint
-
-
-@contextmanager
-def files_no_larger_than(limit):
-    """Within this context the kernel refuses, with EFBIG, to let any file of this process grow beyond `limit` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def everything_in(folder):

@@ -4,17 +4,16 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from faults import files_no_larger_than
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -52,17 +51,6 @@ def first_batch(trainer):
 def losses_of(trainer, batch):
     with torch.no_grad():
         return cfm_losses(trainer.model, batch, trainer.models.null, trainer.config, trainer.shift, trainer.scale)
-
-
-@contextmanager
-def files_no_larger_than(limit):
-    """Within this context the kernel refuses, with EFBIG, to let any file of this process grow beyond `limit` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="module")
