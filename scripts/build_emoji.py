@@ -89,7 +89,7 @@ def base(work: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / "text", folder)
     shutil.copytree(work / "vae" / "model", folder / "vae")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": ["diffusers", "AutoencoderKL"]}
     for suffix, model, tokenizer in (
