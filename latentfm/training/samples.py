@@ -32,7 +32,7 @@ class SamplePictures:
         return assemble(parts, self.models.encoder.joint_dim, self.models.encoder.pooled_dim)
 
     def draw(self, network: MMDiT, step: int) -> Path:
-        """Writes samples/step-XXXXXXXX.png, a grid with a picture a prompt, and returns its path."""
+        """Writes samples/step-<step, 8 digits>.png, a grid with a picture a prompt, and returns its path."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.models.folder, subfolder="scheduler")
         pipe = LatentFMPipeline(network, scheduler, self.models.vae)
         pipe.set_progress_bar_config(disable=True)
