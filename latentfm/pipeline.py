@@ -24,7 +24,7 @@ from torch import Tensor
 from latentfm import flow
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.models.folder import INFO_FILE, check_folder, read_info, write_stock_names
+from latentfm.models.folder import INFO_FILE, check_folder, read_info, t5_length, write_stock_names
 from latentfm.models.interchange import refuse_pickle
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
@@ -106,7 +106,7 @@ class LatentFMPipeline(DiffusionPipeline):
     @property
     def max_sequence_length(self) -> int:
         """The number of T5 tokens, padding included, this model is meant for: what its folder says, or SD3's 256."""
-        return self.info.get("max_sequence_length", 256)
+        return t5_length(self.info)
 
     @property
     def guidance_scale(self) -> float:

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from latentfm.data.loader import Stream
+
 LENGTH = 16  # tokens of both CLIP encoders; the T5 encoder has no limit of its own
 CLIP_WIDTHS = (128, 192)
 T5_WIDTH = 320  # at least the sum of the CLIP widths: SD3 pads their concatenation up to it
@@ -34,12 +36,10 @@ class Pairs:
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[tuple[list[int], list[str], random.Random]]:
         """Yields (indices, one drawn caption each, the step's generator); epochs are permutations."""
+        stream = Stream(len(self.captions), size, seed)
         for step in range(steps):
             rng = random.Random(f"{seed}/{step}")
-            indices = []
-            for position in range(step * size, (step + 1) * size):
-                epoch, index = divmod(position, len(self.captions))
-                indices.append(int(permutation(len(self.captions), seed, epoch)[index]))
+            indices = [index for _, index in stream.positions(step)]
             yield indices, [rng.choice(self.captions[i]) for i in indices], rng
 
     def images(self, indices: list[int], rng: random.Random) -> Tensor:
@@ -47,17 +47,6 @@ class Pairs:
         padded = nn.functional.pad(self.pictures[indices], (4, 4, 4, 4), value=255)
         top, left = rng.randint(0, 8), rng.randint(0, 8)
         return padded[..., top : top + 64, left : left + 64].float() / 127.5 - 1
-
-
-_permutations: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    key = (count, seed, epoch)
-    if key not in _permutations:
-        _permutations.clear()
-        _permutations[key] = np.random.default_rng((seed, epoch)).permutation(count)
-    return _permutations[key]
 
 
 def clip_tokenizer(texts: list[str], pad_token: str):
@@ -160,6 +149,13 @@ def distinctness(features: Tensor) -> float:
     return (spectrum.sum().square() / spectrum.square().sum()).item()
 
 
+def report_distinctness(label: str, tower: nn.Module, tokenizer, pairs: Pairs) -> None:
+    """Prints the distinctness of the pooled features of every twelfth picture's name."""
+    with torch.no_grad():
+        pooled = tower(tokens_of(tokenizer, [captions[0] for captions in pairs.captions[::12]], LENGTH))[0]
+    print(f"{label}: the pooled features tell captions apart in about {distinctness(pooled):.1f} directions", flush=True)
+
+
 def tokens_of(tokenizer, texts: list[str], length: int) -> Tensor:
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
@@ -187,6 +183,7 @@ def train_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) -> No
     tower = CLIPTextModelWithProjection(model.config.text_config)
     state = {k: v for k, v in model.state_dict().items() if k.startswith(("text_model.", "text_projection."))}
     tower.load_state_dict(state, strict=True)
+    report_distinctness("clip", tower.eval(), tokenizer, pairs)
     tower.half().save_pretrained(out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
 
@@ -222,6 +219,7 @@ def train_open_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) 
         difference = (model.eval().encode_text(ids) - tower(ids).text_embeds).abs().max().item()
     if difference > 1e-4:
         raise RuntimeError(f"the converted open_clip text tower differs by {difference}")
+    report_distinctness("open_clip", tower, tokenizer, pairs)
     tower.config.pad_token_id = tokenizer.pad_token_id
     tower.half().save_pretrained(out / "text_encoder_2")
     tokenizer.save_pretrained(out / "tokenizer_2")

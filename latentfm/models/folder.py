@@ -16,6 +16,11 @@ def read_info(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
+def t5_length(info: dict[str, Any]) -> int:
+    """The number of T5 tokens, padding included, a model is meant for, by its own `info`; SD3's 256 where it says nothing."""
+    return info.get("max_sequence_length", 256)
+
+
 def check_folder(folder: Path, transformer: bool = True) -> None:
     """Raises InputError unless `folder` is a pipeline folder with safetensors weights; `transformer` says whether it must have one."""
     if not folder.is_dir():

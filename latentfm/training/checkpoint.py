@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentfm.errors import InputError
+from latentfm.training.ema import EMA
 
 NAME = re.compile(r"step-(\d{8})")
 
@@ -112,6 +113,23 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             raise InputError(f"the checkpoint's optimizer has the parameter {name}, this run has not")
         dtype = torch.float32 if key == "step" else parameter.dtype
         optimizer.state[parameter][key] = value.to(parameter.device, dtype, copy=True)  # a fused optimizer counts on the device
+
+
+def pack(module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """The tensors of a run: "model.*", "ema.*" and "optimizer.*"; `names` as for `optimizer_tensors`."""
+    shares = {"model": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+    return {f"{share}.{name}": value for share, tensors in shares.items() for name, value in tensors.items()}
+
+
+def unpack(tensors: dict[str, Tensor], module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
+    """Puts what `pack` gave back into the module, the averages and the optimizer."""
+
+    def share(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+    module.load_state_dict(share("model."))
+    ema.load_state_dict(share("ema."))
+    restore_optimizer(optimizer, share("optimizer."), names)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from latentfm.config import SampleOptions
+from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, assemble
 from latentfm.pictures import grid
@@ -23,7 +24,7 @@ class SamplePictures:
         spread = data.samples[:: max(1, len(data.samples) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]
         self.prompts = options.prompts or [sample.captions[0] for sample in spread]
         self.size = data.transform[False]
-        length = models.info.get("max_sequence_length", 256)
+        length = t5_length(models.info)
         self.condition = self.assembled(models.encoder.encode(self.prompts, length))
         null = models.null.parts(length).map(lambda value: value.expand(len(self.prompts), *value.shape[1:]).to(device))
         self.negative = self.assembled(null)

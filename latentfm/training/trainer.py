@@ -28,6 +28,7 @@ from latentfm.config import RunConfig
 from latentfm.data.loader import Batch, CachedSamples, Dropout, Stream, batches
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
+from latentfm.models.folder import t5_length
 from latentfm.models.text import NullCondition, assemble
 from latentfm.models.velocity import velocity
 from latentfm.training import checkpoint, export
@@ -79,8 +80,7 @@ class Trainer:
         self.check_batch()
         dataset = open_dataset(config.data, self.accelerator)
         self.models: Models = load_models(config.model)
-        own_length = self.models.info.get("max_sequence_length", 256)
-        self.lengths = config.data.t5_lengths or {own_length: 1.0}
+        self.lengths = config.data.t5_lengths or {t5_length(self.models.info): 1.0}
         self.progress = Progress(self.accelerator.is_main_process)
         self.data = CachedDataset(dataset, self.models, config.data, sorted(self.lengths))
 
@@ -255,10 +255,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint of the current step (main process)."""
         if self.accelerator.is_main_process:
-            tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
-            tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
-            state = checkpoint.optimizer_tensors(getattr(self.optimizer, "optimizer", self.optimizer), self.names)
-            tensors |= {f"optimizer.{name}": value for name, value in state.items()}
+            tensors = checkpoint.pack(self.network, self.ema, getattr(self.optimizer, "optimizer", self.optimizer), self.names)
             checkpoint.save(self.out / "checkpoints", self.step, tensors, self.identity, self.config.output.keep)
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
@@ -275,9 +272,7 @@ class Trainer:
                 f"{', '.join(changed)} of this run are not those {self.saved[-1]} was trained on; "
                 "restore them, or choose another output.folder"
             )
-        self.network.load_state_dict(prefixed(tensors, "model."))
-        self.ema.load_state_dict(prefixed(tensors, "ema."))
-        checkpoint.restore_optimizer(optimizer, prefixed(tensors, "optimizer."), self.names)
+        checkpoint.unpack(tensors, self.network, self.ema, optimizer, self.names)
         self.step = info["step"]
         self.accelerator.print(f"resuming after step {self.step}")
 
@@ -310,11 +305,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         dropped={name: mask.to(device) for name, mask in batch.dropped.items()}, u=batch.u.to(device),
         vae_noise=batch.vae_noise.to(device), eps=batch.eps.to(device), t5_length=batch.t5_length, ids=batch.ids,
     )  # fmt: skip
-
-
-def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under `prefix`, without it."""
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

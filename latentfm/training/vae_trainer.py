@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from latentfm.data.loader import Stream
 from latentfm.training import checkpoint
-from latentfm.training.ema import EMA
+from latentfm.training.ema import EMA, copy_into
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,10 @@ def draw(picture: np.ndarray, options: VAETraining, rng: random.Random) -> np.nd
 
 def batch_at(step: int, pictures: list[np.ndarray], options: VAETraining) -> Tensor:
     """The crops of optimizer step `step` (from 0), [batch, 3, size, size]."""
-    crops = []
-    for position in range(step * options.batch_size, (step + 1) * options.batch_size):
-        epoch, index = divmod(position, len(pictures))
-        order = np.random.default_rng((options.seed, epoch)).permutation(len(pictures))
-        crops.append(draw(pictures[order[index]], options, random.Random(f"{options.seed}/{epoch}/{order[index]}")))
+    crops = [
+        draw(pictures[index], options, random.Random(f"{options.seed}/{epoch}/{index}"))
+        for epoch, index in Stream(len(pictures), options.batch_size, options.seed).positions(step)
+    ]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -124,9 +124,7 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
         if info["options"] != asdict(options):
             raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
         start = info["step"]
-        vae.load_state_dict(part(tensors, "model."))
-        ema.load_state_dict(part(tensors, "ema."))
-        checkpoint.restore_optimizer(optimizer, part(tensors, "optimizer."), names)
+        checkpoint.unpack(tensors, vae, ema, optimizer, names)
     model, optimizer = accelerator.prepare(vae, optimizer)
     began = time.monotonic()
     for step in range(start, options.steps):
@@ -159,16 +157,7 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
             with (out / "metrics.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             accelerator.print(json.dumps(row), flush=True)
-            tensors = {f"model.{k}": v for k, v in vae.state_dict().items()}
-            tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-            state = checkpoint.optimizer_tensors(getattr(optimizer, "optimizer", optimizer), names)
-            tensors |= {f"optimizer.{k}": v for k, v in state.items()}
+            tensors = checkpoint.pack(vae, ema, getattr(optimizer, "optimizer", optimizer), names)
             checkpoint.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, keep=2)
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            parameter.copy_(ema.shadow[name])
+    copy_into(dict(vae.named_parameters()), ema.state_dict().items())
     return vae
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
