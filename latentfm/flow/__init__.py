@@ -19,11 +19,33 @@ SD3 and diffusers count noise instead: sigma = 1 - t, and their networks predict
 `timesteps` (whose densities and shift the SD3 paper states on sigma) and the adapter around the network know of it.
 """
 
-from latentfm.flow.guidance import Field, classifier_free
+from latentfm.flow.analytic import GaussianMixture, finite_dataset
+from latentfm.flow.fields import Field, change_schedule, velocity_field
+from latentfm.flow.guidance import classifier_free
 from latentfm.flow.objective import cfm_loss
 from latentfm.flow.ode import Euler, Solver, evaluations, integrate
-from latentfm.flow.path import PathSample, expand_like, sample_path
-from latentfm.flow.schedules import Coefficients, CondOT, Schedule
+from latentfm.flow.path import (
+    QUANTITIES,
+    Ends,
+    PathSample,
+    Quantity,
+    conditional_velocity,
+    convert,
+    ends,
+    expand_like,
+    sample_path,
+)
+from latentfm.flow.schedules import (
+    SCHEDULES,
+    Coefficients,
+    CondOT,
+    Cosine,
+    InvertibleSchedule,
+    Polynomial,
+    Schedule,
+    VariancePreserving,
+    log_snr,
+)
 from latentfm.flow.timesteps import (
     DENSITIES,
     GRIDS,
@@ -39,24 +61,40 @@ from latentfm.flow.timesteps import (
 __all__ = [
     "DENSITIES",
     "GRIDS",
+    "QUANTITIES",
+    "SCHEDULES",
     "Coefficients",
     "CondOT",
+    "Cosine",
     "Density",
+    "Ends",
     "Euler",
     "Field",
+    "GaussianMixture",
+    "InvertibleSchedule",
     "LogitNormal",
     "PathSample",
+    "Polynomial",
+    "Quantity",
     "Schedule",
     "Solver",
     "Uniform",
+    "VariancePreserving",
     "cfm_loss",
+    "change_schedule",
     "classifier_free",
+    "conditional_velocity",
+    "convert",
     "diffusers_grid",
     "draw_t",
+    "ends",
     "evaluations",
     "expand_like",
+    "finite_dataset",
     "integrate",
+    "log_snr",
     "sample_path",
     "shift_sigma",
     "uniform_grid",
+    "velocity_field",
 ]

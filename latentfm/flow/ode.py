@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from latentfm.flow.guidance import Field
+from latentfm.flow.fields import Field
 
 
 class Solver(Protocol):
