@@ -57,7 +57,7 @@ class TrainOptions(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
     compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    t_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    t_density: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
     t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")

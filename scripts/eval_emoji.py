@@ -1,11 +1,12 @@
 """Measure the bundled model: retrieval of its pictures, VAE PSNR, and a contact sheet. Needs the renders of build_emoji.py.
 
     python scripts/build_emoji.py --work build/emoji fetch render captions
-    python scripts/eval_emoji.py --work build/emoji                     # about 15 minutes on two CPU cores
+    python scripts/eval_emoji.py --work build/emoji                     # about 10 minutes on two CPU cores
 
-Of 300 training captions and of every held-out (style, concept) pair: the share whose generated picture's nearest render of
-the same style, by pixels at 24 x 24, is its own concept; at guidance 3 and 1, and with T5 padded to 256 tokens as stock
-diffusers does. The renders of both parts compete. Writes build/emoji/eval/{results.json, *.png}.
+Of 300 training captions, and of every held-out (style, concept) pair asked for by its name and style with three seeds: the share
+whose generated picture's nearest render of the same style, by pixels at 24 x 24, is its own concept; at guidance 3 and 1. Of the
+training captions, some with T5 padded to 256 tokens as stock diffusers does. The renders of both parts compete. Writes
+build/emoji/eval/{results.json, *.png}.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
     parser.add_argument("--model", type=Path, default=None, help="pipeline folder; the bundled model if not given")
     parser.add_argument("--captions", type=int, default=300, help="training captions to draw")
-    parser.add_argument("--long", type=int, default=100, help="captions of each part to draw with T5 padded to 256")
+    parser.add_argument("--long", type=int, default=100, help="how many of them to draw with T5 padded to 256 as well")
+    parser.add_argument("--seeds", type=int, default=3, help="pictures of each held-out pair")
+    parser.add_argument("--only", choices=("train", "held_out"), help="one of the two parts; both if not given")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=50)
     options = parser.parse_args()
@@ -66,18 +69,27 @@ def main() -> None:
     styles = [row["style"] for row in everything]
     place = {row["path"]: i for i, row in enumerate(everything)}
     results: dict[str, float] = {}
-    chosen = {"train": random.Random(0).sample(parts["train"], options.captions), "held_out": parts["held_out"]}
+    # one caption with style words for each picture: without them the style would be anyone's guess
+    chosen = {
+        "train": [
+            (row, random.Random(row["file_name"]).choice([c for c in row["text"] if row["style"] in c]))
+            for row in random.Random(0).sample(parts["train"], options.captions)
+        ],
+        "held_out": [(row, f"{row['label']}, {row['style']} style") for row in parts["held_out"] * options.seeds],
+    }
     with torch.no_grad():
         held = references[len(parts["train"]) :]
         ratios = psnr(pipe.vae, held)
         results["vae_psnr_held_out_mean"], results["vae_psnr_held_out_min"] = ratios.mean().item(), ratios.min().item()
-    for part, rows in chosen.items():
+    for part, pairs in chosen.items():
+        if options.only not in (None, part):
+            continue
         for guidance, length in ((3.0, 16), (1.0, 16), (3.0, 256), (1.0, 256)):
-            used = rows if length == 16 else rows[: options.long]
-            # one caption with style words for each picture: without them the style would be anyone's guess
-            prompts = [random.Random(row["file_name"]).choice([c for c in row["text"] if row["style"] in c]) for row in used]
+            if part == "held_out" and length == 256:
+                continue
+            used, prompts = zip(*(pairs if length == 16 else pairs[: options.long]))
             began = time.monotonic()
-            images = generate(pipe, prompts, guidance, options.steps, length, options.batch)
+            images = generate(pipe, list(prompts), guidance, options.steps, length, options.batch)
             own = torch.tensor([place[row["path"]] for row in used])
             allowed = torch.tensor([[style == row["style"] for style in styles] for row in used])
             found = ranks(pixels(images), own, references, allowed)

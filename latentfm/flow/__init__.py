@@ -15,15 +15,95 @@ and the equation dX_t = u_t(X_t) dt, run from t = 0 to t = 1 (Alg. 1), turns noi
 
     sample = integrate(field, torch.randn(shape), uniform_grid(steps=50))
 
+In the order of the notes, one file a subject:
+
+    schedules     alpha_t and beta_t, and the time at a signal-to-noise ratio
+    path          x_t and its velocity; velocity <-> score <-> denoiser <-> noise
+    fields        velocity fields, and a field moved to another schedule
+    timesteps     the law that training draws t from; grids the times that sampling visits
+    coupling      which noise goes with which datum: independent, optimal transport, reflow
+    objective     the loss, of a network that predicts any of the four, and its weight at t
+    guidance      classifier-free guidance and what grew from it
+    ode, sde      solvers, and sampling with noise (Theorem 17)
+    likelihood    log p by the change of variables
+    straightness  how straight the paths are, and how far from the shortest
+    analytic      data whose fields are known exactly: the oracle of all the tests
+
+scripts/toy2d.py uses most of them on data in the plane. Two functions ask for more than torch when they are called: optimal
+transport for scipy, the adaptive solver for torchdiffeq.
+
 SD3 and diffusers count noise instead: sigma = 1 - t, and their networks predict eps - z, minus the velocity here. Only
 `timesteps` (whose densities and shift the SD3 paper states on sigma) and the adapter around the network know of it.
 """
 
-from latentfm.flow.analytic import GaussianMixture, finite_dataset
-from latentfm.flow.fields import Field, change_schedule, velocity_field
-from latentfm.flow.guidance import classifier_free
-from latentfm.flow.objective import cfm_loss
-from latentfm.flow.ode import Euler, Solver, evaluations, integrate
+from latentfm.flow.analytic import (
+    GaussianMixture,
+    finite_dataset,
+)
+from latentfm.flow.coupling import (
+    COUPLINGS,
+    independent,
+    optimal_transport,
+    reflow_pairs,
+)
+from latentfm.flow.fields import (
+    Field,
+    change_schedule,
+    velocity_field,
+)
+from latentfm.flow.grids import (
+    GRIDS,
+    beta_grid,
+    diffusers_grid,
+    karras_grid,
+    uniform_grid,
+)
+from latentfm.flow.guidance import (
+    Projected,
+    adaptive_projected,
+    adaptive_projected_field,
+    autoguidance,
+    cfg_zero_star,
+    classifier,
+    classifier_field,
+    classifier_free,
+    combine,
+    interval,
+    rescale,
+    zero_before,
+)
+from latentfm.flow.likelihood import (
+    Likelihood,
+    bits_per_dim,
+    dequantize,
+    divergence,
+    log_likelihood,
+    rademacher_like,
+)
+from latentfm.flow.objective import (
+    WEIGHTINGS,
+    MinSNR,
+    Weighting,
+    by_time,
+    cfm_loss,
+    effective_weight,
+    regression_target,
+)
+from latentfm.flow.ode import (
+    RK4,
+    SOLVERS,
+    AdamsBashforth2,
+    Euler,
+    Heun,
+    Integrated,
+    Midpoint,
+    OneStep,
+    Solver,
+    Step,
+    evaluations,
+    integrate,
+    integrate_adaptive,
+)
 from latentfm.flow.path import (
     QUANTITIES,
     Ends,
@@ -46,55 +126,132 @@ from latentfm.flow.schedules import (
     VariancePreserving,
     log_snr,
 )
+from latentfm.flow.sde import (
+    SCHEMES,
+    Diffusion,
+    EulerMaruyama,
+    Memoryless,
+    PowerOfBeta,
+    Scheme,
+    StochasticHeun,
+    integrate_sde,
+    sde_drift,
+)
+from latentfm.flow.straightness import (
+    PathMeasures,
+    measure_paths,
+    normalized_path_energy,
+    wasserstein2,
+)
 from latentfm.flow.timesteps import (
     DENSITIES,
-    GRIDS,
+    CosMap,
     Density,
     LogitNormal,
+    Mode,
     Uniform,
-    diffusers_grid,
     draw_t,
+    pdf_t,
+    shift_from_resolution,
+    shift_from_tokens,
     shift_sigma,
-    uniform_grid,
+    stratified,
 )
 
 __all__ = [
+    "COUPLINGS",
     "DENSITIES",
     "GRIDS",
     "QUANTITIES",
+    "RK4",
     "SCHEDULES",
+    "SCHEMES",
+    "SOLVERS",
+    "WEIGHTINGS",
+    "AdamsBashforth2",
     "Coefficients",
     "CondOT",
+    "CosMap",
     "Cosine",
     "Density",
+    "Diffusion",
     "Ends",
     "Euler",
+    "EulerMaruyama",
     "Field",
     "GaussianMixture",
+    "Heun",
+    "Integrated",
     "InvertibleSchedule",
+    "Likelihood",
     "LogitNormal",
+    "Memoryless",
+    "Midpoint",
+    "MinSNR",
+    "Mode",
+    "OneStep",
+    "PathMeasures",
     "PathSample",
     "Polynomial",
+    "PowerOfBeta",
+    "Projected",
     "Quantity",
     "Schedule",
+    "Scheme",
     "Solver",
+    "Step",
+    "StochasticHeun",
     "Uniform",
     "VariancePreserving",
+    "Weighting",
+    "adaptive_projected",
+    "adaptive_projected_field",
+    "autoguidance",
+    "beta_grid",
+    "bits_per_dim",
+    "by_time",
+    "cfg_zero_star",
     "cfm_loss",
     "change_schedule",
+    "classifier",
+    "classifier_field",
     "classifier_free",
+    "combine",
     "conditional_velocity",
     "convert",
+    "dequantize",
     "diffusers_grid",
+    "divergence",
     "draw_t",
+    "effective_weight",
     "ends",
     "evaluations",
     "expand_like",
     "finite_dataset",
+    "independent",
     "integrate",
+    "integrate_adaptive",
+    "integrate_sde",
+    "interval",
+    "karras_grid",
+    "log_likelihood",
     "log_snr",
+    "measure_paths",
+    "normalized_path_energy",
+    "optimal_transport",
+    "pdf_t",
+    "rademacher_like",
+    "reflow_pairs",
+    "regression_target",
+    "rescale",
     "sample_path",
+    "sde_drift",
+    "shift_from_resolution",
+    "shift_from_tokens",
     "shift_sigma",
+    "stratified",
     "uniform_grid",
     "velocity_field",
+    "wasserstein2",
+    "zero_before",
 ]

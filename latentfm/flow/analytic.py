@@ -2,7 +2,7 @@
 
 For z from a mixture of isotropic Gaussians, sum_k w_k N(mu_k, s_k^2 I), the marginal path is a mixture as well,
 p_t = sum_k w_k N(alpha mu_k, v_k I) with v_k = alpha^2 s_k^2 + beta^2, and x tells which component it came from with
-probability r_k(x, t), a softmax. Every marginal field is the mean of the components' own under r (notes, eq. 18 and 19):
+probability r_k(x, t), a softmax. Every marginal field is the mean of the components' own under r (notes, eq. 18 and 38):
 
     E[z|x] = sum_k r_k (mu_k + alpha s_k^2 / v_k (x - alpha mu_k))     E[eps|x] = sum_k r_k beta / v_k (x - alpha mu_k)
 
@@ -46,10 +46,15 @@ class GaussianMixture:
         if self.means.ndim < 2 or len(self.means) == 0 or not self.means.is_floating_point():
             raise ValueError(f"means must be [K, ...], floating point, K >= 1, got {self.means.dtype} {tuple(self.means.shape)}")
         count = self.means.shape[:1]
-        stds = torch.as_tensor(self.stds, dtype=self.means.dtype, device=self.means.device).expand(count)
-        weights = torch.ones_like(stds) if self.weights is None else self.weights.to(stds)
-        if weights.shape != count or not (torch.isfinite(stds).all() and (stds >= 0).all() and (weights > 0).all()):
-            raise ValueError(f"stds must be >= 0 and weights > 0, one for each of {len(self.means)} means, got {stds} and {weights}")
+        stds = torch.as_tensor(self.stds, dtype=self.means.dtype, device=self.means.device)
+        stds = stds.expand(count) if stds.ndim == 0 else stds
+        weights = self.means.new_ones(count) if self.weights is None else self.weights.to(stds)
+        proper = torch.isfinite(stds).all() and (stds >= 0).all() and torch.isfinite(weights).all() and (weights > 0).all()
+        if stds.shape != count or weights.shape != count or not proper:
+            raise ValueError(
+                "stds must be >= 0, weights > 0, both finite and one for each mean, "
+                f"got {stds.tolist()} and {weights.tolist()} for {len(self.means)} means"
+            )
         object.__setattr__(self, "stds", stds)
         object.__setattr__(self, "weights", weights / weights.sum())
 
@@ -60,7 +65,7 @@ class GaussianMixture:
         return self.means[which] + expand_like(self.stds[which], noise) * noise
 
     def log_density(self, x: Tensor, t: Tensor | float = 1.0, schedule: Schedule = _COND_OT) -> Tensor:
-        """Returns log p_t(x) in nats, [B]: of the data itself at t = 1, where a finite dataset has no density (+-inf)."""
+        """Returns log p_t(x) in nats, [B]: of the data itself at t = 1, where a finite dataset has no density (a huge number)."""
         _, _, logits, log_volume = self._components(x, t, schedule)
         return torch.logsumexp(logits - log_volume, dim=1)
 
@@ -106,7 +111,7 @@ class GaussianMixture:
     def _time(self, x: Tensor, t: Tensor | float) -> Tensor:
         """t as a column [1, 1] or [B, 1] in the dtype of the work."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.means.dtype), torch.float32)
-        t = torch.as_tensor(t, device=x.device)
+        t = t.to(x.device) if isinstance(t, Tensor) else torch.tensor(t, dtype=dtype, device=x.device)
         if t.ndim and t.shape != x.shape[:1]:
             raise ValueError(f"t must be a scalar or [B], got {tuple(t.shape)} for x {tuple(x.shape)}")
         return t.to(torch.promote_types(dtype, t.dtype)).reshape(-1, 1)
@@ -118,7 +123,8 @@ class GaussianMixture:
         at = schedule(self._time(x, t))
         flat, means = x.flatten(1).to(at.alpha.dtype), self.means.flatten(1).to(at.alpha.dtype)
         variance = (at.alpha * self.stds.to(means)).square() + at.beta.square()
-        variance = variance.clamp(min=torch.finfo(means.dtype).tiny)
+        # points have no width at t = 1: they get one far below beta^2 at any earlier t, and the nearest takes all with no 0 / 0
+        variance = variance.clamp(min=torch.finfo(means.dtype).eps ** 4)
         # squared distances from differences: by |x|^2 - 2 x.m + |m|^2 they would be noise where v_k is small
         if len(at.alpha) == 1:
             apart = torch.cdist(flat, at.alpha * means, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -129,5 +135,8 @@ class GaussianMixture:
 
 
 def finite_dataset(points: Tensor, weights: Tensor | None = None) -> GaussianMixture:
-    """Returns the distribution that puts its mass on the points [N, ...] alone; exact fields for t < 1."""
+    """Returns the distribution that puts its mass on the points [N, ...] alone; exact fields for t < 1.
+
+    At t = 1 the denoiser is the nearest point, and the noise, of which x no longer tells anything, is given as 0.
+    """
     return GaussianMixture(points, 0.0, weights)

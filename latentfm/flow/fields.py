@@ -8,7 +8,7 @@ from torch import Tensor
 from latentfm.flow.path import Quantity, convert, ends
 from latentfm.flow.schedules import CondOT, InvertibleSchedule, Schedule, log_snr
 
-# u(x [B, ...], t): the velocity at x, of x's shape, at one time t for the whole batch, a scalar float32 tensor.
+# u(x [B, ...], t): the velocity at x, of x's shape, at one time t for the whole batch, a scalar float32 (or float64) tensor.
 Field = Callable[[Tensor, Tensor], Tensor]
 
 _COND_OT = CondOT()
@@ -38,7 +38,8 @@ def change_schedule(field: Field, trained: InvertibleSchedule, sampling: Schedul
     signal-to-noise ratio. So the field is asked there, and its answer's two ends (data and noise, the same for both)
     are put together by the other schedule's slopes. Noise and data are mapped to themselves: samples are unchanged, up
     to the solver's error, which is the reason to do this. Where `path.ends` is singular for the velocity on `trained`,
-    so is this.
+    so is this; and where `trained` never has the ratio asked for (VariancePreserving, which keeps a trace of the data at
+    t = 0, beside a schedule that keeps none), its nearest end answers, an approximation as good as that trace is small.
     """
 
     def changed(x: Tensor, r: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ four quantities that say the same thing at (x, t): given any, x = alpha z + beta
 in the two unknowns z and eps. That holds for a pair (z, eps) and, being linear, for the means over all the pairs that lead to x:
 
     velocity   u   = alpha' z + beta' eps                       (notes, eq. 20)
-    score      s   = grad log p_t(x) = -eps / beta              (eq. 30; Prop. 1 for score <-> velocity)
+    score      s   = grad log p_t(x) = -eps / beta              (eq. 40; Prop. 1 for score <-> velocity)
     denoiser   D   = z, the mean of the data given x            (eq. 43)
     noise      eps                                              (the DDPM network of Alg. 4)
 """
@@ -95,10 +95,12 @@ def ends(value: Tensor, x: Tensor, t: Tensor, source: Quantity, schedule: Schedu
 
     Args and errors: see `convert`.
     """
-    at = _coefficients(value, x, t, source, schedule)
+    value, x, at = _prepare(value, x, t, source, schedule)
     if source == "velocity":
         determinant = _away_from_zero(at.alpha * at.d_beta - at.d_alpha * at.beta)
-        return Ends(z=(at.d_beta * x - at.beta * value) / determinant, eps=(at.alpha * value - at.d_alpha * x) / determinant)
+        z, eps = (at.d_beta * x - at.beta * value) / determinant, (at.alpha * value - at.d_alpha * x) / determinant
+        # in the noisier half from x itself, so that eps stays exact where the determinant had to be moved
+        return Ends(z=z, eps=torch.where(at.beta > at.alpha, (x - at.alpha * z) / _away_from_zero(at.beta), eps))
     if source == "denoiser":
         return Ends(z=value, eps=(x - at.alpha * value) / _away_from_zero(at.beta))
     eps = value if source == "noise" else -at.beta * value
@@ -125,9 +127,9 @@ def convert(
     """
     if target not in QUANTITIES:
         raise ValueError(f"target must be one of {', '.join(QUANTITIES)}, got {target!r}")
-    at = _coefficients(value, x, t, source, schedule)
+    value, x, at = _prepare(value, x, t, source, schedule)
     if source == target:
-        return value.to(at.alpha.dtype)
+        return value
     if {source, target} == {"noise", "score"}:  # the same number up to a factor: no need to find z, which may be singular
         return -value / _away_from_zero(at.beta) if target == "score" else -at.beta * value
     z, eps = ends(value, x, t, source, schedule)
@@ -149,8 +151,14 @@ def expand_like(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _coefficients(value: Tensor, x: Tensor, t: Tensor, source: str, schedule: Schedule) -> Coefficients:
-    """The schedule at t, shaped to broadcast against x; raises ValueError for a wrong name or shape."""
+def _prepare(value: Tensor, x: Tensor, t: Tensor, source: str, schedule: Schedule) -> tuple[Tensor, Tensor, Coefficients]:
+    """Returns value, x and the schedule at t, shaped to broadcast against them; all in the widest of the three dtypes.
+
+    The dtype is made explicit because torch ignores that of a scalar t beside an x of lower precision.
+
+    Raises:
+        ValueError: a wrong name, shape or dtype.
+    """
     if source not in QUANTITIES:
         raise ValueError(f"source must be one of {', '.join(QUANTITIES)}, got {source!r}")
     if value.shape != x.shape:
@@ -159,7 +167,7 @@ def _coefficients(value: Tensor, x: Tensor, t: Tensor, source: str, schedule: Sc
         raise ValueError(f"t must be float32 or float64 (half precision merges neighbouring times), got {t.dtype}")
     at = schedule(t if t.ndim == 0 else expand_like(t, x))
     dtype = torch.promote_types(torch.promote_types(value.dtype, x.dtype), t.dtype)
-    return Coefficients(*(c.to(dtype) for c in at))
+    return value.to(dtype), x.to(dtype), Coefficients(*(c.to(dtype) for c in at))
 
 
 def _away_from_zero(divisor: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class VariancePreserving:
     so that alpha^2 + beta^2 = 1 (Song et al. 2021, eq. 33; the articles' second scheduler). Two of its limits are not the
     other schedules': at t = 0 a trace of the data is left (alpha = 0.0066 for the default rates), and at t = 1 the
     slope of beta, which is a square root there, is infinite. That one slope is taken at s = `shortest` at the least,
-    the distance from the data at which such diffusions are stopped.
+    the distance from the data at which such diffusions are stopped. Nearer to t = 1 a marginal field is off by up to
+    `low` / 2 times the score: a grid for a method that looks at its last time ends at 1 - `shortest`.
 
     Raises:
         ValueError: not 0 < low <= high, or not 0 < shortest < 1.
@@ -128,7 +129,7 @@ class VariancePreserving:
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """Returns 1 - s for the s where exp(-T) = sigmoid(log_snr), a root of T(s) = softplus(-log_snr)."""
-        total = F.softplus(-log_snr)
+        total = F.softplus(-log_snr).clamp(max=(self.low + self.high) / 2)  # T(1): there is no more noise than at t = 0
         s = 2 * total / (self.low + torch.sqrt(self.low**2 + 2 * (self.high - self.low) * total))
         return (1 - s).clamp(0, 1)
 

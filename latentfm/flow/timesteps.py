@@ -1,4 +1,4 @@
-"""Times: the random ones that training draws and the ordered ones that sampling visits.
+"""The random times that training draws: densities of t, the shift, stratified draws. For sampling's times see `grids`.
 
 The SD3 paper (Esser et al. 2024, "Scaling Rectified Flow Transformers") states its densities and its shift for the
 noise level sigma = 1 - t. They are written here on sigma, as in the paper, and turned into t in `draw_t` and in the
@@ -69,7 +69,70 @@ class LogitNormal:
         return torch.where(inside, normal / (self.std * math.sqrt(2 * math.pi) * sigma * (1 - sigma)), 0.0)
 
 
-DENSITIES: dict[str, type[Density]] = {"uniform": Uniform, "logit_normal": LogitNormal}
+@dataclass(frozen=True)
+class Mode:
+    """The law of f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u) for a uniform u and the scale s (SD3 paper, section 3.1).
+
+    A positive scale favours middling noise and a negative one the ends; 0 is the uniform density. Unlike LogitNormal's, the
+    density stays positive at both ends. The paper's f falls from 1 to 0, and f(1 - u) = 1 - f(u): the law is
+    symmetric about 1/2, and 1 - f is its increasing inverse distribution function.
+
+    Raises:
+        ValueError: scale is outside [-1, 2 / (pi - 2)] = [-1, 1.7519], where f is not monotone.
+    """
+
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"scale must lie in [-1, {2 / (math.pi - 2):.6f}], where the map is monotone, got {self.scale}")
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Returns 1 - f(u) = u + s (u - sin^2(pi u / 2)), which is 0 and 1 exactly at u = 0 and u = 1."""
+        return u + self.scale * (u - torch.sin(math.pi / 2 * u).square())
+
+    def pdf(self, sigma: Tensor) -> Tensor:
+        """Returns one over the slope of `icdf` at the u where it is sigma, 1 / (1 + s (1 - pi sin(pi u) / 2)).
+
+        It is infinite where that slope is 0: at both ends for the smallest scale, in the middle for the largest.
+        """
+        u = solve_increasing(self.icdf, sigma)
+        slope = 1 + self.scale * (1 - math.pi / 2 * torch.sin(math.pi * u))
+        return 1 / slope.clamp(min=0)
+
+
+@dataclass(frozen=True)
+class CosMap:
+    """The law that gives the linear schedule the signal-to-noise ratios of the cosine one (SD3 paper, section 3.1).
+
+    For a uniform u it is the sigma where sigma / (1 - sigma) = tan(pi u / 2): the noise over the signal of CondOT and Cosine.
+    """
+
+    def icdf(self, u: Tensor) -> Tensor:
+        """Returns 1 - 1 / (tan(pi u / 2) + 1), written as a share of sine and cosine, which are finite at u = 1."""
+        sine, cosine = torch.sin(math.pi / 2 * u), torch.sin(math.pi / 2 * (1 - u))
+        return sine / (sine + cosine)
+
+    def pdf(self, sigma: Tensor) -> Tensor:
+        """Returns 2 / (pi (1 - 2 sigma + 2 sigma^2)): twice as high in the middle as at the ends."""
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+
+
+DENSITIES: dict[str, type[Density]] = {"uniform": Uniform, "logit_normal": LogitNormal, "mode": Mode, "cosmap": CosMap}
+
+
+def solve_increasing(function: Callable[[Tensor], Tensor], value: Tensor, high: float = 1.0) -> Tensor:
+    """Returns x in [0, high] with function(x) = value, of value's shape and dtype, for an increasing function.
+
+    By bisection, 60 halvings: exact to the rounding of float64, free of the derivative and of its zeros. A value beyond the
+    function's range gives the nearer end.
+    """
+    low, high = torch.zeros_like(value), torch.full_like(value, high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = function(middle) < value
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -86,8 +149,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     Raises:
         ValueError: shift is not positive and finite.
     """
-    if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift must be positive and finite, got {shift}")
+    _require_shift(shift)
     return sigma / (sigma + (1 - sigma) / shift)
 
 
@@ -115,50 +177,98 @@ def draw_t(u: Tensor, density: Density, shift: float = 1.0) -> Tensor:
     return (1 - shift_sigma(density.icdf(u), shift)).to(torch.float32)
 
 
-def uniform_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """Returns steps + 1 times from 0 to 1, both included: float32, increasing, even in sigma before the shift.
+def pdf_t(t: Tensor, density: Density, shift: float = 1.0) -> Tensor:
+    """Returns the density, at times t in [0, 1], of what `draw_t` draws with the same law and shift; of t's shape and dtype.
 
-    Args:
-        steps: the number of intervals, hence of network evaluations for the Euler method.
-        shift: see `shift_sigma`; above 1 spends more of the steps near noise.
-
-    Raises:
-        ValueError: steps is not an integer of at least 1, or shift is not positive and finite.
-    """
-    _require_count("steps", steps, 1)
-    sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (1 - shift_sigma(sigma, shift)).to(torch.float32)
-
-
-def diffusers_grid(steps: int, shift: float = 1.0, num_train_timesteps: int = 1000) -> Tensor:
-    """Returns, as steps + 1 times from 0 to 1, what diffusers' FlowMatchEulerDiscreteScheduler(shift=shift) visits.
-
-    The reference pictures of SD3 and SD3.5 were made on this grid. It differs from `uniform_grid` in its last step:
-    diffusers spaces the sigmas evenly between the ends of its table of training sigmas, which is already shifted, and
-    shifts them again, then appends 0. The smallest positive sigma is so shifted twice (for 1,000 entries and
-    shift 3, 0.0089 in place of 0.0030). For shifts of 0.5 and above, 1 - t equals the scheduler's `sigmas` to float32
-    rounding (6e-8); below, diffusers' own rounding makes it start short of pure noise, which is not copied.
-
-    Args:
-        steps: the number of intervals, `num_inference_steps` there.
-        shift: the scheduler's `shift`.
-        num_train_timesteps: the length of the scheduler's table, at least 2.
+    The shift s carries the law along: the sigma that it sends to 1 - t is shift_sigma(1 - t, 1 / s), and the slope of
+    that in 1 - t multiplies the density there.
 
     Raises:
-        ValueError: steps or num_train_timesteps is not an integer large enough, or shift is not positive and finite.
+        ValueError: shift is not positive and finite.
     """
-    _require_count("steps", steps, 1)
-    _require_count("num_train_timesteps", num_train_timesteps, 2)
-    table_ends = torch.tensor([1, 1 / num_train_timesteps], dtype=torch.float64)
-    first, last = shift_sigma(table_ends, shift).tolist()
-    sigma = shift_sigma(torch.linspace(first, last, steps, dtype=torch.float64), shift).to(torch.float32)
-    return torch.cat([1 - sigma, torch.ones(1)])
+    _require_shift(shift)
+    sigma = 1 - t
+    return density.pdf(shift_sigma(sigma, 1 / shift)) * shift / (shift + (1 - shift) * sigma).square()
 
 
-GRIDS: dict[str, Callable[[int, float], Tensor]] = {"uniform": uniform_grid, "diffusers": diffusers_grid}
+def stratified(u: Tensor, index: Tensor, count: int, rotation: float) -> Tensor:
+    """Returns uniform draws of which one falls in each of the `count` equal strata of [0, 1): float64, of u's shape.
+
+    The sample at place i of the global batch takes stratum k = (i + r) mod count, r being the share `rotation` of count
+    rounded down, and its own u places it inside: (k + u) / count. Over the steps r is uniform, so that each draw alone is
+    uniform too and its stratum has nothing to do with its place; within a step the draws cover [0, 1) evenly, and the mean
+    of a smooth function over them has a variance of order count^-3, against count^-1 for independent draws. The result
+    does not depend on how the batch is split over processes or accumulation steps. Neighbours in the batch take
+    neighbouring strata; where neighbours are alike (pictures of one size, say), shuffle the places.
+
+    Args:
+        u: each sample's own draw from the uniform law on [0, 1), float32 or float64, [B].
+        index: its place in the global batch, 0 to count - 1, integers, [B]. Checked on the CPU only, as is u in `draw_t`.
+        count: the size of the global batch.
+        rotation: one draw from the uniform law on [0, 1), the same for the whole batch and new at each step.
+
+    Returns:
+        float64, which `draw_t` takes: in float32 the largest u would round up into the next stratum, or to 1.
+
+    Raises:
+        ValueError: shapes differ, index is not of integers below count, count is not an integer of at least 1, or rotation is
+            outside [0, 1).
+    """
+    require_count("count", count, 1)
+    if not 0 <= rotation < 1:
+        raise ValueError(f"rotation must lie in [0, 1), got {rotation}")
+    if u.shape != index.shape:
+        raise ValueError(f"u and index must have one shape, got {tuple(u.shape)} and {tuple(index.shape)}")
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"index must be of integers, got {index.dtype}")
+    if index.device.type == "cpu":
+        outside = index[(index < 0) | (index >= count)]
+        if outside.numel():
+            raise ValueError(f"index must lie in 0 to {count - 1}, got {outside[:4].tolist()}")
+    stratum = (index + int(rotation * count)) % count
+    return (stratum + u.double()) / count
 
 
-def _require_count(name: str, value: int, least: int) -> None:
+def shift_from_tokens(tokens: int, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
+    """Returns the shift s = e^mu for a picture of `tokens` image tokens, mu linear in their number (Flux).
+
+    Args:
+        tokens: the length of the image sequence, at least 1: 4096 for 1024 x 1024 pixels, where a token is 16 x 16 of them.
+        low, high: two points (tokens, mu) of the line; by default Flux's, shifts of 1.65 and 3.16.
+
+    Raises:
+        ValueError: tokens is not an integer of at least 1, or the two points have the same number of tokens.
+    """
+    require_count("tokens", tokens, 1)
+    if low[0] == high[0]:
+        raise ValueError(f"low and high must be at different numbers of tokens, got {low} and {high}")
+    slope = (high[1] - low[1]) / (high[0] - low[0])
+    return math.exp(low[1] + slope * (tokens - low[0]))
+
+
+def shift_from_resolution(pixels: int, base_pixels: int) -> float:
+    """Returns the shift sqrt(m / n) from n = base_pixels to m = pixels (SD3 paper, section 5.3.2, eq. 23).
+
+    A picture of one colour, seen through noise on m pixels, is known up to sigma / (1 - sigma) / sqrt(m); this shift gives
+    the larger picture the uncertainty that the smaller one had. Where the shift in use at n pixels is not 1, the two
+    multiply. The rule of `shift_from_tokens` is another: there the logarithm of the shift is linear in the size, here in
+    the logarithm of the size.
+
+    Raises:
+        ValueError: either number is not an integer of at least 1.
+    """
+    require_count("pixels", pixels, 1)
+    require_count("base_pixels", base_pixels, 1)
+    return math.sqrt(pixels / base_pixels)
+
+
+def require_count(name: str, value: int, least: int) -> None:
     """Returns nothing; raises ValueError unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _require_shift(shift: float) -> None:
+    """Returns nothing; raises ValueError unless the shift is positive and finite."""
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift must be positive and finite, got {shift}")

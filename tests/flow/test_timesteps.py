@@ -1,20 +1,27 @@
-"""Densities against numerical integration, shifts against their algebra, grids against diffusers."""
+"""Densities against numerical integration, shifts against their algebra, stratified draws against their variance."""
+
+import math
 
 import pytest
 import torch
 
-from latentfm.flow import (
+from latentfm.flow import CondOT, Cosine, log_snr
+from latentfm.flow.timesteps import (
     DENSITIES,
-    GRIDS,
+    CosMap,
     LogitNormal,
+    Mode,
     Uniform,
-    diffusers_grid,
     draw_t,
+    pdf_t,
+    shift_from_resolution,
+    shift_from_tokens,
     shift_sigma,
-    uniform_grid,
+    stratified,
 )
 
-LAWS = [Uniform(), LogitNormal(), LogitNormal(-0.5, 0.6), LogitNormal(1.0, 1.5)]
+LAWS = [Uniform(), LogitNormal(), LogitNormal(-0.5, 0.6), LogitNormal(1.0, 1.5), Mode(), Mode(-0.7), Mode(0.0), CosMap()]
+LARGEST_SCALE = 2 / (math.pi - 2)
 SHIFTS = [0.25, 1.0, 1.1, 3.0, 6.0]
 UNIT = torch.linspace(0, 1, 200_001, dtype=torch.float64)
 LARGEST_DRAW = 1 - 2**-24
@@ -60,6 +67,49 @@ def test_logit_normal_mean_is_on_sigma():
 
 def test_logit_normal_pdf_vanishes_at_the_ends_and_beyond():
     assert LogitNormal().pdf(torch.tensor([-0.1, 0.0, 1.0, 1.1])).tolist() == [0, 0, 0, 0]
+
+
+def test_mode_and_cosmap_vectors():
+    """The paper's f_mode falls in u and is 1 minus the increasing map here; cosmap rises."""
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for s in (-1.0, 0.5, 1.29, LARGEST_SCALE):
+        paper = 1 - u - s * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        torch.testing.assert_close(Mode(s).icdf(1 - u), paper)
+        torch.testing.assert_close(Mode(s).icdf(u), 1 - paper)
+    assert Mode(1.29).icdf(torch.tensor(0.75)).item() == pytest.approx(0.616416, abs=1e-6)
+    torch.testing.assert_close(CosMap().icdf(u), 1 - 1 / (torch.tan(math.pi * u / 2) + 1))
+    assert CosMap().icdf(torch.tensor(0.25)).item() == pytest.approx(0.292893, abs=1e-6)
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if not isinstance(law, LogitNormal)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pdf_is_one_over_the_slope_of_the_icdf(law, dtype):
+    u = torch.linspace(0.01, 0.99, 99, dtype=dtype)
+    sigma, slope = torch.func.jvp(law.icdf, (u,), (torch.ones_like(u),))
+    density = law.pdf(sigma)
+    assert density.dtype == dtype
+    torch.testing.assert_close(density, 1 / slope, rtol=2e-5 if dtype == torch.float32 else 1e-12, atol=0)
+
+
+def test_mode_at_the_ends_of_its_range():
+    """Scale -1 is the arcsine law, infinite at both ends; the largest is infinite in the middle; beyond, f is not monotone."""
+    sigma = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    torch.testing.assert_close(Mode(-1.0).pdf(sigma), 1 / (math.pi * torch.sqrt(sigma * (1 - sigma))))
+    assert Mode(-1.0).pdf(torch.tensor([0.0])).item() > 1e6
+    assert Mode(LARGEST_SCALE).pdf(torch.tensor([0.5], dtype=torch.float64)).item() > 1e6
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    for scale, monotone in ((-1.01, False), (-1.0, True), (LARGEST_SCALE, True), (1.76, False)):
+        image = u + scale * (u - torch.sin(math.pi * u / 2) ** 2)
+        assert (image.diff() > -1e-12).all().item() == monotone
+        if monotone:
+            assert torch.equal(Mode(scale).icdf(u), image)
+            assert image[0] == 0 and image[-1] == 1
+    assert Mode(0.0).pdf(sigma).tolist() == [1] * 99
+
+
+def test_cosmap_gives_the_linear_schedule_the_cosines_signal_to_noise():
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    torch.testing.assert_close(log_snr(CondOT(), 1 - CosMap().icdf(u)), log_snr(Cosine(), 1 - u))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
@@ -110,49 +160,99 @@ def test_rounding_never_leaves_the_unit_interval(shift):
     assert shifted[0] == 1 and (shifted <= 1).all()
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("steps", [1, 2, 28, 1000])
+@pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_grids_run_from_noise_to_data_in_the_steps_asked_for(name, steps, shift):
-    grid = GRIDS[name](steps, shift)
-    assert grid.shape == (steps + 1,) and grid.dtype == torch.float32
-    assert grid[0] == 0 and grid[-1] == 1
-    assert (grid.diff() > 0).all()
+def test_pdf_t_is_the_density_of_the_draws(law, shift):
+    """Its integral from t to 1 is the share of draws beyond t, that is u itself, because t falls as u rises."""
+    # fine at the ends of sigma where a shift stretches the density
+    sigma = shift_sigma(UNIT, shift)
+    density = pdf_t(1 - sigma, law, shift)
+    share = torch.cumulative_trapezoid(density, sigma)
+    assert share[-1].item() == pytest.approx(1, abs=1e-6)
+    u = torch.tensor([0.01, 0.3, 0.5, 0.9], dtype=torch.float64)
+    drawn = 1 - draw_t(u, law, shift).double()
+    found = share[torch.searchsorted(sigma, drawn).clamp(1, len(share)) - 1]
+    torch.testing.assert_close(found, u, rtol=0, atol=1e-4)
 
 
-def test_uniform_grid_vector():
-    """Flux's dynamic shift at 4,096 tokens is exp(1.15): its published sigmas at 4 steps."""
-    assert uniform_grid(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
-    expected = torch.tensor([1, 0.904531, 0.759511, 0.512844, 0])
-    torch.testing.assert_close(1 - uniform_grid(4, 2.718281828459045**1.15), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("tokens", "sigmas"), [
+    (4096, [1, 0.904531, 0.759511, 0.512844, 0]),
+    (1024, [1, 0.849235, 0.652489, 0.384945, 0]),
+])
+def test_shift_from_tokens_gives_fluxs_sigmas(tokens, sigmas):
+    evenly = torch.linspace(1, 0, 5, dtype=torch.float64)
+    expected = torch.tensor(sigmas, dtype=torch.float64)
+    torch.testing.assert_close(shift_sigma(evenly, shift_from_tokens(tokens)), expected, rtol=0, atol=1e-6)
 
 
-def test_diffusers_grid_vector():
-    expected = torch.tensor([1, 0.857692, 0.602151, 0.008929, 0])
-    torch.testing.assert_close(1 - diffusers_grid(4, 3.0), expected, rtol=0, atol=1e-6)
+def test_shift_from_tokens_passes_through_its_points_and_is_log_linear():
+    assert shift_from_tokens(256) == math.exp(0.5)
+    assert shift_from_tokens(64, low=(64, 0.0), high=(128, math.log(2))) == 1
+    assert shift_from_tokens(256, low=(64, 0.0), high=(128, math.log(2))) == pytest.approx(8)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 28, 50])
-@pytest.mark.parametrize("shift", [0.5, 1.0, 1.15, 3.0, 5.7, 12.0])
-@pytest.mark.parametrize("num_train_timesteps", [1000, 100])
-def test_diffusers_grid_is_that_of_diffusers(steps, shift, num_train_timesteps):
-    scheduling = pytest.importorskip("diffusers.schedulers.scheduling_flow_match_euler_discrete")
-    scheduler = scheduling.FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=shift)
-    scheduler.set_timesteps(steps)
-    sigmas = 1 - diffusers_grid(steps, shift, num_train_timesteps)
-    torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=0, atol=6e-8)
+def test_shift_from_resolution_keeps_the_uncertainty_of_the_mean():
+    """Equation 23, and what it is derived from: sigma / (1 - sigma) / sqrt(pixels) stays the same."""
+    sigma, m, n = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1024**2, 256**2
+    shift = shift_from_resolution(m, n)
+    assert shift == 4
+    shifted = shift_sigma(sigma, shift)
+    torch.testing.assert_close(shifted / (1 - shifted) / m**0.5, sigma / (1 - sigma) / n**0.5)
+    assert shift_from_resolution(n, m) == 1 / 4
 
 
-def test_registries_hold_what_their_names_say():
-    assert {"uniform": Uniform, "logit_normal": LogitNormal}.items() <= DENSITIES.items()
-    assert {"uniform": uniform_grid, "diffusers": diffusers_grid}.items() <= GRIDS.items()
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.0, "4", True])
-@pytest.mark.parametrize("name", GRIDS)
-def test_bad_step_counts_are_refused_with_their_value(name, steps):
-    with pytest.raises(ValueError, match=f"steps .*{steps!r}"):
-        GRIDS[name](steps)
+@pytest.mark.parametrize("count", [1, 3, 7, 64, 1000])
+def test_every_stratum_is_hit_exactly_once(count):
+    draws = [uniform(count), torch.zeros(count), torch.full((count,), LARGEST_DRAW)]
+    for i, u in enumerate(draws):
+        for rotation in (0.0, 0.37, LARGEST_DRAW, 1 - 2**-53):
+            drawn = stratified(u, torch.randperm(count, generator=torch.Generator().manual_seed(i)), count, rotation)
+            assert drawn.dtype == torch.float64 and (drawn >= 0).all() and (drawn < 1).all()
+            # the nudge is for u = 0, on the lower edge of its stratum
+            assert torch.floor(drawn * count + 1e-9).long().sort().values.tolist() == list(range(count))
+
+
+def test_a_stratified_draw_alone_is_uniform_at_every_place():
+    """Kolmogorov-Smirnov, for the first and for the third place of 5, over many steps."""
+    steps, rotations = 4000, uniform(4000, seed=1).tolist()
+    u = uniform(steps, 2)
+    drawn = torch.stack([stratified(row, torch.tensor([0, 2]), 5, r) for row, r in zip(u, rotations, strict=True)])
+    empirical = torch.arange(1, steps + 1) / steps
+    for place in drawn.T:
+        assert (place.sort().values - empirical).abs().max().item() * steps**0.5 < 1.95
+
+
+def test_stratification_divides_the_variance_of_a_mean_by_the_square_of_the_count():
+    """Of the mean of n values of u: 1 / (12 n) independent, 1 / (12 n^3) stratified. Standard error of a ratio 2.2 %."""
+    n, steps = 16, 4000
+    u = uniform(steps, n, seed=2).double()
+    rotations = uniform(steps, seed=3).tolist()
+    means = torch.stack([stratified(row, torch.arange(n), n, r).mean() for row, r in zip(u, rotations, strict=True)])
+    assert u.mean(1).var().item() * 12 * n == pytest.approx(1, abs=0.09)
+    assert means.var().item() * 12 * n**3 == pytest.approx(1, abs=0.09)
+    t_means = torch.stack([
+        draw_t(stratified(row, torch.arange(n), n, r), LogitNormal()).mean() for row, r in zip(u[:500], rotations, strict=False)
+    ])
+    assert t_means.var() < draw_t(u[:500], LogitNormal()).mean(1).var() / 50
+
+
+def test_stratified_draws_do_not_depend_on_the_split():
+    u, index = uniform(12), torch.arange(12)
+    whole = stratified(u, index, 12, 0.4)
+    for ranks in (2, 3, 4):
+        parts = [stratified(u[rank::ranks], index[rank::ranks], 12, 0.4) for rank in range(ranks)]
+        for rank, part in enumerate(parts):
+            assert torch.equal(part, whole[rank::ranks])
+
+
+def test_registry_holds_what_its_names_say():
+    assert {"uniform": Uniform, "logit_normal": LogitNormal, "mode": Mode, "cosmap": CosMap} == DENSITIES
+    for law in DENSITIES.values():
+        assert torch.equal(law().icdf(torch.tensor([0.0, 1.0])), torch.tensor([0.0, 1.0]))
 
 
 @pytest.mark.parametrize("shift", [0.0, -3.0, float("nan"), float("inf")])
@@ -160,8 +260,7 @@ def test_bad_shifts_are_refused_with_their_value(shift):
     calls = (
         lambda: shift_sigma(torch.rand(2), shift),
         lambda: draw_t(torch.rand(2), Uniform(), shift),
-        lambda: uniform_grid(4, shift),
-        lambda: diffusers_grid(4, shift),
+        lambda: pdf_t(torch.rand(2), Uniform(), shift),
     )
     for call in calls:
         with pytest.raises(ValueError, match=f"shift .*{shift}"):
@@ -180,7 +279,20 @@ def test_bad_shifts_are_refused_with_their_value(shift):
         (lambda: draw_t(torch.tensor([0.5, torch.nan]), Uniform()), "nan"),
         (lambda: draw_t(torch.tensor([0, 1]), Uniform()), "int64"),
         (lambda: draw_t(torch.rand(2).half(), Uniform()), "float16"),
-        (lambda: diffusers_grid(4, 3.0, 1), "num_train_timesteps .*1"),
+        (lambda: Mode(-1.01), r"scale .*\[-1, 1\.751938\].*-1\.01"),
+        (lambda: Mode(1.752), r"scale .*1\.752$"),
+        (lambda: Mode(float("nan")), "scale .*nan"),
+        (lambda: shift_from_tokens(0), "tokens .*0"),
+        (lambda: shift_from_tokens(9.5), r"tokens .*9\.5"),
+        (lambda: shift_from_tokens(9, low=(256, 0.5), high=(256, 1.0)), r"\(256, 0\.5\) and \(256, 1\.0\)"),
+        (lambda: shift_from_resolution(0, 4), "pixels .*0"),
+        (lambda: shift_from_resolution(4, -4), "base_pixels .*-4"),
+        (lambda: stratified(torch.rand(2), torch.arange(3), 3, 0.0), r"\(2,\) and \(3,\)"),
+        (lambda: stratified(torch.rand(2), torch.tensor([0, 2]), 2, 0.0), r"0 to 1, got \[2\]"),
+        (lambda: stratified(torch.rand(2), torch.tensor([-1, 0]), 2, 0.0), r"got \[-1\]"),
+        (lambda: stratified(torch.rand(2), torch.rand(2), 2, 0.0), "integers, got torch.float32"),
+        (lambda: stratified(torch.rand(2), torch.arange(2), 0, 0.0), "count .*0"),
+        (lambda: stratified(torch.rand(2), torch.arange(2), 2, 1.0), r"rotation .*1\.0"),
     ],
 )
 def test_other_bad_inputs_are_refused_with_their_value(call, message):
