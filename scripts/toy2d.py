@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("data", nargs="*", metavar="DATA", default=["checkerboard"], help=f"{', '.join(DATA)}; the first if none is named")
     parser.add_argument("--schedule", choices=flow.SCHEDULES, default="condot")
     parser.add_argument("--coupling", choices=flow.COUPLINGS, default="independent", help="which noise goes with which datum")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/toy2d"), help="folder of the pictures")
