@@ -95,16 +95,7 @@ def ends(value: Tensor, x: Tensor, t: Tensor, source: Quantity, schedule: Schedu
 
     Args and errors: see `convert`.
     """
-    value, x, at = _prepare(value, x, t, source, schedule)
-    if source == "velocity":
-        determinant = _away_from_zero(at.alpha * at.d_beta - at.d_alpha * at.beta)
-        z, eps = (at.d_beta * x - at.beta * value) / determinant, (at.alpha * value - at.d_alpha * x) / determinant
-        # in the noisier half from x itself, so that eps stays exact where the determinant had to be moved
-        return Ends(z=z, eps=torch.where(at.beta > at.alpha, (x - at.alpha * z) / _away_from_zero(at.beta), eps))
-    if source == "denoiser":
-        return Ends(z=value, eps=(x - at.alpha * value) / _away_from_zero(at.beta))
-    eps = value if source == "noise" else -at.beta * value
-    return Ends(z=(x - at.beta * eps) / _away_from_zero(at.alpha), eps=eps)
+    return _ends(*_prepare(value, x, t, source, schedule), source)
 
 
 def convert(
@@ -132,7 +123,7 @@ def convert(
         return value
     if {source, target} == {"noise", "score"}:  # the same number up to a factor: no need to find z, which may be singular
         return -value / _away_from_zero(at.beta) if target == "score" else -at.beta * value
-    z, eps = ends(value, x, t, source, schedule)
+    z, eps = _ends(value, x, at, source)
     if target == "velocity":
         return at.d_alpha * z + at.d_beta * eps
     if target == "denoiser":
@@ -168,6 +159,19 @@ def _prepare(value: Tensor, x: Tensor, t: Tensor, source: str, schedule: Schedul
     at = schedule(t if t.ndim == 0 else expand_like(t, x))
     dtype = torch.promote_types(torch.promote_types(value.dtype, x.dtype), t.dtype)
     return value.to(dtype), x.to(dtype), Coefficients(*(c.to(dtype) for c in at))
+
+
+def _ends(value: Tensor, x: Tensor, at: Coefficients, source: Quantity) -> Ends:
+    """`ends` of what `_prepare` returned."""
+    if source == "velocity":
+        determinant = _away_from_zero(at.alpha * at.d_beta - at.d_alpha * at.beta)
+        z, eps = (at.d_beta * x - at.beta * value) / determinant, (at.alpha * value - at.d_alpha * x) / determinant
+        # in the noisier half from x itself, so that eps stays exact where the determinant had to be moved
+        return Ends(z=z, eps=torch.where(at.beta > at.alpha, (x - at.alpha * z) / _away_from_zero(at.beta), eps))
+    if source == "denoiser":
+        return Ends(z=value, eps=(x - at.alpha * value) / _away_from_zero(at.beta))
+    eps = value if source == "noise" else -at.beta * value
+    return Ends(z=(x - at.beta * eps) / _away_from_zero(at.alpha), eps=eps)
 
 
 def _away_from_zero(divisor: Tensor) -> Tensor:
