@@ -82,16 +82,31 @@ def train(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Velocity:
     """A network trained by Algorithm 3 of the notes; `on_step` is told the step and the loss every 100 steps."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    network = Velocity()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(1, steps + 1):
+
+    def draw_batch() -> tuple[Tensor, Tensor, Tensor]:
         z = data(batch, generator)
         eps = coupling(z, torch.randn(z.shape, generator=generator))
         t = torch.rand(batch, generator=generator)
         x_t, velocity = flow.sample_path(z, eps, t, schedule)
+        return x_t, t, velocity
+
+    return fit(draw_batch, steps, seed, on_step)
+
+
+def fit(
+    draw_batch: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    steps: int,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Velocity:
+    """A network fitted to batches of x_t, t and the velocity to predict there."""
+    torch.manual_seed(seed)
+    network = Velocity()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        x_t, t, velocity = draw_batch()
         loss = flow.cfm_loss(network(x_t, t), velocity).mean()
         optimizer.zero_grad()
         loss.backward()
