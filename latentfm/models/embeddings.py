@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentfm.models.layers import Linear
+
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     """[N, dim] float64: sines then cosines of `positions` [N] at dim/2 geometric frequencies from 1 down to 1/10000."""
@@ -64,15 +66,15 @@ class TwoLayer(nn.Module):
 
     def __init__(self, in_features: int, dim: int):
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(in_features, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class TimeTextEmbed(nn.Module):
-    """(timestep [B], pooled text [B, P]) -> conditioning vector [B, dim]."""
+    """(timestep [B], pooled text [B, P]) -> conditioning vector [B, dim]: a sum of what each gives by itself."""
 
     def __init__(self, dim: int, pooled_dim: int):
         super().__init__()
@@ -81,3 +83,7 @@ class TimeTextEmbed(nn.Module):
 
     def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         return self.timestep_embedder(timestep_features(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
+
+    def schedule(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        """[S, B, dim]: the conditioning vectors of B prompts at each of S timesteps."""
+        return self.timestep_embedder(timestep_features(timesteps).to(pooled.dtype))[:, None] + self.text_embedder(pooled)

@@ -2,22 +2,37 @@
 
 from torch import Tensor, nn
 
+from latentfm.models.mmdit import Precomputed, TokenRoute
 from latentfm.models.text import Condition
 
 
-def velocity(network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def velocity(
+    network: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    condition: Condition,
+    token_route: TokenRoute | None = None,
+    precomputed: Precomputed | None = None,
+) -> Tensor:
     """Returns u_t(x | condition) in float32, shaped like x, from an SD3-style network.
 
     x [B, C, H, W] float32; t a scalar or [B] float32 in [0, 1]. The network (MMDiT or diffusers' SD3Transformer2DModel) is
     asked at timestep 1000 (1 - t) and answers eps - z = -u. Times stay in float32 whatever the network runs in.
+    token_route and precomputed are MMDiT.forward's.
     """
     dtype = next(network.parameters()).dtype
-    timestep = (1000.0 * (1.0 - t.float())).expand(x.shape[0])
+    extra = {"token_route": token_route, "precomputed": precomputed}
     prediction = network(
         hidden_states=x.to(dtype),
-        timestep=timestep,
+        timestep=timesteps(t).expand(x.shape[0]),
         encoder_hidden_states=condition.embeds.to(dtype),
         pooled_projections=condition.pooled.to(dtype),
         return_dict=False,
+        **{name: value for name, value in extra.items() if value is not None},
     )[0]
     return -prediction.float()
+
+
+def timesteps(t: Tensor) -> Tensor:
+    """SD3's timesteps 1000 sigma = 1000 (1 - t), float32."""
+    return 1000.0 * (1.0 - t.float())

@@ -1,0 +1,116 @@
+"""One MM-DiT block (Esser et al. 2024, figure 2b): two streams of tokens, image and text, that meet in one attention."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from latentfm.models.attention import Attention
+from latentfm.models.layers import Linear, gated_sum, linear_gelu, modulated_norm
+
+
+class Modulation(nn.Module):
+    """Conditioning vectors [..., dim], already through SiLU -> `parts` vectors [..., 1, dim], those in `scales` with 1 added."""
+
+    def __init__(self, dim: int, parts: int, scales: tuple[int, ...]):
+        super().__init__()
+        self.parts, self.scales = parts, scales
+        self.linear = Linear(dim, parts * dim)
+
+    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
+        parts = self.linear(conditioning).unflatten(-1, (self.parts, 1, -1)).unbind(-3)
+        return tuple(1 + part if i in self.scales else part for i, part in enumerate(parts))
+
+
+class BlockModulation(NamedTuple):
+    """A block's adaLN vectors, each [B, 1, dim], in the order of SD3's weights."""
+
+    image: tuple[Tensor, ...]
+    text: tuple[Tensor, ...]
+
+
+class Packing(NamedTuple):
+    """How the text tokens of a batch lie behind each other without padding: [1, sum(lengths), dim]."""
+
+    lengths: list[int]  # of each sample
+    samples: Tensor  # [sum(lengths)] int64: which sample a token is of
+
+    def per_token(self, vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Vectors [B, 1, dim] of samples as vectors [1, sum(lengths), dim] of tokens."""
+        return tuple(vector[:, 0][self.samples][None] for vector in vectors)
+
+
+class GELUProjection(nn.Module):
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = Linear(dim, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_gelu(self.proj, x)
+
+
+class FeedForward(nn.Module):
+    """dim -> 4 dim, GELU (tanh), -> dim."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class Block(nn.Module):
+    """Joint attention and a feed-forward for each modality, modulated by the conditioning vector.
+
+    dual adds SD3.5's second, image-only attention. In the last block (last=True) the text is only read.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None, dual: bool, last: bool):
+        super().__init__()
+        self.dual, self.context_pre_only = dual, last
+        self.norm1 = Modulation(dim, 9, (1, 4, 7)) if dual else Modulation(dim, 6, (1, 4))
+        self.norm1_context = Modulation(dim, 2, (0,)) if last else Modulation(dim, 6, (1, 4))
+        self.attn = Attention(dim, heads, head_dim, qk_norm, joint=True, context_pre_only=last)
+        if dual:
+            self.attn2 = Attention(dim, heads, head_dim, qk_norm, joint=False)
+        self.ff = FeedForward(dim)
+        if not last:
+            self.ff_context = FeedForward(dim)
+
+    def modulation(self, conditioning: Tensor) -> BlockModulation:
+        """The block's adaLN vectors for conditioning vectors [..., dim]; they depend on nothing else."""
+        return BlockModulation(self.norm1(conditioning), self.norm1_context(conditioning))
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        conditioning: Tensor | None,
+        modulation: BlockModulation | None = None,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(image [B, N, dim], text [B, L, dim], conditioning [B, dim]) -> (image, text); text is None after the last block.
+
+        `modulation` stands for the conditioning vector where it was computed before; with `packing` the text is packed.
+        """
+        of_image, of_text = self.modulation(conditioning) if modulation is None else modulation
+        if packing is not None:
+            of_text = packing.per_token(of_text)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = of_image
+        if self.context_pre_only:
+            text_scale, text_shift = of_text
+        else:
+            text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = of_text
+        attended, text_attended = self.attn(
+            modulated_norm(image, scale, shift), modulated_norm(text, text_scale, text_shift), packing and packing.lengths
+        )
+        after = gated_sum(image, gate, attended)
+        if self.dual:
+            shift2, scale2, gate2 = second
+            after = gated_sum(after, gate2, self.attn2(modulated_norm(image, scale2, shift2))[0])
+        image = gated_sum(after, ff_gate, self.ff(modulated_norm(after, ff_scale, ff_shift)))
+        if self.context_pre_only:
+            return image, None
+        text = gated_sum(text, text_gate, text_attended)
+        text = gated_sum(text, text_ff_gate, self.ff_context(modulated_norm(text, text_ff_scale, text_ff_shift)))
+        return image, text

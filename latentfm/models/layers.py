@@ -1,0 +1,134 @@
+"""Layers that do in fewer passes over memory what PyTorch's plain ones do in several, with the same parameters and results.
+
+Linear runs on oneDNN on a CPU in float32 (PyTorch takes MKL there, which is about half as fast on AMD's processors as oneDNN
+and equal on Intel's). modulated_norm is LayerNorm and adaLN modulation in one, and keeps for the backward pass only its input.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# Parameter for weights as they are; a subclass of Tensor (quantised, sharded) has ways of its own to be multiplied by
+PLAIN = (Tensor, nn.Parameter)
+
+
+def transformed() -> bool:
+    """Whether torch.func or torch.compile is looking on, who can see into PyTorch's own operations only."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def fits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether x @ weight.T may go to oneDNN directly: plain contiguous tensors of one dtype on the CPU, nobody looking on."""
+    return (
+        ONEDNN is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and weight.is_contiguous()
+        and x.numel() > 0
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not transformed()
+    )
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x @ weight.T + bias, and its two gradients, each one oneDNN product. x [T, K], weight [N, K], bias [N] or None."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return ONEDNN(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        # x @ weight.T by a function that can be differentiated once more where someone asks for that
+        product = F.linear if torch.is_grad_enabled() else lambda a, b: ONEDNN(a, b, None, "none", [], "")
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            product(gradient, weight.t()) if to_x else None,
+            product(gradient.t(), x.t()) if to_weight else None,
+            gradient.sum(0) if to_bias else None,
+        )
+
+
+class Linear(nn.Linear):
+    """nn.Linear, on oneDNN where that is the faster library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N]."""
+    if weight.dtype != torch.float32 or not fits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out = OneDNNLinear.apply(rows, weight, bias)
+    else:
+        out = ONEDNN(rows, weight, bias, "none", [], "")
+    return out.view(*x.shape[:-1], -1)
+
+
+def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU (tanh) of layer(x); in inference on a CPU the GELU is part of the product, before it is written out."""
+    untouched = type(layer) is Linear and "forward" not in vars(layer) and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if untouched and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16) and fits_onednn(x, layer.weight):
+        rows = x.reshape(-1, x.shape[-1])
+        return ONEDNN(rows, layer.weight, layer.bias, "gelu", [], "tanh").view(*x.shape[:-1], -1)
+    return F.gelu(layer(x), approximate="tanh")
+
+
+class ModulatedNorm(torch.autograd.Function):
+    """LayerNorm(x) * scale + shift, keeping x and two numbers a token; the normalised x is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        normed, mean, inverse_std = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        ctx.save_for_backward(x, mean, inverse_std, scale)
+        ctx.shift_shape = shift.shape
+        return torch.addcmul(shift, normed, scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse_std, scale = ctx.saved_tensors
+        to_x, to_scale, to_shift = ctx.needs_input_grad
+        by_x = by_scale = None
+        if torch.is_grad_enabled():  # someone differentiates this once more
+            wanted = [value for value, needed in ((x, to_x), (scale, to_scale)) if needed]
+            found = iter(torch.autograd.grad(F.layer_norm(x, x.shape[-1:], eps=EPS) * scale, wanted, gradient, create_graph=True))
+            by_x, by_scale = next(found) if to_x else None, next(found) if to_scale else None
+            return by_x, by_scale, gradient.sum_to_size(ctx.shift_shape) if to_shift else None
+        if to_scale:
+            normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+            by_scale = (gradient * normed).sum_to_size(scale.shape)
+        if to_x:
+            arguments = (gradient * scale, x, x.shape[-1:], mean, inverse_std, None, None, [True, False, False])
+            by_x = torch.ops.aten.native_layer_norm_backward(*arguments)[0]
+        return by_x, by_scale, gradient.sum_to_size(ctx.shift_shape) if to_shift else None
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm(x) * scale + shift: x [B, N, D], scale and shift [B, 1, D] or [1, N, D]; no norm parameters, eps 1e-6.
+
+    `scale` is adaLN's 1 + scale already (DiT, Peebles and Xie 2023, section 3.2).
+    """
+    if transformed():
+        return F.layer_norm(x, x.shape[-1:], eps=EPS) * scale + shift
+    if torch.is_grad_enabled():
+        return ModulatedNorm.apply(x, scale, shift)
+    normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    if normed.dtype != shift.dtype:  # autocast normalises in float32
+        return torch.addcmul(shift, normed, scale)
+    return torch.addcmul(shift, normed, scale, out=normed)
+
+
+def gated_sum(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update in one pass; x and update [B, N, D], gate [B, 1, D] or [1, N, D]."""
+    return torch.addcmul(x, gate, update)
