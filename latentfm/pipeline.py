@@ -6,8 +6,10 @@
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from latentfm import flow
@@ -26,16 +30,20 @@ from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import INFO_FILE, check_folder, read_info, t5_length, write_stock_names
 from latentfm.models.interchange import refuse_pickle
-from latentfm.models.mmdit import MMDiT
+from latentfm.models.mmdit import MMDiT, Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
-from latentfm.models.velocity import velocity
+from latentfm.models.velocity import timesteps, velocity
 
+logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 41) else "torch_dtype"  # the old name warns
 
 
-class LatentFMPipeline(DiffusionPipeline):
+class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
     """Text-to-image pipeline with the components of StableDiffusion3Pipeline; text encoders and tokenizers may be None.
+
+    LoRA adapters load, save, mix, fuse and unload as there: load_lora_weights, save_lora_weights, set_adapters, fuse_lora,
+    unload_lora_weights.
 
     `info` holds what the model's folder says of itself in latentfm.json ("max_sequence_length": the T5 length it is
     meant for); `null` is its null condition.
@@ -155,6 +163,59 @@ class LatentFMPipeline(DiffusionPipeline):
         pipe.info = read_info(folder)
         pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
         return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        pipeline: str | Path | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        sample_size: int | None = None,
+    ) -> "LatentFMPipeline":
+        """Loads an SD3 / SD3.5 safetensors file in the original naming or diffusers', straight into the networks.
+
+        What the file lacks (often the VAE, the text encoders, T5's tokenizer) comes from `pipeline`, a pipeline folder; without
+        it text encoders are None where absent, CLIP's tokenizers are CLIP's own, the scheduler is SD3's. sample_size: the side
+        of the latents that default pictures have, 128 in a file that does not say. Raises InputError naming what is missing, or
+        what the file is instead.
+        """
+        from latentfm.models.weights import completed, load_part, load_tokenizer, open_weights
+
+        base = open_weights(pipeline) if pipeline is not None else None
+        weights = completed(open_weights(path, like=base, sample_size=sample_size), base)
+        for note in weights.notes:
+            logger.warning(note)
+        components = {name: load_part(name, part, torch_dtype) for name, part in weights.parts.items()}
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
+        components |= {name: load_tokenizer(name, weights) for name in tokenizers}
+        pipe = cls(scheduler=FlowMatchEulerDiscreteScheduler.from_config(weights.scheduler), **components)
+        pipe.info = weights.info
+        if weights.null:
+            pipe.null = NullCondition.load(weights.null.parent, pipe.prompt_encoder)
+        return pipe
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], **kwargs: Any) -> Any:
+        """The tensors of a LoRA, and its metadata with return_lora_metadata=True, as SD3LoraLoaderMixin; a peft adapter folder too.
+
+        The keyword arguments are SD3LoraLoaderMixin's. Raises InputError for a pickle, a file that cannot be read, or a LoRA of
+        another model or in a form that would load as nothing.
+        """
+        from latentfm.models.lora import ADAPTER_METADATA, check_names, diffusers_adapter, is_adapter, open_adapter
+
+        given = pretrained_model_name_or_path_or_dict
+        source = Path("the given state dict" if isinstance(given, dict) else given)
+        refuse_pickle(source / (kwargs.get("weight_name") or ""))
+        if source.is_dir() and is_adapter(source):
+            stored, metadata = diffusers_adapter(open_adapter(source))
+            tensors = {name: value.load() for name, value in stored.items()}
+            return (tensors, json.loads(metadata[ADAPTER_METADATA])) if kwargs.get("return_lora_metadata") else tensors
+        try:
+            found = super().lora_state_dict(given if isinstance(given, dict) else str(given), **kwargs | {"use_safetensors": True})
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"the LoRA {source} cannot be read: {str(error).partition(chr(10))[0]}") from error
+        check_names(source, list(found[0] if isinstance(found, tuple) else found))
+        return found
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json and the null condition."""
@@ -293,28 +354,36 @@ class LatentFMPipeline(DiffusionPipeline):
         grid = self.sampling_grid(num_inference_steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = num_inference_steps
         state = joined(negative, condition) if guided else condition
+        precomputed = self.precompute(grid)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             if self._interrupt:
                 return torch.zeros_like(x)
-            if not self.do_classifier_free_guidance:  # asked at each step, since a callback may end it
-                return velocity(self.transformer, x, t, state)
-            unconditional, conditional = velocity(self.transformer, torch.cat([x, x]), t, state).chunk(2)
+            with self.transformer_cache():
+                if not self.do_classifier_free_guidance:  # asked at each step, since a callback may end it
+                    return velocity(self.transformer, x, t, state, precomputed=precomputed)
+                both = velocity(self.transformer, torch.cat([x, x]), t, state, precomputed=precomputed)
+            unconditional, conditional = both.chunk(2)
             return flow.classifier_free(conditional, unconditional, self._guidance_scale)
 
         with self.progress_bar(total=num_inference_steps) as bar:
 
             def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
-                nonlocal state
+                nonlocal state, precomputed
                 if self._interrupt:
                     return None
                 bar.update()
+                if precomputed is not None:
+                    precomputed.step = i + 1
                 if callback_on_step_end is None:
                     return None
                 tensors = {"latents": x, "prompt_embeds": state.embeds, "pooled_prompt_embeds": state.pooled}
                 wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), wanted) or {}
+                before = state
                 state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
+                if state.embeds is not before.embeds or state.pooled is not before.pooled:
+                    precomputed = self.precompute(grid, i + 1)
                 return answer.get("latents")
 
             latents = flow.integrate(field, latents.to(device), grid, on_step=on_step)
@@ -325,6 +394,18 @@ class LatentFMPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
+
+    def precompute(self, grid: Tensor, step: int = 0) -> Precomputed | None:
+        """What an MMDiT will compute once for the whole grid of times, the next step being `step`; None for another network."""
+        if not isinstance(self.transformer, MMDiT):
+            return None
+        precomputed = Precomputed(timesteps(grid[:-1]))
+        precomputed.step = step
+        return precomputed
+
+    def transformer_cache(self) -> AbstractContextManager[None]:
+        """The context diffusers' feature caches (transformer.enable_cache) work in; nothing where none is on."""
+        return self.transformer.cache_context("guided") if getattr(self.transformer, "is_cache_enabled", False) else nullcontext()
 
     def assemble(self, parts: PromptParts) -> Condition:
         config = self.transformer.config
@@ -346,7 +427,10 @@ class LatentFMPipeline(DiffusionPipeline):
                 raise InputError("negative_prompt_embeds needs negative_pooled_prompt_embeds beside it")
             return Condition(embeds, pooled)
         if not (prompt or prompt_2 or prompt_3):
-            null = self.null.parts(length).map(lambda value: value.expand(count, *value.shape[1:]))
+            # a LoRA of the text encoders changes what "" means to them: the saved null condition is not theirs
+            adapted = any(getattr(encoder, "peft_config", None) for encoder in self.prompt_encoder.encoders)
+            null = self.prompt_encoder.encode([""], length) if adapted else self.null.parts(length)
+            null = null.map(lambda value: value.expand(count, *value.shape[1:]))
             return self.assemble(null)
         prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from latentfm.cli.convert import convert
 from latentfm.cli.generate import generate
 from latentfm.cli.train import train
 from latentfm.errors import InputError
@@ -65,6 +66,14 @@ app.command(
     'latentfm generate ""  (the empty prompt: an unconditional picture)'
 )(generate)
 app.command()(train)
+app.command(
+    epilog="Examples\n\n"
+    "latentfm convert sd3.5_medium.safetensors sd35 --pipeline an/sd3/folder  (encoders and tokenizers from there)\n\n"
+    "latentfm convert sd3_medium_incl_clips.safetensors sd3  (a folder without T5)\n\n"
+    "latentfm convert runs/mine/model mine.safetensors --with transformer,vae --dtype float16  (for other programs)\n\n"
+    "latentfm convert sd3.5_large.safetensors large --transformer-only --max-shard-size 5GB\n\n"
+    "latentfm convert pytorch_lora_weights.safetensors adapter  (diffusers' LoRA to peft; the other way round too)"
+)(convert)
 
 
 @app.callback()

@@ -1,10 +1,11 @@
-"""Weights in other people's forms: open_clip text towers, and the refusal of pickles."""
+"""Other people's forms: open_clip's text towers and vocabulary, and the refusal of pickles."""
 
+import gzip
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentfm.errors import InputError
 
@@ -24,6 +25,23 @@ def refuse_pickle(path: Path) -> None:
             "place you trust: python -c \"import torch, safetensors.torch as s; "
             f"s.save_file(torch.load('{found[0]}', weights_only=True), '{found[0].with_suffix('.safetensors')}')\""
         )
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> CLIPTokenizer:
+    """CLIP's tokenizer as transformers' class, made from the vocabulary that open_clip carries: no download.
+
+    SD3 pads its first encoder with the end of the text, "<|endoftext|>", its second with "!", which is id 0. `length` is the number of
+    tokens the encoder reads. Equal to open_clip's tokenizer but for two things: open_clip first mends broken Unicode and HTML, and a
+    "!" in a prompt is id 0 to the tokenizer that pads with it, as in SD3's published folders.
+    """
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as lines:
+        merges = [tuple(line.split()) for line in lines][1 : 49152 - 256 - 2 + 1]  # as released; the rest was never used
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=length)
 
 
 def open_clip_text_to_transformers(model: torch.nn.Module) -> CLIPTextModelWithProjection:

@@ -1,4 +1,4 @@
-"""open_clip text towers as transformers', and the refusal of pickles."""
+"""open_clip text towers and vocabulary as transformers', and the refusal of pickles."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
-from latentfm.models.interchange import PICKLES, open_clip_text_to_transformers, refuse_pickle
+from latentfm.models.interchange import PICKLES, clip_tokenizer, open_clip_text_to_transformers, refuse_pickle
 
 VOCABULARY, LENGTH = 60, 12
 
@@ -126,3 +126,35 @@ def test_folders(tmp_path):
 def test_safetensors_and_absent_paths_pass():
     refuse_pickle(Path("/nowhere/model.safetensors"))
     refuse_pickle(Path("/nowhere/folder"))
+
+
+EXCLAMATION = 256  # "!" at the end of a word; to SD3's second tokenizer, which pads with "!", it is padding wherever it stands
+TEXTS = [
+    "", "a photo of a cat", "A red apple, NOTO style!", "don't, it's they'll we've I'm you'd", "x" * 300, "one  two\tthree\nfour",
+    "naïve café Ångström", "猫の写真 и кошка", "3.14159 + 2^10 = 1,027", "an emoji 🍕 and 👩‍🚀",
+    "snake_case, CamelCase; (brackets) [and] {so} on…",
+    "the quick brown fox jumps over the lazy dog " * 12,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_clips_tokenizers_are_open_clips(text):
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs = SimpleTokenizer()(text)[0].tolist()
+    end = theirs.index(49407) + 1
+    for pad_token, pad in (("<|endoftext|>", 49407), ("!", 0)):
+        tokenizer = clip_tokenizer(pad_token)
+        assert (tokenizer.model_max_length, tokenizer.pad_token_id, len(tokenizer)) == (77, pad, 49408)
+        ours = tokenizer(text, padding="max_length", truncation=True).input_ids
+        words = theirs[:end] if pad else [0 if word == EXCLAMATION else word for word in theirs[:end]]
+        assert ours[:end] == words and ours[end:] == [pad] * (77 - end)
+
+
+def test_a_saved_clip_tokenizer_loads_the_same(tmp_path):
+    from transformers import CLIPTokenizer
+
+    clip_tokenizer("!", 20).save_pretrained(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    assert (again.pad_token_id, again.model_max_length) == (0, 20)
+    assert again("a cat", padding="max_length").input_ids == [49406, 320, 2368, 49407] + [0] * 16
