@@ -28,8 +28,7 @@ from torch import Tensor
 from latentfm import flow
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.models.folder import INFO_FILE, check_folder, read_info, t5_length, write_stock_names
-from latentfm.models.interchange import refuse_pickle
+from latentfm.models.folder import INFO_FILE, check_folder, read_info, refuse_pickle, t5_length, write_stock_names
 from latentfm.models.mmdit import MMDiT, Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
 from latentfm.models.velocity import timesteps, velocity
@@ -179,7 +178,7 @@ class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         of the latents that default pictures have, 128 in a file that does not say. Raises InputError naming what is missing, or
         what the file is instead.
         """
-        from latentfm.models.weights import completed, load_part, load_tokenizer, open_weights
+        from latentfm.interchange.weights import completed, load_part, load_tokenizer, open_weights
 
         base = open_weights(pipeline) if pipeline is not None else None
         weights = completed(open_weights(path, like=base, sample_size=sample_size), base)
@@ -201,7 +200,7 @@ class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         The keyword arguments are SD3LoraLoaderMixin's. Raises InputError for a pickle, a file that cannot be read, or a LoRA of
         another model or in a form that would load as nothing.
         """
-        from latentfm.models.lora import ADAPTER_METADATA, check_names, diffusers_adapter, is_adapter, open_adapter
+        from latentfm.interchange.lora import ADAPTER_METADATA, check_names, diffusers_adapter, is_adapter, open_adapter
 
         given = pretrained_model_name_or_path_or_dict
         source = Path("the given state dict" if isinstance(given, dict) else given)

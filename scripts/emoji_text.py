@@ -197,7 +197,7 @@ def train_open_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) 
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-    from latentfm.models.interchange import open_clip_text_to_transformers
+    from latentfm.interchange.open_clip import open_clip_text_to_transformers
 
     width = CLIP_WIDTHS[1]
     texts = sorted({caption for captions in pairs.captions for caption in captions})

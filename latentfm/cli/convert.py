@@ -17,9 +17,9 @@ from latentfm.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from latentfm.models.lora import Adapter
-    from latentfm.models.tensors import Tensors
-    from latentfm.models.weights import Weights
+    from latentfm.interchange.lora import Adapter
+    from latentfm.interchange.tensors import Tensors
+    from latentfm.interchange.weights import Weights
 
 DTYPES = ("float16", "bfloat16", "float32")
 NAMINGS = ("original", "diffusers")
@@ -87,7 +87,7 @@ def convert(
     quiet_libraries()
     import torch
 
-    from latentfm.models.lora import is_adapter
+    from latentfm.interchange.lora import is_adapter
 
     kind = getattr(torch, dtype) if dtype else None
     if is_adapter(source):
@@ -173,8 +173,8 @@ def check_space(target: Path, size: int) -> None:
 
 def plan_adapter(source: Path, target: Path, transformer_only: bool, dtype: "torch.dtype | None") -> Plan:
     """The conversion of a LoRA. Raises InputError when it would change or lose something."""
-    from latentfm.models.lora import ENCODERS, open_adapter, write_diffusers, write_peft
-    from latentfm.models.tensors import written_bytes
+    from latentfm.interchange.lora import ENCODERS, open_adapter, write_diffusers, write_peft
+    from latentfm.interchange.tensors import written_bytes
 
     adapter = open_adapter(source)
     if is_file_name(target) == source.is_file():
@@ -202,9 +202,9 @@ def plan_model(
     sample_size: int | None, dtype: "torch.dtype | None", most: int,
 ) -> Plan:  # fmt: skip
     """The conversion of a model. Raises InputError when something is missing or wrong."""
-    from latentfm.models.tensors import written_bytes
-    from latentfm.models.weights import PARTS, architecture, completed, open_weights
-    from latentfm.models.writers import carried, write_component, write_pipeline, write_single
+    from latentfm.interchange.tensors import written_bytes
+    from latentfm.interchange.weights import PARTS, architecture, completed, open_weights
+    from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
 
     alone = transformer_only or naming == "diffusers"
     chosen = GROUPS["transformer"] if alone else tuple(name for group in wanted or GROUPS for name in GROUPS[group])
@@ -269,7 +269,7 @@ def place_in(target: Path, name: str, naming: str, transformer_only: bool) -> st
 
 def row(name: str, tensors: "Tensors", dtype: "torch.dtype | None", source: str, target: str) -> list[str]:
     """A line of the table: part, tensors, parameters, dtype, bytes, from, to."""
-    from latentfm.models.tensors import target_dtype, written_bytes
+    from latentfm.interchange.tensors import target_dtype, written_bytes
 
     before, after = (
         "+".join(sorted({str(kind(stored)).removeprefix("torch.") for stored in tensors.values()}))
@@ -288,7 +288,7 @@ def in_units(size: float) -> str:
 
 def run(target: Path, plan: Plan) -> None:
     """Writes `target`, whole or not at all, with a bar that counts megabytes."""
-    from latentfm.models.tensors import whole_or_nothing
+    from latentfm.interchange.tensors import whole_or_nothing
 
     with progress_bar() as bar, whole_or_nothing(target) as partial:
         task = bar.add_task("writing, MB", total=max(1, plan.size // UNITS["MB"]))

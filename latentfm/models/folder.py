@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from latentfm.errors import InputError
-from latentfm.models.interchange import refuse_pickle
 
 INFO_FILE = "latentfm.json"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -19,6 +19,21 @@ def read_info(folder: Path) -> dict[str, Any]:
 def t5_length(info: dict[str, Any]) -> int:
     """The number of T5 tokens, padding included, a model is meant for, by its own `info`; SD3's 256 where it says nothing."""
     return info.get("max_sequence_length", 256)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises InputError when `path` is a pickle by name, or a folder whose weights are only pickles."""
+    found = [path] if path.suffix.lower() in PICKLES else []
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICKLES)
+        if any(path.rglob("*.safetensors")):
+            return
+    if found:
+        raise InputError(
+            f"{found[0]} is a pickle, which can run code when opened; only safetensors are loaded. Convert it once in a "
+            "place you trust: python -c \"import torch, safetensors.torch as s; "
+            f"s.save_file(torch.load('{found[0]}', weights_only=True), '{found[0].with_suffix('.safetensors')}')\""
+        )
 
 
 def check_folder(folder: Path, transformer: bool = True) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentfm.errors import InputError
+from latentfm.models.folder import refuse_pickle
 
 logger = logging.getLogger(__name__)
 NULL_FILE = "null_condition.safetensors"
@@ -109,8 +110,6 @@ class PromptEncoder:
     def from_folder(cls, folder: Path, joint_dim: int, pooled_dim: int, dtype: torch.dtype = torch.float32) -> "PromptEncoder":
         """Loads whichever of text_encoder{,_2,_3} and its tokenizer a pipeline folder holds, in evaluation mode."""
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-        from latentfm.models.interchange import refuse_pickle
 
         tokenizers, encoders = [], []
         for suffix, model, tokenizer in (

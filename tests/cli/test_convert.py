@@ -15,7 +15,7 @@ from latentfm.cli import convert as convert_module
 from latentfm.cli.convert import in_units, parse_bytes
 from latentfm.cli.main import app
 from latentfm.errors import InputError
-from latentfm.models.weights import open_weights
+from latentfm.interchange.weights import open_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -17,9 +17,9 @@ from diffusers.utils.peft_utils import get_peft_kwargs
 from peft import LoraConfig
 
 from latentfm.errors import InputError
-from latentfm.models.interchange import refuse_pickle
-from latentfm.models.recognise import LORA, recognise
-from latentfm.models.tensors import Tensors, listed, read_file, write_file
+from latentfm.interchange.recognise import LORA, recognise
+from latentfm.interchange.tensors import Tensors, listed, read_file, write_file
+from latentfm.models.folder import refuse_pickle
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ENCODERS = ("text_encoder.", "text_encoder_2.")

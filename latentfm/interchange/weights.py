@@ -15,12 +15,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from latentfm.errors import InputError
-from latentfm.models import original
-from latentfm.models.folder import check_folder, read_info
-from latentfm.models.interchange import clip_tokenizer, refuse_pickle
+from latentfm.interchange import original
+from latentfm.interchange.open_clip import clip_tokenizer
+from latentfm.interchange.recognise import LORA, MMDIT, recognise
+from latentfm.interchange.tensors import Held, Stored, Tensors, listed, read_file, read_folder, target_dtype
+from latentfm.models.folder import check_folder, read_info, refuse_pickle
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.recognise import LORA, MMDIT, recognise
-from latentfm.models.tensors import Held, Stored, Tensors, listed, read_file, read_folder, target_dtype
 from latentfm.models.text import NULL_FILE
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")

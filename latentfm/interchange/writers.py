@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from latentfm.models import original
+from latentfm.interchange import original
+from latentfm.interchange.tensors import Tensors, write_file, write_shards
+from latentfm.interchange.weights import CLASSES, KEY, TEXT, Part, Weights, empty, load_tokenizer
 from latentfm.models.folder import INFO_FILE, write_stock_names
-from latentfm.models.tensors import Tensors, write_file, write_shards
 from latentfm.models.text import NULL_FILE
-from latentfm.models.weights import CLASSES, KEY, TEXT, Part, Weights, empty, load_tokenizer
 
 
 def carried(metadata: dict[str, str]) -> dict[str, str]:

@@ -1,30 +1,12 @@
-"""Other people's forms: open_clip's text towers and vocabulary, and the refusal of pickles."""
+"""open_clip's vocabulary and text towers as transformers' classes."""
 
 import gzip
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentfm.errors import InputError
-
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises InputError when `path` is a pickle by name, or a folder whose weights are only pickles."""
-    found = [path] if path.suffix.lower() in PICKLES else []
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICKLES)
-        if any(path.rglob("*.safetensors")):
-            return
-    if found:
-        raise InputError(
-            f"{found[0]} is a pickle, which can run code when opened; only safetensors are loaded. Convert it once in a "
-            "place you trust: python -c \"import torch, safetensors.torch as s; "
-            f"s.save_file(torch.load('{found[0]}', weights_only=True), '{found[0].with_suffix('.safetensors')}')\""
-        )
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> CLIPTokenizer:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
-from latentfm.models.lora import is_adapter, open_adapter, write_diffusers, write_peft
+from latentfm.interchange.lora import is_adapter, open_adapter, write_diffusers, write_peft
 from latentfm.models.mmdit import MMDiT
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentfm.errors import InputError
-from latentfm.models.tensors import Tensors, join
+from latentfm.interchange.tensors import Tensors, join
 
 # The prefix of each component in a single file, the first being the one written
 PREFIXES = {

@@ -14,12 +14,12 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file
 
-from latentfm.models import original
+from latentfm.interchange import original
+from latentfm.interchange.tensors import Stored, read_folder, write_file
+from latentfm.interchange.weights import architecture, open_weights
+from latentfm.interchange.writers import write_single
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS, size
-from latentfm.models.tensors import Stored, read_folder, write_file
-from latentfm.models.weights import architecture, open_weights
-from latentfm.models.writers import write_single
 
 MODELS = {
     "sd3": {},

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
+from latentfm.interchange.recognise import LORA, MMDIT, recognise
+from latentfm.interchange.tensors import read_folder, whole_or_nothing
+from latentfm.interchange.weights import Part, Weights, completed, load_transformer, open_weights
+from latentfm.interchange.writers import write_component, write_pipeline, write_single
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.recognise import LORA, MMDIT, recognise
-from latentfm.models.tensors import read_folder, whole_or_nothing
-from latentfm.models.weights import Part, Weights, completed, load_transformer, open_weights
-from latentfm.models.writers import write_component, write_pipeline, write_single
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import latentfm
 from latentfm.errors import InputError
-from latentfm.models import tensors as room
-from latentfm.models.tensors import CHUNK, DTYPES, join, listed, read_file, read_folder, whole_or_nothing, write_file, write_shards
+from latentfm.interchange import tensors as room
+from latentfm.interchange.tensors import CHUNK, DTYPES, join, listed, read_file, read_folder, whole_or_nothing, write_file, write_shards
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
@@ -207,8 +207,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from latentfm.models.weights import load_transformer, open_weights
-from latentfm.models.writers import write_component, write_single
+from latentfm.interchange.weights import load_transformer, open_weights
+from latentfm.interchange.writers import write_component, write_single
 
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
