@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -41,6 +41,14 @@ class DataOptions(Section):
         return value
 
 
+class TokenRouting(Section):
+    """Which blocks pass over some of the image tokens while a network is trained (TREAD, Krause et al. 2025)."""
+
+    keep: float = Field(0.5, gt=0, le=1, description="share of a sample's image tokens that the routed blocks work on")
+    first: int = Field(2, description="first routed block; negative numbers count from the end, -1 is the last")
+    last: int = Field(-3, description="last routed block; after it all tokens are together again")
+
+
 class TrainOptions(Section):
     """The optimisation."""
 
@@ -53,8 +61,21 @@ class TrainOptions(Section):
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of matrices; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "bf16", description="how float32 weights compute; bfloat16 weights compute in bfloat16 throughout, whatever stands here"
+    )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the trained network; bfloat16 halves the memory of weights and gradients, rounded stochastically"
+    )
+    master_weights: bool = Field(False, description="a float32 copy of bfloat16 weights that the optimizer moves, instead of rounding")
+    moments: Literal["float32", "bfloat16"] = Field("float32", description="of the optimizer; bfloat16 goes with bfloat16 weights")
+    gradient_checkpointing: float = Field(
+        0.0, ge=0, le=1, description="share of the blocks recomputed in the backward pass, true for all: less memory, slower"
+    )
+    attention: str = Field("auto", description="who computes it: auto, native, flash, efficient, math, cudnn, xformers, flex")
+    token_routing: TokenRouting | None = Field(
+        None, description="train a new network faster: {keep: 0.5, first: 2, last: -3} lets half of the image tokens bypass these blocks"
+    )
     compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     t_density: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
@@ -106,6 +127,14 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def bfloat16_goes_together(self) -> "RunConfig":
+        train = self.train
+        for option, asked in (("master_weights=true", train.master_weights), ("moments=bfloat16", train.moments == "bfloat16")):
+            if asked and train.weights == "float32":
+                raise ValueError(f"train.{option} goes with train.weights=bfloat16; set that too, or leave it out")
+        return self
+
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
     """The options of the YAML file `path` with `overrides` ("section.key=value", values in YAML) on top.
@@ -144,7 +173,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         return RunConfig.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"]
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"].removeprefix("Value error, ")
             for e in error.errors(include_url=False)
         ]
         missing = [line.split(":")[0] for line, e in zip(lines, error.errors()) if e["type"] == "missing"]
@@ -168,6 +197,10 @@ def check_names(data: dict[str, Any]) -> None:
         known = sections[section].annotation.model_fields
         if not isinstance(options, dict):
             raise InputError(f"section '{section}' should hold options ({', '.join(known)}), it holds {options!r}")
-        for key in options:
+        for key, value in options.items():
             if key not in known:
                 raise InputError(f"unknown option '{section}.{key}'{nearest(str(key), known)}; there are {', '.join(known)}")
+            inner = next((kind.model_fields for kind in get_args(known[key].annotation) if hasattr(kind, "model_fields")), None)
+            for name in value if inner and isinstance(value, dict) else ():
+                if name not in inner:
+                    raise InputError(f"unknown option '{section}.{key}.{name}'{nearest(str(name), inner)}; there are {', '.join(inner)}")

@@ -86,7 +86,10 @@ OUT_OF_RANGE = [
     "train.learning_rate=0", "train.learning_rate=-1", "train.learning_rate=.inf", "train.learning_rate=.nan", "train.warmup_steps=-1",
     "train.decay=cosin", "train.weight_decay=-0.1", "train.weight_decay=.inf", "train.betas=[0.9]", "train.betas=[0.9, 1.0]",
     "train.betas=[-0.1, 0.9]", "train.max_grad_norm=0", "train.max_grad_norm=.nan", "train.mixed_precision=fp16",
-    "train.mixed_precision=yes", "train.gradient_checkpointing=3", "train.compile=perhaps", "train.ema_decay=1", "train.ema_decay=-0.1",
+    "train.mixed_precision=yes", "train.weights=fp8", "train.master_weights=perhaps", "train.moments=float16",
+    "train.gradient_checkpointing=1.01", "train.gradient_checkpointing=-0.1", "train.token_routing=0.5", "train.token_routing={keep: 0}",
+    "train.token_routing={keep: 1.1}", "train.token_routing={first: 1.5}", "train.compile=perhaps",
+    "train.ema_decay=1", "train.ema_decay=-0.1",
     "train.t_density=normal", "train.t_shift=0", "train.t_shift=.inf", "train.dropout=1.1", "train.dropout=-0.1", "train.dropout_each=2",
     "train.seed=-1", "data.size=big", "data.size=[1, 2, 3]", "data.flip=7", "data.t5_lengths={}", "data.t5_lengths={0: 1}",
     "data.t5_lengths={16: 0}", "data.t5_lengths={16: .nan}", "data.t5_lengths={16: .inf}", "data.t5_lengths=16", "data.workers=-1",
@@ -104,7 +107,7 @@ def test_a_value_out_of_range_is_refused_by_name(override):
 
 def test_every_option_with_a_range_is_tried_above():
     tried = {override.split("=")[0] for override in OUT_OF_RANGE}
-    free = {"model.pipeline", "model.preset", "data.cache", "output.folder"}  # any text
+    free = {"model.pipeline", "model.preset", "data.cache", "output.folder", "train.attention"}  # any text
     assert tried | free == {f"{section}.{key}" for section, key in OPTIONS}
 
 
@@ -116,8 +119,28 @@ def test_the_ends_of_the_ranges_are_allowed():
     assert given.train.dropout == 1 and given.train.max_grad_norm == float("inf")
 
 
+def test_a_share_of_the_blocks_may_be_checkpointed():
+    shares = [config(f"train.gradient_checkpointing={text}").train.gradient_checkpointing for text in ("false", "true", "0.25", "0", "1")]
+    assert shares == [0, 1, 0.25, 0, 1]
+
+
+def test_token_routing_has_options_of_its_own():
+    assert config().train.token_routing is None and config("train.token_routing=null").train.token_routing is None
+    routing = config("train.token_routing={keep: 0.25, last: -2}").train.token_routing
+    assert (routing.keep, routing.first, routing.last) == (0.25, 2, -2)
+    with pytest.raises(InputError, match=r"unknown option 'train\.token_routing\.kep' \(did you mean 'keep'\?\); there are keep, first"):
+        config("train.token_routing={kep: 0.25}")
+
+
+@pytest.mark.parametrize("option", ["train.master_weights=true", "train.moments=bfloat16"])
+def test_what_goes_with_bfloat16_weights_alone_says_so(option):
+    with pytest.raises(InputError, match=rf"^{option} goes with train\.weights=bfloat16; set that too, or leave it out$"):
+        config(option)
+    assert config(option, "train.weights=bfloat16").train.weights == "bfloat16"
+
+
 def test_a_batch_divides_by_the_accumulation():
-    with pytest.raises(InputError, match=r"batch_size 10 does not divide by train\.gradient_accumulation 4$"):
+    with pytest.raises(InputError, match=r"^train\.batch_size 10 does not divide by train\.gradient_accumulation 4$"):
         config("train.batch_size=10", "train.gradient_accumulation=4")
     assert config("train.batch_size=12", "train.gradient_accumulation=4").train.batch_size == 12
 

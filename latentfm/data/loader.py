@@ -70,6 +70,24 @@ class Dropout:
         return self.joint + (1 - self.joint) * self.each**encoders
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Token routing (TREAD, Krause et al. 2025): some blocks see a share `keep` of the image tokens, patches of `patch_size` squared."""
+
+    keep: float
+    patch_size: int
+
+    def counts(self, height: int, width: int) -> tuple[int, int]:
+        """(kept tokens, all tokens) of latents of height x width."""
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        return round(self.keep * tokens), tokens
+
+    def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """The kept tokens, [K] int64 ascending: each set of K is equally likely."""
+        kept, tokens = self.counts(height, width)
+        return torch.randperm(tokens, generator=generator)[:kept].sort().values
+
+
 @dataclass
 class Batch:
     """What one forward pass needs. moments [B, 2C, h, w]; draws as named, one row a sample; ids for error messages."""
@@ -82,6 +100,7 @@ class Batch:
     eps: Tensor  # [B, C, h, w]
     t5_length: int
     ids: list[str]
+    kept: Tensor | None = None  # [B, K] int64: the image tokens that routed blocks see; None without routing
 
 
 class CachedSamples(TorchDataset):
@@ -96,8 +115,10 @@ class CachedSamples(TorchDataset):
         seed: int,
         dropout: Dropout,
         flip: bool,
+        routing: Routing | None = None,
     ):
         self.samples, self.cache, self.seed, self.dropout, self.flip = samples, cache, seed, dropout, flip
+        self.routing = routing
         self.image_key, self.caption_key = image_key, caption_key
 
     def __getitem__(self, request: tuple[list[tuple[int, int]], int]) -> Batch:
@@ -113,6 +134,7 @@ class CachedSamples(TorchDataset):
             eps=torch.stack([row["eps"] for row in rows]),
             t5_length=t5_length,
             ids=[self.samples[index].id for _, index in members],
+            kept=torch.stack([row["kept"] for row in rows]) if self.routing else None,
         )
 
     def sample(self, epoch: int, index: int, t5_length: int) -> dict:
@@ -126,7 +148,7 @@ class CachedSamples(TorchDataset):
         dropped = {name: joint or bool(uniform[3 + i] < self.dropout.each) for i, name in enumerate(("clip_1", "clip_2", "t5"))}
         moments = self.cache.read(self.image_key(sample, flipped))["moments"]
         shape = (moments.shape[0] // 2, *moments.shape[1:])
-        return {
+        draws = {
             "moments": moments,
             "parts": PromptParts(**self.cache.read(self.caption_key(caption, t5_length))),
             "dropped": dropped,
@@ -134,6 +156,9 @@ class CachedSamples(TorchDataset):
             "vae_noise": torch.randn(shape, generator=generator),
             "eps": torch.randn(shape, generator=generator),
         }
+        if self.routing:
+            draws["kept"] = self.routing.draw(*moments.shape[1:], generator)  # the last draw: routing changes none of the others
+        return draws
 
 
 def batches(

@@ -111,8 +111,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         parameter = by_id.get(by_name.get(name, -1))
         if parameter is None:
             raise InputError(f"the checkpoint's optimizer has the parameter {name}, this run has not")
-        dtype = torch.float32 if key == "step" else parameter.dtype
-        optimizer.state[parameter][key] = value.to(parameter.device, dtype, copy=True)  # a fused optimizer counts on the device
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)  # a fused optimizer counts on the device
 
 
 def pack(module: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:

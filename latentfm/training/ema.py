@@ -1,14 +1,16 @@
 """Exponential moving average of a network's parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+PART = 1 << 24  # elements whose float32 copies exist at one time
+
 
 class EMA:
-    """float32 moving averages of the trainable parameters of `module`.
+    """float32 moving averages of the trainable parameters of `module`, whatever their precision.
 
     After step n (counted from 1) the decay is min(decay, (1 + n) / (10 + n)), so early averages forget the
     initial weights (the warm-up of Tensorflow's ExponentialMovingAverage). Parameters that don't train are not copied.
@@ -18,15 +20,30 @@ class EMA:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self.shadow = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move the averages towards the parameters after optimizer step `step` (the first is 1)."""
+    def update(self, module: nn.Module, step: int, masters: Mapping[str, Tensor] | None = None) -> None:
+        """Move the averages towards the parameters after optimizer step `step` (the first is 1).
+
+        `masters` are float32 weights by name that stand for the module's own, which are their rounding.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
-        named = dict(module.named_parameters())
-        current = [named[name].detach().float() for name in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), current, 1.0 - decay)
+        current = dict(module.named_parameters()) | dict(masters or {})
+        for names in self.parts():
+            towards = [current[name].detach().float() for name in names]
+            torch._foreach_lerp_([self.shadow[name] for name in names], towards, 1.0 - decay)
+
+    def parts(self) -> Iterator[list[str]]:
+        """All names, in lists of at most PART elements or of one tensor."""
+        names, size = [], 0
+        for name, value in self.shadow.items():
+            if names and size + value.numel() > PART:
+                yield names
+                names, size = [], 0
+            names.append(name)
+            size += value.numel()
+        yield names
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.shadow)

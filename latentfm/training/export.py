@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from latentfm.config import RunConfig
 from latentfm.models.folder import INFO_FILE, write_stock_names
@@ -14,12 +16,17 @@ from latentfm.training import checkpoint
 from latentfm.training.prepare import Models
 
 
-def write_pipeline(target: Path, models: Models, network: MMDiT, config: RunConfig, lengths: list[int]) -> None:
-    """Writes `target`: the frozen components copied from the base folder, the network, the null condition; all of it or nothing."""
+def write_pipeline(
+    target: Path, models: Models, network: MMDiT, averages: Mapping[str, Tensor], config: RunConfig, lengths: list[int]
+) -> None:
+    """Writes `target`: the frozen components copied from the base folder, the network, the null condition; all of it or nothing.
+
+    The network's weights are its float32 `averages`, and its own where there is none.
+    """
     dtype = getattr(torch, config.output.dtype)
-    weights = {name: value.detach().to(dtype) for name, value in network.state_dict().items()}
+    weights = {name: value.detach().to("cpu", dtype) for name, value in (network.state_dict() | dict(averages)).items()}
     copy = MMDiT.from_config(network.config).to(dtype)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(weights, assign=True)
     trained = {"steps": config.train.steps, "batch_size": config.train.batch_size, "seed": config.train.seed, "t5_lengths": lengths}
 
     def write(folder: Path) -> None:

@@ -24,17 +24,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentfm import flow
-from latentfm.config import RunConfig
-from latentfm.data.loader import Batch, CachedSamples, Dropout, Stream, batches
+from latentfm.config import RunConfig, TokenRouting
+from latentfm.data.loader import Batch, CachedSamples, Dropout, Routing, Stream, batches
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
+from latentfm.models.attention import attend, attention_backend
 from latentfm.models.folder import t5_length
+from latentfm.models.mmdit import TokenRoute
 from latentfm.models.text import NullCondition, assemble
 from latentfm.models.velocity import velocity
 from latentfm.training import checkpoint, export
 from latentfm.training.ema import EMA
-from latentfm.training.optim import learning_rate, make_optimizer
-from latentfm.training.prepare import CachedDataset, Models, load_models, open_dataset
+from latentfm.training.optim import clip_gradient, learning_rate, make_optimizer, masters_of
+from latentfm.training.prepare import CachedDataset, Models, load_models, open_dataset, picture_size
 from latentfm.training.progress import Progress
 from latentfm.training.samples import SamplePictures
 
@@ -42,6 +44,7 @@ DENSITIES = {name: density() for name, density in flow.DENSITIES.items()}
 # options that may change when a run is resumed: they do not touch the course of the training
 FREE_ON_RESUME = {
     "output", "sample", "data.workers", "data.cache", "train.compile", "train.gradient_checkpointing", "train.gradient_accumulation",
+    "train.attention",
 }  # fmt: skip
 
 
@@ -57,13 +60,32 @@ def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, config: Ru
     path = flow.sample_path(z, batch.eps, t)
     parts = batch.parts.drop(batch.dropped, null.parts(batch.t5_length).map(lambda value: value.to(device)))
     condition = assemble(parts.map(Tensor.float), *condition_widths(network))
-    return flow.cfm_loss(velocity(network, path.x_t, t, condition), path.velocity)
+    route = None
+    if batch.kept is not None:
+        route = TokenRoute(batch.kept, *routed_blocks(config.train.token_routing, network_config(network).num_layers))
+    return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity)
 
 
 def condition_widths(network: nn.Module) -> tuple[int, int]:
     """(joint_attention_dim, pooled_projection_dim) of a network, wrapped for many processes or not."""
-    config = getattr(network, "module", network).config
+    config = network_config(network)
     return config.joint_attention_dim, config.pooled_projection_dim
+
+
+def network_config(network: nn.Module) -> Any:
+    """The configuration of a network, wrapped for many processes or not."""
+    return getattr(network, "module", network).config
+
+
+def routed_blocks(options: TokenRouting, layers: int) -> tuple[int, int]:
+    """(first, last) routed block, both counted from 0, of a network of `layers` blocks. Raises InputError when they do not fit."""
+    first, last = (block + layers if block < 0 else block for block in (options.first, options.last))
+    if not 0 <= first <= last < layers:
+        raise InputError(
+            f"train.token_routing from block {options.first} to {options.last} does not fit this network of {layers} blocks; "
+            f"choose 0 <= first <= last <= {layers - 1}, or negative numbers counted from the end"
+        )
+    return first, last
 
 
 class Trainer:
@@ -74,12 +96,16 @@ class Trainer:
         self.refuse_overwriting(resume)
         torch.manual_seed(config.train.seed)
         self.accelerator = Accelerator(
-            mixed_precision=config.train.mixed_precision, log_with="tensorboard", project_dir=self.out,
+            # bfloat16 weights need no autocast: everything the network does is in their precision
+            mixed_precision="no" if config.train.weights == "bfloat16" else config.train.mixed_precision,
+            log_with="tensorboard", project_dir=self.out,
             cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
         )  # fmt: skip
         self.check_batch()
         dataset = open_dataset(config.data, self.accelerator)
         self.models: Models = load_models(config.model)
+        self.choose_attention()
+        self.routing = self.checked_routing()
         self.lengths = config.data.t5_lengths or {t5_length(self.models.info): 1.0}
         self.progress = Progress(self.accelerator.is_main_process)
         self.data = CachedDataset(dataset, self.models, config.data, sorted(self.lengths))
@@ -102,6 +128,33 @@ class Trainer:
                 f"gradient_accumulation {options.gradient_accumulation}"
             )
 
+    def choose_attention(self) -> None:
+        """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
+        options, network, device = self.config.train, self.models.network, self.accelerator.device
+        network.set_attention(options.attention)
+        dtype = torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
+        shape = (1, 8, network.config.num_attention_heads, network.config.attention_head_dim)
+        tokens = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
+        if not attend(tokens, tokens, tokens, attention_backend(options.attention)).requires_grad:
+            raise InputError(f"train.attention {options.attention!r} has no gradient, it is for sampling; use 'auto'")
+
+    def checked_routing(self) -> Routing | None:
+        """How image tokens are routed, None if they are not. Raises InputError when the blocks or the tokens do not allow it."""
+        options, network = self.config.train.token_routing, self.models.network
+        if options is None:
+            return None
+        routed_blocks(options, network.config.num_layers)
+        routing = Routing(options.keep, network.config.patch_size)
+        factor = vae_room.downsampling(self.models.vae)
+        width, height = (side // factor for side in picture_size(self.config.data, self.models))
+        kept, tokens = routing.counts(height, width)
+        if kept == 0 or (kept == tokens and options.keep < 1):
+            raise InputError(
+                f"train.token_routing.keep {options.keep} of a picture's {tokens} image tokens is {kept} of them; "
+                f"choose a keep from 1/{tokens} to {tokens - 1}/{tokens}, a larger data.size, or leave token_routing out"
+            )
+        return routing
+
     def run(self) -> Path:
         """Trains to the last step and returns the folder of the finished pipeline."""
         with self.progress:
@@ -116,8 +169,8 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             target = self.out / "model"
             if self.accelerator.is_main_process:
-                with self.ema.applied_to(self.network):
-                    export.write_pipeline(target, self.models, self.network, self.config, sorted(self.lengths))
+                averages = self.ema.state_dict()
+                export.write_pipeline(target, self.models, self.network, averages, self.config, sorted(self.lengths))
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         return target
@@ -135,11 +188,12 @@ class Trainer:
         self.models.encoder.to(torch.device("cpu"))
 
         self.network = self.models.network.to(device).train()
-        if config.train.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+        self.network.set_gradient_checkpointing(config.train.gradient_checkpointing)
         self.names = {id(p): name for name, p in self.network.named_parameters()}
         self.ema = EMA(self.network, config.train.ema_decay)
         optimizer = make_optimizer(self.network, config.train)
+        for parameter in self.network.parameters():  # averages and masters began in float32; the position table stays in it
+            parameter.data = parameter.data.to(getattr(torch, config.train.weights))
         self.step = 0
         self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity()}
         if self.saved:
@@ -165,7 +219,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
         epochs = config.train.steps * config.train.batch_size / samples
         self.accelerator.print(
-            f"{parameters:.1f}M parameters, {samples} pictures, "
+            f"{parameters:.1f}M parameters in {config.train.weights}, {samples} pictures, "
             f"{config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
             f"P(no condition) = {dropout.p_unconditional(encoders):.3f}"
@@ -198,7 +252,7 @@ class Trainer:
         config = self.config
         data = CachedSamples(
             self.data.samples, self.data.cache, self.data.image_key, self.data.caption_key, config.train.seed,
-            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip,
+            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip, self.routing,
         )  # fmt: skip
         return batches(
             data, Stream(len(self.data.samples), config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
@@ -220,7 +274,7 @@ class Trainer:
                 self.refuse_non_finite(losses, batch)
                 accelerator.backward(loss)
             total += loss.detach()
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
+        norm = clip_gradient(self.network.parameters(), options.max_grad_norm)
         if not torch.isfinite(norm):
             raise InputError(
                 f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate"
@@ -231,7 +285,7 @@ class Trainer:
         """Moves the weights by the gradient and the averages after them, and counts the step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.network, self.step + 1)
+        self.ema.update(self.network, self.step + 1, masters_of(self.optimizer, self.names))
         self.step += 1
 
     def refuse_non_finite(self, losses: Tensor, batch: Batch) -> None:
@@ -304,18 +358,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         moments=batch.moments.to(device), parts=batch.parts.map(lambda value: value.to(device)),
         dropped={name: mask.to(device) for name, mask in batch.dropped.items()}, u=batch.u.to(device),
         vae_noise=batch.vae_noise.to(device), eps=batch.eps.to(device), t5_length=batch.t5_length, ids=batch.ids,
+        kept=None if batch.kept is None else batch.kept.to(device),
     )  # fmt: skip
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of the options that matter differs, as "section.key was X, is Y"."""
-    return [
-        f"{section}.{key} was {before.get(section, {}).get(key)!r}, is {value!r}"
-        for section, options in now.items()
-        if section not in FREE_ON_RESUME
-        for key, value in options.items()
-        if f"{section}.{key}" not in FREE_ON_RESUME and before.get(section, {}).get(key) != value
-    ]
+    """What of the options that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
+    found = []
+    for section, options in now.items():
+        defaults = RunConfig.model_fields[section].annotation.model_fields
+        for key, value in options.items():
+            was = before.get(section, {}).get(key, defaults[key].default)
+            if section not in FREE_ON_RESUME and f"{section}.{key}" not in FREE_ON_RESUME and was != value:
+                found.append(f"{section}.{key} was {was!r}, is {value!r}")
+    return found
 
 
 def keep_rows(path: Path, step: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentfm.data.cache import Cache, key_of
-from latentfm.data.loader import CachedSamples, Dropout, Stream, batches, generator_for
+from latentfm.data.loader import CachedSamples, Dropout, Routing, Stream, batches, generator_for
 from latentfm.data.sources import Sample
 
 NO_DROPOUT = Dropout(0.0, 0.0)
@@ -26,11 +26,11 @@ def caption_key(caption, length):
 class Shelf:
     """A cache in memory whose entries say what they are: moments of a value a picture and side, prompts of a value a caption."""
 
-    def __init__(self, samples, lengths=(4, 6)):
+    def __init__(self, samples, lengths=(4, 6), side=2):
         self.entries = {}
         for index, sample in enumerate(samples):
             for flip in (False, True):
-                self.entries[image_key(sample, flip)] = {"moments": torch.full((4, 2, 2), index + 0.5 * flip)}
+                self.entries[image_key(sample, flip)] = {"moments": torch.full((4, side, side), index + 0.5 * flip)}
             for number, caption in enumerate(sample.captions):
                 for length in lengths:
                     parts = {"clip_1": torch.full((3, 2), float(number)), "pooled_1": torch.full((2,), float(number))}
@@ -44,9 +44,9 @@ def samples_of(count, captions=1):
     return tuple(Sample(None, tuple(f"caption {c} of {i}" for c in range(captions)), f"{i:03d}.png") for i in range(count))
 
 
-def reader(count=7, captions=1, seed=3, dropout=NO_DROPOUT, flip=False):
+def reader(count=7, captions=1, seed=3, dropout=NO_DROPOUT, flip=False, routing=None, side=2):
     samples = samples_of(count, captions)
-    return CachedSamples(samples, Shelf(samples), image_key, caption_key, seed, dropout, flip)
+    return CachedSamples(samples, Shelf(samples, side=side), image_key, caption_key, seed, dropout, flip, routing)
 
 
 def every_batch(data, batch_size, steps, *, shares=None, start=0, accumulation=1, rank=0, world=1, workers=0):
@@ -246,3 +246,44 @@ def test_a_batch_has_the_shapes_it_says():
     assert batch.t5_length == 6 and sorted(batch.ids) == [f"{i:03d}.png" for i in range(5)]
     for name, moments in zip(batch.ids, batch.moments):
         assert moments.unique().item() == int(name[:3])  # a picture's id and its moments stay together
+
+
+# Token routing
+
+
+@pytest.mark.parametrize("world, accumulation, batch_size", [(1, 1, 8), (2, 2, 8), (1, 1, 1)])
+def test_kept_tokens_depend_on_seed_epoch_and_id_alone(world, accumulation, batch_size):
+    data, alone = (reader(routing=Routing(0.5, 1), side=4) for _ in range(2))
+    stream = Stream(7, batch_size, data.seed)
+    for rank in range(world):
+        found = every_batch(data, batch_size, 3, accumulation=accumulation, rank=rank, world=world)
+        micro = batch_size // (world * accumulation)
+        for number, batch in enumerate(found):
+            step, m = divmod(number, accumulation)
+            members = stream.positions(step)[(m * world + rank) * micro :][:micro]
+            assert batch.kept.shape == (micro, 8) and batch.kept.dtype == torch.int64
+            for (epoch, index), kept in zip(members, batch.kept, strict=True):
+                assert torch.equal(kept, alone.sample(epoch, index, 4)["kept"])
+    other_seed = reader(routing=Routing(0.5, 1), side=4, seed=4).sample(0, 1, 4)["kept"]
+    draws = [alone.sample(0, 1, 4)["kept"], alone.sample(1, 1, 4)["kept"], alone.sample(0, 2, 4)["kept"], other_seed]
+    assert len({tuple(kept.tolist()) for kept in draws}) == 4
+
+
+def test_routing_changes_no_other_draw():
+    plain, routed = (reader(captions=3, flip=True, dropout=Dropout(0.3, 0.3), routing=r) for r in (None, Routing(0.5, 1)))
+    first, second = every_batch(plain, 4, 6), every_batch(routed, 4, 6)
+    assert_same_rows(rows(first), rows(second))
+    assert all(batch.kept is None for batch in first) and all(batch.kept.shape == (4, 2) for batch in second)
+
+
+def test_every_set_of_tokens_is_equally_likely():
+    draws = many_draws(reader(count=5, routing=Routing(0.5, 1)))  # 2 of 4 tokens: six sets
+    found = collections.Counter(tuple(d["kept"].tolist()) for d in draws)
+    assert set(found) == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
+    assert all(frequency_is(count, 1 / 6, len(draws)) for count in found.values())
+
+
+@pytest.mark.parametrize("keep, patch, size, counts", [(0.5, 2, (8, 6), (6, 12)), (1.0, 1, (2, 2), (4, 4)), (0.01, 2, (8, 8), (0, 16))])
+def test_tokens_are_counted_in_patches(keep, patch, size, counts):
+    assert Routing(keep, patch).counts(*size) == counts
+    assert len(Routing(keep, patch).draw(*size, torch.Generator())) == counts[0]

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, the newest kept, and an optimizer that goes on as if it had never stopped."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from latentfm.errors import InputError
 from latentfm.training import checkpoint
+from latentfm.training.optim import AdamW
 
 
 def everything_in(folder):
@@ -108,16 +110,24 @@ def test_a_replacement_takes_nothing_over_from_what_was_there(tmp_path):
     assert everything_in(tmp_path) == {"deep/model/new": b"new"}
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_restored_optimizer_takes_the_same_steps(tmp_path, fused):
+@pytest.mark.parametrize(
+    "make, dtype",
+    [
+        (partial(torch.optim.AdamW, fused=True), torch.float32), (partial(torch.optim.AdamW, fused=False), torch.float32),
+        (AdamW, torch.bfloat16), (partial(AdamW, master_weights=True), torch.bfloat16),
+        (partial(AdamW, moments=torch.bfloat16), torch.bfloat16),
+    ],
+    ids=["fused", "one by one", "stochastic rounding", "master weights", "bfloat16 moments"],
+)  # fmt: skip
+def test_a_restored_optimizer_takes_the_same_steps(tmp_path, make, dtype):
     def fresh():
         torch.manual_seed(1)
-        module = nn.Linear(4, 3)
+        module = nn.Linear(4, 3).to(dtype)
         groups = [{"params": [module.weight], "weight_decay": 0.1}, {"params": [module.bias], "weight_decay": 0.0}]
-        return module, torch.optim.AdamW(groups, lr=0.1, fused=fused)
+        return module, make(groups, lr=0.1)
 
     def step(module, optimizer, seed):
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
         optimizer.zero_grad()
         module(x).square().sum().backward()
         optimizer.step()
@@ -138,6 +148,11 @@ def test_a_restored_optimizer_takes_the_same_steps(tmp_path, fused):
         step(again, other, seed)
     for name, value in module.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+    expected, found = (
+        checkpoint.optimizer_tensors(o, {id(p): name for name, p in m.named_parameters()}) for o, m in ((optimizer, module), (other, again))
+    )
+    assert expected.keys() == found.keys()
+    assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in expected.items())
 
     with pytest.raises(InputError, match="nothing_like_it"):
         checkpoint.restore_optimizer(other, {"exp_avg/nothing_like_it": torch.zeros(1)}, {id(p): n for n, p in again.named_parameters()})

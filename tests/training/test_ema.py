@@ -54,6 +54,25 @@ def test_half_precision_weights_are_averaged_in_float32():
     torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.999**10), rtol=1e-3, atol=0)
 
 
+def test_masters_stand_for_the_weights_that_are_their_rounding():
+    module = network().to(torch.bfloat16)
+    ema = EMA(module, 0.0)
+    masters = {"0.weight": torch.full((4, 3), 1 / 3)}
+    ema.update(module, 1, masters)
+    assert torch.equal(ema.shadow["0.weight"], masters["0.weight"])
+    assert torch.equal(ema.shadow["0.bias"], module[0].bias.detach().float())
+
+
+def test_parts_change_nothing(monkeypatch):
+    first, second, module = EMA(network(), 0.9), EMA(network(), 0.9), network()
+    move(module, 1)
+    first.update(module, 5)
+    monkeypatch.setattr("latentfm.training.ema.PART", 10)  # a weight of 12, the rest of 4 + 8
+    assert list(second.parts()) == [["0.weight"], ["0.bias"], ["1.weight"]]
+    second.update(module, 5)
+    assert all(torch.equal(first.shadow[name], second.shadow[name]) for name in first.shadow)
+
+
 def test_applied_to_lends_the_averages_and_gives_the_weights_back_also_after_an_error():
     module = network()
     ema = EMA(module, 0.5)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from latentfm.data.loader import generator_for
 from latentfm.errors import InputError
 from latentfm.training import checkpoint, export
-from latentfm.training.trainer import cfm_losses
+from latentfm.training.trainer import cfm_losses, differences
 
 
 def rows_of(out):
@@ -185,8 +185,12 @@ def killed_at(step, arguments, environment, signal_name="SIGKILL", place="log"):
     )
 
 
-def test_a_killed_run_goes_on_to_the_bit(tmp_path, run, options, environment):
-    more = ["train.steps=11", "output.checkpoint_every=3", "train.dropout=0.2", "data.flip=true", "sample.every=5"]
+BF16 = ["train.weights=bfloat16", "train.token_routing={keep: 0.5, first: 0, last: 0}"]
+
+
+@pytest.mark.parametrize("how", [[], BF16], ids=["float32", "bfloat16 weights and routed tokens"])
+def test_a_killed_run_goes_on_to_the_bit(tmp_path, run, options, environment, how):
+    more = ["train.steps=11", "output.checkpoint_every=3", "train.dropout=0.2", "data.flip=true", "sample.every=5", *how]
     whole = run(tmp_path / "whole", *more)
     cut = tmp_path / "cut"
     died = killed_at(8, options(cut, *more, "data.workers=1"), environment)
@@ -265,6 +269,7 @@ TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 @pytest.mark.parametrize("launcher, accumulation", [(ACCELERATE, 1), (TORCHRUN, 2)], ids=["accelerate launch", "torchrun"])
 def test_two_processes_train_as_one(tmp_path, run, options, environment, launcher, accumulation):
     more = ["train.batch_size=8", "train.steps=5", "train.dropout_each=0.2"]
+    more += ["train.token_routing={keep: 0.5, first: 0, last: 0}"] if launcher is TORCHRUN else []
     one = run(tmp_path / "one", *more)
     two = tmp_path / "two"
     port = str(29600 + os.getpid() % 300 + accumulation)
@@ -301,6 +306,22 @@ def test_accumulation_and_checkpointing_really_happen(tmp_path, start, monkeypat
     assert len(calls) == 2  # once forward, once again in the backward pass
 
 
+@pytest.mark.parametrize("share, runs", [("false", [1, 1]), ("0.5", [1, 2]), ("true", [2, 2])])
+def test_a_share_of_the_blocks_is_computed_again(tmp_path, start, monkeypatch, share, runs):
+    trainer = start(tmp_path / "out", f"train.gradient_checkpointing={share}")
+    batch = first_batch(trainer)
+    calls = [0, 0]
+    for index, block in enumerate(trainer.network.transformer_blocks):
+
+        def counted(*arguments, index=index, forward=block.forward):
+            calls[index] += 1
+            return forward(*arguments)
+
+        monkeypatch.setattr(block, "forward", counted)
+    cfm_losses(trainer.model, batch, trainer.models.null, trainer.config, trainer.shift, trainer.scale).mean().backward()
+    assert calls == runs
+
+
 def test_bf16_is_close_to_float32_and_keeps_float32_weights(tmp_path, run):
     exact, half = run(tmp_path / "exact", "train.steps=3"), run(tmp_path / "half", "train.steps=3", "train.mixed_precision=bf16")
     assert column(half, "loss") != column(exact, "loss")
@@ -308,14 +329,159 @@ def test_bf16_is_close_to_float32_and_keeps_float32_weights(tmp_path, run):
     assert {value.dtype for value in last_state(half).values()} == {torch.float32}
 
 
-@pytest.mark.slow
-def test_compiled_blocks_train_the_same(tmp_path, run):
+# bfloat16 weights
+
+
+@pytest.mark.parametrize(
+    "how, extra",
+    [
+        ([], {}), (["train.master_weights=true"], {"master": torch.float32}),
+        (["train.moments=bfloat16"], {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}),
+    ],
+    ids=["stochastic rounding", "master weights", "bfloat16 moments"],
+)  # fmt: skip
+def test_bfloat16_weights_train_like_float32(tmp_path, run, how, extra):
+    more = ["train.steps=30", "train.learning_rate=3e-3", "train.decay=constant", "train.batch_size=10", "train.ema_decay=0.5"]
+    exact, half = run(tmp_path / "exact", *more), run(tmp_path / "half", *more, "train.weights=bfloat16", *how)
+    assert column(half, "loss") == pytest.approx(column(exact, "loss"), rel=0.05)
+    assert np.mean(column(half, "loss")) == pytest.approx(np.mean(column(exact, "loss")), rel=0.01)
+    assert column(half, "gradient_norm") == pytest.approx(column(exact, "gradient_norm"), rel=0.3)
+    state = last_state(half)
+    kinds = {name.removeprefix("optimizer.").partition("/")[0] for name in state if name.startswith("optimizer.")}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq"} | extra.keys()
+    moments = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "step": torch.int64} | extra
+    for name, value in state.items():
+        if name.startswith("optimizer."):
+            assert value.dtype == moments[name.removeprefix("optimizer.").partition("/")[0]]
+        else:
+            table = name == "model.pos_embed.pos_embed"
+            assert value.dtype == (torch.float32 if name.startswith("ema.") or table else torch.bfloat16)
+    saved = network_weights(half)  # in float32: the averages as they are, not what bfloat16 holds of them
+    for name, value in saved.items():
+        assert value.dtype == torch.float32 and torch.equal(value, state.get(f"ema.{name}", state[f"model.{name}"]))
+    assert not torch.equal(saved["proj_out.weight"], saved["proj_out.weight"].to(torch.bfloat16).float())
+
+
+def test_with_masters_the_averages_follow_them_and_begin_in_float32(tmp_path, run, start, tiny_folder):
+    more = ["train.weights=bfloat16", "train.master_weights=true", "train.ema_decay=0"]
+    base = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    trainer = start(tmp_path / "first", *more)
+    trainer.set_up()
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.bfloat16}
+    for parameter in trainer.network.parameters():
+        name = trainer.names[id(parameter)]
+        assert torch.equal(trainer.ema.shadow[name], base[name]) and torch.equal(parameter, base[name].to(torch.bfloat16))
+        assert torch.equal(trainer.optimizer.state[parameter]["master"], base[name])
+    state = last_state(run(tmp_path / "run", *more, "train.steps=3"))
+    for name, value in state.items():
+        if name.startswith("ema."):
+            master = state[f"optimizer.master/{name.removeprefix('ema.')}"]
+            assert torch.equal(value, master) and torch.equal(state[f"model.{name.removeprefix('ema.')}"], master.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("how", ["train.master_weights=true", "train.moments=bfloat16"])
+def test_bfloat16_runs_stopped_go_on_to_the_bit(tmp_path, run, start, monkeypatch, how):
+    more = ["train.weights=bfloat16", how, "train.steps=5", "output.checkpoint_every=2"]
+    whole = run(tmp_path / "whole", *more)
+    trainer = start(tmp_path / "cut", *more)
+    log = trainer.log
+
+    def log_then_stop(row):
+        log(row)
+        if trainer.step == 3:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(trainer, "log", log_then_stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.run()
+    cut = run(tmp_path / "cut", *more, resume=True)
+    assert column(cut, "loss") == column(whole, "loss") and same_to_the_bit(last_state(cut), last_state(whole))
+
+
+def test_with_bfloat16_weights_mixed_precision_makes_no_difference(tmp_path, run):
+    first, second = (run(tmp_path / word, "train.steps=2", f"train.mixed_precision={word}", *BF16) for word in ("no", "bf16"))
+    assert column(first, "loss") == column(second, "loss") and same_to_the_bit(last_state(first), last_state(second))
+
+
+# Routed tokens, and who computes attention
+
+
+def test_all_tokens_kept_is_no_routing_and_fewer_are_another_training(tmp_path, run):
     plain = run(tmp_path / "plain")
+    full = run(tmp_path / "full", "train.token_routing={keep: 1.0, first: 0, last: 1}")
+    assert column(full, "loss") == column(plain, "loss") and same_to_the_bit(last_state(full), last_state(plain))
+    half = run(tmp_path / "half", "train.token_routing={keep: 0.5, first: 0, last: -1}")
+    assert all(a != b for a, b in zip(column(half, "loss"), column(plain, "loss"), strict=True))
+    first, second = ((out / "samples" / "step-00000000.png").read_bytes() for out in (half, plain))
+    assert first == second  # pictures are drawn with all tokens
+
+
+def test_the_routed_blocks_see_the_kept_tokens_of_each_sample(tmp_path, start, monkeypatch):
+    trainer = start(tmp_path / "out", "train.token_routing={keep: 0.25, first: -1, last: -1}")
+    batch = first_batch(trainer)
+    assert batch.kept.shape == (4, 4)
+    seen = []
+    for block in trainer.network.transformer_blocks:
+        monkeypatch.setattr(block, "forward", lambda *a, forward=block.forward: seen.append(a[0].clone()) or forward(*a))
+    losses = losses_of(trainer, batch)
+    assert [image.shape[1] for image in seen] == [16, 4]
+    assert not torch.equal(losses_of(trainer, replace(batch, kept=torch.arange(4).expand(4, 4))), losses)
+    seen.clear()
+    assert losses_of(trainer, replace(batch, kept=None)).shape == (4,) and [image.shape[1] for image in seen] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    "routing, message",
+    [
+        ("{}", "from block 2 to -3 does not fit this network of 2 blocks; choose 0 <= first <= last <= 1"),
+        ("{first: 1, last: 0}", "from block 1 to 0 does not fit"), ("{first: -3, last: 1}", "from block -3 to 1 does not fit"),
+        ("{keep: 0.01, first: 0, last: 0}", "keep 0.01 of a picture's 16 image tokens is 0 of them; choose a keep from 1/16 to 15/16"),
+        ("{keep: 0.99, first: 0, last: 0}", "keep 0.99 of a picture's 16 image tokens is 16 of them"),
+    ],
+)  # fmt: skip
+def test_a_routing_that_does_not_fit_is_refused_before_any_work(tmp_path, start, routing, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        start(tmp_path / "out", f"train.token_routing={routing}", f"data.cache={tmp_path / 'cache'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attention_backend_is_taken_or_refused_before_any_work(tmp_path, run, start):
+    plain, math_ = run(tmp_path / "plain", "train.steps=2"), run(tmp_path / "math", "train.steps=2", "train.attention=math")
+    assert column(math_, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
+    with pytest.raises(InputError, match="no attention backend 'flsh'.*did you mean 'flash'"):
+        start(tmp_path / "out", "train.attention=flsh")
+    with pytest.raises(InputError, match="flex.* cannot compute .*backward on CPU.*Use 'auto'"):
+        start(tmp_path / "out", "train.attention=flex", f"data.cache={tmp_path / 'cache'}")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_attention_without_a_gradient_is_refused(tmp_path, start, monkeypatch):
+    from latentfm.training import trainer
+
+    monkeypatch.setattr(trainer, "attend", lambda query, key, value, backend: query.detach())  # as quantised kernels do
+    with pytest.raises(InputError, match="'auto' has no gradient"):
+        start(tmp_path / "out")
+
+
+def test_a_checkpoint_from_before_an_option_existed_had_its_default():
+    now = {"train": {"weights": "float32", "steps": 7}, "output": {"keep": 1}}
+    assert differences({"train": {"steps": 7}}, now) == []
+    assert differences({"train": {"steps": 7}}, {"train": now["train"] | {"weights": "bfloat16"}}) == [
+        "train.weights was 'float32', is 'bfloat16'"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, close", [([], 1e-5), (["train.gradient_checkpointing=0.5"], 1e-5), (["train.weights=bfloat16"], 0.02), (BF16[1:], 1e-5)]
+)  # fmt: skip
+def test_compiled_blocks_train_the_same(tmp_path, run, how, close):
+    plain = run(tmp_path / "plain", *how)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = run(tmp_path / "compiled", "train.compile=true")
+    compiled = run(tmp_path / "compiled", "train.compile=true", *how)
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 2  # each of the blocks, at each of the two lengths
-    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), rel=0, abs=1e-5)
+    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), rel=0, abs=close)
     assert network_weights(compiled).keys() == network_weights(plain).keys()
 
 
@@ -450,7 +616,7 @@ def test_a_disk_that_fills_while_exporting_leaves_the_earlier_result(tmp_path, f
     trainer = start(tmp_path / "run")
     size = (finished / "model" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     with files_no_larger_than(size // 2), pytest.raises(OSError, match=f"could not write {re.escape(str(target))}"):
-        export.write_pipeline(target, trainer.models, trainer.models.network, trainer.config, [8])
+        export.write_pipeline(target, trainer.models, trainer.models.network, {}, trainer.config, [8])
     assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
