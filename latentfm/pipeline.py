@@ -137,7 +137,8 @@ class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         """Loads a pipeline folder: one saved here, or a stock SD3 / SD3.5 folder (a hub name works as in diffusers).
 
         The keyword arguments are DiffusionPipeline.from_pretrained's; torch_dtype (or dtype) is float32 unless given.
-        Raises InputError for a folder that is no pipeline or holds only pickles.
+        Raises InputError for a folder that is no pipeline or holds only pickles, and for a transformer that is another model's (saying
+        which it looks like), cut short, or unlike its configuration.
         """
         folder = Path(pretrained_model_name_or_path)
         names = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
@@ -154,6 +155,9 @@ class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
                 raise InputError(f"no such model folder: {folder}; as a model on the hub it did not load either: {reason}") from error
         check_folder(folder, transformer="transformer" not in kwargs)
         if "transformer" not in kwargs:
+            from latentfm.interchange.weights import check_transformer
+
+            check_transformer(folder / "transformer")
             kwargs["transformer"] = MMDiT.from_pretrained(
                 folder, subfolder="transformer", use_safetensors=True, variant=kwargs.get("variant"),
                 torch_dtype=dtype.get("transformer", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,

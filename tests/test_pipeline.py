@@ -588,3 +588,32 @@ def test_prompt_warnings_name_the_encoder_and_the_words_lost(ours):
     first, second, third = ours.prompt_warnings(["a red apple", long], 16)
     assert "16 tokens the first CLIP" in first and "16 tokens the second CLIP" in second and "16 tokens T5" in third
     assert all("white plate" in line.split("it loses")[1] for line in (first, second, third))
+
+
+def damage(folder: Path, how: str) -> None:
+    """Spoils the transformer of the pipeline `folder` in one way."""
+    weights, config = folder / "transformer" / "diffusion_pytorch_model.safetensors", folder / "transformer" / "config.json"
+    settings = json.loads(config.read_text())
+    if how == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "other width":
+        config.write_text(json.dumps(settings | {"joint_attention_dim": 64}))
+    elif how == "a block too many":
+        config.write_text(json.dumps(settings | {"num_layers": 3}))
+    else:
+        flux = {"single_transformer_blocks.0.norm.weight": torch.zeros(2), "transformer_blocks.0.norm1.weight": torch.zeros(2)}
+        save_file(flux, weights)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut short", "cut short: 1,000 bytes"), ("other width", r"context_embedder.weight \[32, 48\] where \[32, 64\]"),
+        ("a block too many", "lacks .* tensors: .*transformer_blocks"), ("a Flux model", "looks like a Flux transformer"),
+    ],
+)  # fmt: skip
+def test_a_transformer_that_cannot_be_right_is_refused_before_it_is_loaded(how, message, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    damage(folder, how)
+    with pytest.raises(InputError, match=message):
+        LatentFMPipeline.from_pretrained(folder)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers", "flex")  # attention.BACKENDS, without torch
 LAST_SEED = 2**63 - 1
 MOST_GUIDANCE = 1000
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
@@ -73,6 +74,9 @@ def generate(
     batch: Annotated[int, typer.Option(help="Pictures made at a time: memory against speed; the pictures do not depend on it.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu. auto: a GPU when there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16. auto: float32 on the CPU, bfloat16 on a GPU.")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
+    ] = "auto",
 ) -> None:
     """Make pictures from prompts.
 
@@ -91,6 +95,7 @@ def generate(
     wanted_size = parse_size(size) if size is not None else None
     check_name("--device", device.split(":")[0], DEVICES)
     check_name("--dtype", dtype, DTYPES)
+    check_name("--attention", attention, ATTENTION)
     check_folder_can_be_written(out)
     folder = model_folder(model)
 
@@ -102,6 +107,7 @@ def generate(
         chosen = chosen_device(device)
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
         pipe = load(folder, kind)
+        pipe.transformer.set_attention(attention)
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         check_size(width, height, pipe.size_multiple, pipe.max_side)
         for line in pipe.prompt_warnings(list(dict.fromkeys([*texts, negative or ""]))):
@@ -121,6 +127,7 @@ def generate(
             "model_fingerprint": fingerprint(folder),
             "device": str(chosen),
             "dtype": kind,
+            "attention": attention,
             **versions(),
         }
         queue = [(text, seed + index) for index, text in enumerate(text for text in texts for _ in range(number))]
@@ -168,6 +175,7 @@ def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
 
     try:
         pipe.to(device)
+        pipe.transformer.fuse_qkv_projections()
     except torch.OutOfMemoryError:
         raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
 

@@ -128,6 +128,15 @@ def open_component(folder: Path, name: str) -> tuple[Part, dict[str, str]]:
     return part, metadata
 
 
+def check_transformer(folder: Path) -> None:
+    """Raises InputError unless `folder` holds an MM-DiT's weights, whole and fitting their config.json; only headers are read.
+
+    Weights saved quantised have tensors of their own and are left to their library to check.
+    """
+    if "quantization_config" not in read_json(folder / "config.json"):
+        open_component(folder, "transformer")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))

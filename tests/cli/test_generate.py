@@ -89,6 +89,7 @@ def test_a_picture_can_be_made_again_from_its_own_settings(draw, tiny_folder):
     assert settings == {
         "prompt": "the moon", "negative_prompt": "a dog", "seed": 7, "steps": 3, "guidance": 4.5, "width": 24, "height": 40,
         "model": str(tiny_folder), "model_fingerprint": fingerprint(tiny_folder), "device": "cpu", "dtype": "float32",
+        "attention": "auto",
         **generate_module.versions(),
     }  # fmt: skip
     again = draw(
@@ -119,6 +120,18 @@ def test_every_option_changes_the_picture(draw, change):
     assert (pixels(before) != pixels(after)).any()
     differing = {key for key, value in read_settings(before).items() if read_settings(after)[key] != value}
     assert differing == {change[0].removeprefix("--").replace("negative", "negative_prompt")}
+
+
+def test_the_attention_asked_for_computes_the_picture(run, draw, tiny_folder):
+    auto, math = (draw("a cat", "--seed", 3, "--attention", name)[0] for name in ("auto", "math"))
+    assert abs(pixels(auto) - pixels(math)).max() <= 1 and read_settings(math)["attention"] == "math"
+    refused(run("generate", "a cat", "--model", tiny_folder, "--attention", "cudnn", "--device", "cpu"), "cudnn", "cpu", "auto")
+
+
+def test_the_names_of_attention_are_the_networks():
+    from latentfm.models.attention import BACKENDS
+
+    assert tuple(BACKENDS) == generate_module.ATTENTION
 
 
 def test_a_random_seed_is_printed_and_used(run, tiny_folder):
@@ -194,6 +207,7 @@ EARLY = [
     (("cat", "--out", "blank.txt/below"), ["blank.txt is a file"]),
     (("cat", "--device", "cuad"), ["'cuad'", "did you mean 'cuda'"]),
     (("cat", "--dtype", "bfloat"), ["'bfloat'", "did you mean 'bfloat16'"]),
+    (("cat", "--attention", "flesh"), ["'flesh'", "did you mean 'flash'"]),
     (("cat", "--model", "missing"), ["missing does not exist"]),
     (("cat", "--model", "blank.txt"), ["blank.txt is a file"]),
     (("cat", "--model", "run"), ["did you mean run/step-2?"]),
