@@ -107,7 +107,7 @@ def generate(
         chosen = chosen_device(device)
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
         pipe = load(folder, kind)
-        pipe.transformer.set_attention(attention)
+        choose_attention(pipe, attention, chosen)
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         check_size(width, height, pipe.size_multiple, pipe.max_side)
         for line in pipe.prompt_warnings(list(dict.fromkeys([*texts, negative or ""]))):
@@ -167,6 +167,15 @@ def load(folder: Path, dtype: str) -> "LatentFMPipeline":
         raise InputError(f"--model {folder} cannot be loaded; its copy may be incomplete or damaged: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device") -> None:
+    """Has the backend `name` compute the attention. Raises InputError when it is not installed or cannot work on `device`."""
+    from latentfm.models.attention import check_backend
+
+    config = pipe.transformer.config
+    check_backend(name, config.num_attention_heads, config.attention_head_dim, device, pipe.transformer.dtype)
+    pipe.transformer.set_attention(name)
 
 
 def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:

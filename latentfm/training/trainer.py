@@ -28,7 +28,7 @@ from latentfm.config import RunConfig, TokenRouting
 from latentfm.data.loader import Batch, CachedSamples, Dropout, Routing, Stream, batches
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.models.attention import attend, attention_backend
+from latentfm.models.attention import check_backend
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import TokenRoute
 from latentfm.models.text import NullCondition, assemble
@@ -130,13 +130,11 @@ class Trainer:
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
-        options, network, device = self.config.train, self.models.network, self.accelerator.device
-        network.set_attention(options.attention)
+        options, network = self.config.train, self.models.network
         dtype = torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
-        shape = (1, 8, network.config.num_attention_heads, network.config.attention_head_dim)
-        tokens = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
-        if not attend(tokens, tokens, tokens, attention_backend(options.attention)).requires_grad:
-            raise InputError(f"train.attention {options.attention!r} has no gradient, it is for sampling; use 'auto'")
+        heads, head_dim = network.config.num_attention_heads, network.config.attention_head_dim
+        check_backend(options.attention, heads, head_dim, self.accelerator.device, dtype, training=True)
+        network.set_attention(options.attention)
 
     def checked_routing(self) -> Routing | None:
         """How image tokens are routed, None if they are not. Raises InputError when the blocks or the tokens do not allow it."""
