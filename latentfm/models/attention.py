@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentfm.errors import InputError, nearest
-from latentfm.models.layers import Linear, linear, transformed
+from latentfm.models.layers import Linear, linear, transformed, untouched
 
 # our names for diffusers' attention backends; diffusers' own names (flash, sage, ...) are taken too where they are no name of ours
 BACKENDS = {
@@ -58,6 +58,13 @@ def available_backends(device: torch.device, dtype: torch.dtype, head_dim: int =
     return found
 
 
+def check_backend(name: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, training: bool = False) -> None:
+    """Raises InputError unless the backend `name` computes such attention, and its gradient if `training`: tried on eight tokens."""
+    tokens = torch.zeros(1, 8, heads, head_dim, device=device, dtype=dtype, requires_grad=training)
+    if attend(tokens, tokens, tokens, attention_backend(name)).requires_grad != training:
+        raise InputError(f"attention {name!r} has no gradient, it is for sampling; use 'auto'")
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName | None, parallel_config: Any = None) -> Tensor:
     """softmax(query key^T / sqrt(d)) value, [B, Sq, H, d], by `backend` or, where that is None, the environment's or PyTorch's choice.
 
@@ -72,8 +79,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
     except (RuntimeError, NotImplementedError, ValueError) as error:
         if backend is None or isinstance(error, torch.OutOfMemoryError):
             raise
+        name = next((ours for ours, theirs in BACKENDS.items() if theirs == backend.value), backend.value)
         raise InputError(
-            f"attention backend {backend.value!r} cannot compute {tuple(query.shape)} {query.dtype} on {query.device.type}: "
+            f"attention backend {name!r} cannot compute {tuple(query.shape)} {query.dtype} on {query.device.type}: "
             f"{str(error).splitlines()[0]} Use 'auto', which can"
         ) from error
 
@@ -124,6 +132,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.heads, self.joint, self.context_pre_only = heads, joint, context_pre_only
         self.processor = Backend()
         self.fused_projections = False
+        self.register_state_dict_post_hook(apart)
         inner = heads * head_dim
 
         def norm() -> nn.Module:
@@ -149,7 +158,8 @@ class Attention(nn.Module, AttentionModuleMixin):
     def fuse_projections(self) -> None:
         """Lays the weights of query, key and value side by side, so that inference computes the three in one product.
 
-        The parameters stay what they were, under their names, as parts of one tensor: no second copy, the same state dict.
+        The parameters stay what they were, under their names, as parts of one tensor: no second copy of them in the model. A
+        state dict holds copies of these, for accelerate's saving keeps only one of the tensors that share a piece of memory.
         """
         for names in self.projections():
             layers = [getattr(self, name) for name in names]
@@ -157,8 +167,9 @@ class Attention(nn.Module, AttentionModuleMixin):
                 raise ValueError(f"{', '.join(names)} cannot be fused while an adapter is on them; merge it (fuse_lora) or unload it first")
             for kind in ("weight", "bias"):
                 values = [getattr(layer, kind) for layer in layers]
-                for layer, value, part in zip(layers, values, torch.cat([v.data for v in values]).chunk(3), strict=True):
-                    setattr(layer, kind, nn.Parameter(part, requires_grad=value.requires_grad))
+                if side_by_side(values) is None:
+                    for value, part in zip(values, torch.cat([value.data for value in values]).chunk(3), strict=True):
+                        value.data = part
         self.fused_projections = True
 
     @torch.no_grad()
@@ -167,7 +178,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         for layer in (getattr(self, name) for names in self.projections() for name in names):
             for kind in ("weight", "bias"):
                 value = getattr(layer, kind)
-                setattr(layer, kind, nn.Parameter(value.data.clone(), requires_grad=value.requires_grad))
+                value.data = value.data.clone()
         self.fused_projections = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Attention":
@@ -201,18 +212,20 @@ class Attention(nn.Module, AttentionModuleMixin):
             self.fused_projections
             and not torch.is_grad_enabled()
             and not transformed()
-            and all(type(layer) is Linear and "forward" not in vars(layer) for layer in layers)
+            and all(untouched(layer) for layer in layers)
         )
 
-    def forward(self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None) -> tuple[Tensor, Tensor | None]:
-        """(image [B, N, dim], text [B, L, dim]) -> the same shapes; text is None where it has no output.
+    def forward(
+        self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(image [B, N, dim], text [B, L, dim]) -> the same shapes, or the image's output alone where the text has none.
 
         With `lengths`, text is [1, sum(lengths), dim]: the tokens of each sample behind those of the one before, none of them padding.
         """
         query, key, value = self.project(image, self.projections()[0], self.norm_q, self.norm_k)
         backend = (self.processor._attention_backend, self.processor._parallel_config)
         if not self.joint:
-            return self.to_out[0](attend(query, key, value, *backend).flatten(2)), None
+            return self.to_out[0](attend(query, key, value, *backend).flatten(2))
         of_text = self.project(text, self.projections()[1], self.norm_added_q, self.norm_added_k, with_query=not self.context_pre_only)
         if lengths is None:
             image_out, text_out = self.join((query, key, value), of_text, backend)
@@ -229,7 +242,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         if torch.is_grad_enabled():
             unread = [p for part in (self.add_q_proj, self.norm_added_q) for p in part.parameters() if p.requires_grad]
             image_out = Unread.apply(image_out, *unread)
-        return image_out, None
+        return image_out
 
     def join(self, image: tuple[Tensor, ...], text: tuple[Tensor, ...], backend: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
         """What the image's and the text's queries find among the keys of both; None for the text where nothing reads it."""
@@ -240,9 +253,18 @@ class Attention(nn.Module, AttentionModuleMixin):
         return found.split([image[0].shape[1], text[0].shape[1]], dim=1)
 
 
+def apart(attention: Attention, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Gives fused weights in a state dict memory of their own."""
+    if attention.fused_projections:
+        for name in (f"{prefix}{layer}.{kind}" for names in attention.projections() for layer in names for kind in ("weight", "bias")):
+            if name in state and not isinstance(state[name], nn.Parameter):
+                state[name] = state[name].clone()
+
+
 def side_by_side(parts: list[Tensor]) -> Tensor | None:
     """The one tensor whose parts along the first axis `parts` are in memory, or None when they are apart."""
     first, size = parts[0], parts[0].numel() * parts[0].element_size()
-    if any(part.data_ptr() != first.data_ptr() + i * size for i, part in enumerate(parts)):
+    memory = first.untyped_storage().data_ptr()  # neighbours in two pieces of memory are no one tensor
+    if any(p.data_ptr() != first.data_ptr() + i * size or p.untyped_storage().data_ptr() != memory for i, p in enumerate(parts)):
         return None
     return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride(), first.storage_offset())

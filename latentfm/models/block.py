@@ -83,16 +83,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        image: Tensor,
-        text: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
         conditioning: Tensor | None,
         modulation: BlockModulation | None = None,
         packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(image [B, N, dim], text [B, L, dim], conditioning [B, dim]) -> (image, text); text is None after the last block.
+    ) -> tuple[Tensor, Tensor]:
+        """(image [B, N, dim], text [B, L, dim], conditioning [B, dim]) -> (image, text); the last block gives back the text it got.
 
         `modulation` stands for the conditioning vector where it was computed before; with `packing` the text is packed.
+        The two streams go by the names that diffusers' caching hooks ask a block's arguments for.
         """
+        image, text = hidden_states, encoder_hidden_states
         of_image, of_text = self.modulation(conditioning) if modulation is None else modulation
         if packing is not None:
             of_text = packing.per_token(of_text)
@@ -101,16 +103,17 @@ class Block(nn.Module):
             text_scale, text_shift = of_text
         else:
             text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = of_text
-        attended, text_attended = self.attn(
+        attended = self.attn(
             modulated_norm(image, scale, shift), modulated_norm(text, text_scale, text_shift), packing and packing.lengths
         )
+        attended, text_attended = (attended, None) if self.context_pre_only else attended
         after = gated_sum(image, gate, attended)
         if self.dual:
             shift2, scale2, gate2 = second
-            after = gated_sum(after, gate2, self.attn2(modulated_norm(image, scale2, shift2))[0])
+            after = gated_sum(after, gate2, self.attn2(modulated_norm(image, scale2, shift2)))
         image = gated_sum(after, ff_gate, self.ff(modulated_norm(after, ff_scale, ff_shift)))
         if self.context_pre_only:
-            return image, None
+            return image, text
         text = gated_sum(text, text_gate, text_attended)
         text = gated_sum(text, text_ff_gate, self.ff_context(modulated_norm(text, text_ff_scale, text_ff_shift)))
         return image, text

@@ -6,21 +6,29 @@ and equal on Intel's). modulated_norm is LayerNorm and adaLN modulation in one, 
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 EPS = 1e-6
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# oneDNN's bfloat16 needs instructions that older processors lack
+ONEDNN_DTYPES = (torch.float32, *([torch.bfloat16] if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []))
 # Parameter for weights as they are; a subclass of Tensor (quantised, sharded) has ways of its own to be multiplied by
 PLAIN = (Tensor, nn.Parameter)
 
 
 def transformed() -> bool:
-    """Whether torch.func or torch.compile is looking on, who can see into PyTorch's own operations only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether the compiler, torch.func, forward-mode differentiation or a tracer looks on: PyTorch's own operations are all they know."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode_or_tracing()
+
+
+def forward_mode_or_tracing() -> bool:
+    """Whether dual numbers (torch.autograd.forward_ad) are in use or torch.jit is tracing."""
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def fits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether x @ weight.T may go to oneDNN directly: plain contiguous tensors of one dtype on the CPU, nobody looking on."""
+    """Whether x @ weight.T may go to oneDNN directly: plain contiguous tensors of one dtype on the CPU, torch.func not looking on."""
     return (
         ONEDNN is not None
         and x.device.type == "cpu"
@@ -29,10 +37,28 @@ def fits_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in PLAIN
         and weight.is_contiguous()
         and x.numel() > 0
-        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not transformed()
+        and not torch._C._are_functorch_transforms_active()
+        and (torch.compiler.is_compiling() or (torch.backends.mkldnn.enabled and not forward_mode_or_tracing()))
     )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N], through GELU (tanh) if asked: one call of oneDNN."""
+    if torch.compiler.is_compiling():  # whose own way with this operation takes only weights that are constants
+        return opaque_product(x, weight, bias, gelu)
+    return ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
+
+
+@torch.library.custom_op("latentfm::product", mutates_args=(), device_types="cpu")
+def opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """`product` as an operation the compiler calls and does not look into."""
+    return ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
+
+
+@opaque_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -41,18 +67,18 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return ONEDNN(x, weight, bias, "none", [], "")
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
-        # x @ weight.T by a function that can be differentiated once more where someone asks for that
-        product = F.linear if torch.is_grad_enabled() else lambda a, b: ONEDNN(a, b, None, "none", [], "")
+        # a function that can be differentiated once more where someone asks for that
+        multiply = F.linear if torch.is_grad_enabled() else product
         to_x, to_weight, to_bias = ctx.needs_input_grad
         return (
-            product(gradient, weight.t()) if to_x else None,
-            product(gradient.t(), x.t()) if to_weight else None,
+            multiply(gradient, weight.t()) if to_x else None,
+            multiply(gradient.t(), x.t()) if to_weight else None,
             gradient.sum(0) if to_bias else None,
         )
 
@@ -69,19 +95,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != torch.float32 or not fits_onednn(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out = OneDNNLinear.apply(rows, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        # a view: the backward pass needs the weight of now, and layerwise casting gives the parameter other data after the call
+        out = OneDNNLinear.apply(rows, weight.view_as(weight), bias)
     else:
-        out = ONEDNN(rows, weight, bias, "none", [], "")
+        out = product(rows, weight, bias)
     return out.view(*x.shape[:-1], -1)
+
+
+def untouched(layer: nn.Module) -> bool:
+    """Whether calling `layer` is Linear.forward and nothing else: no adapter around it, no hook, no offloading, no cast."""
+    return type(layer) is Linear and "forward" not in vars(layer) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU (tanh) of layer(x); in inference on a CPU the GELU is part of the product, before it is written out."""
-    untouched = type(layer) is Linear and "forward" not in vars(layer) and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if untouched and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16) and fits_onednn(x, layer.weight):
+    if untouched(layer) and not torch.is_grad_enabled() and x.dtype in ONEDNN_DTYPES and fits_onednn(x, layer.weight):
         rows = x.reshape(-1, x.shape[-1])
-        return ONEDNN(rows, layer.weight, layer.bias, "gelu", [], "tanh").view(*x.shape[:-1], -1)
+        return product(rows, layer.weight, layer.bias, gelu=True).view(*x.shape[:-1], -1)
     return F.gelu(layer(x), approximate="tanh")
 
 
@@ -100,7 +131,7 @@ class ModulatedNorm(torch.autograd.Function):
         x, mean, inverse_std, scale = ctx.saved_tensors
         to_x, to_scale, to_shift = ctx.needs_input_grad
         by_x = by_scale = None
-        if torch.is_grad_enabled():  # someone differentiates this once more
+        if torch.is_grad_enabled() and (to_x or to_scale):  # someone differentiates this once more
             wanted = [value for value, needed in ((x, to_x), (scale, to_scale)) if needed]
             found = iter(torch.autograd.grad(F.layer_norm(x, x.shape[-1:], eps=EPS) * scale, wanted, gradient, create_graph=True))
             by_x, by_scale = next(found) if to_x else None, next(found) if to_scale else None
@@ -109,7 +140,7 @@ class ModulatedNorm(torch.autograd.Function):
             normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
             by_scale = (gradient * normed).sum_to_size(scale.shape)
         if to_x:
-            arguments = (gradient * scale, x, x.shape[-1:], mean, inverse_std, None, None, [True, False, False])
+            arguments = ((gradient * scale).to(x.dtype), x, x.shape[-1:], mean, inverse_std, None, None, [True, False, False])
             by_x = torch.ops.aten.native_layer_norm_backward(*arguments)[0]
         return by_x, by_scale, gradient.sum_to_size(ctx.shift_shape) if to_shift else None
 

@@ -75,10 +75,8 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     _repeated_blocks = ["Block"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
     _cp_plan = {
-        "transformer_blocks.0": {
-            "image": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
-            "text": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
-        },
+        "pos_embed": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "context_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
 
@@ -198,17 +196,19 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         encoder_attention_mask [B, L]: True for the text tokens to read; the others are left out of every computation (SD3 itself
         reads its padding). token_route: image tokens that alone pass through some blocks. precomputed: of this schedule and these
         prompts; it stands for timestep, pooled_projections and encoder_hidden_states after its first use.
-        Raises ValueError when a shape does not fit the configuration.
+        Raises ValueError when a shape does not fit the configuration, or an argument the way the network is spread over processes.
         """
         if joint_attention_kwargs:
             raise ValueError(f"MMDiT takes no joint_attention_kwargs but scale, got {sorted(joint_attention_kwargs)}")
         self.check_shapes(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        self.check_parallel(hidden_states, encoder_hidden_states, encoder_attention_mask, token_route, block_controlnet_hidden_states)
         blocks, residuals, route = self.transformer_blocks, block_controlnet_hidden_states, token_route
         image = self.pos_embed(hidden_states)
         conditioning, modulations = None, [None] * len(blocks)
-        if precomputed is not None and self.can_precompute(image.device):
-            if precomputed.text is None:
-                precomputed.fill(self, encoder_hidden_states, pooled_projections)
+        ready = precomputed is not None and self.can_precompute(image.device)
+        if ready and precomputed.text is None:
+            precomputed.fill(self, encoder_hidden_states, pooled_projections)
+        if ready and precomputed.text.shape[0] == image.shape[0]:  # FasterCache leaves half of a guided batch out
             step = precomputed.step
             text, out = precomputed.text, precomputed.out[step]
             modulations = [block[step] for block in precomputed.blocks]
@@ -256,6 +256,27 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         if route.kept.ndim != 2 or route.kept.shape[0] != image.shape[0] or not 1 <= route.kept.shape[1] <= image.shape[1]:
             raise ValueError(f"kept tokens of shape {tuple(route.kept.shape)} should be [{image.shape[0]}, 1 to {image.shape[1]}]")
 
+    def check_parallel(
+        self, latents: Tensor, text: Tensor, mask: Tensor | None, route: TokenRoute | None, residuals: list[Tensor] | None
+    ) -> None:
+        """Raises ValueError for what cannot be computed while the tokens are spread over processes (enable_parallelism)."""
+        spread = getattr(self._parallel_config, "context_parallel_config", None)
+        if spread is None:
+            return
+        whole = {"encoder_attention_mask": mask, "token_route": route, "block_controlnet_hidden_states": residuals}
+        given = [name for name, value in whole.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)} cannot be used with context parallelism: each process has a part of the tokens only")
+        if getattr(spread, "ulysses_anything", False) or getattr(spread, "ring_anything", False):
+            return
+        processes, patch = spread.ring_degree * spread.ulysses_degree, self.config.patch_size
+        tokens = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
+        if tokens % processes or text.shape[1] % processes or self.config.num_attention_heads % spread.ulysses_degree:
+            raise ValueError(
+                f"{tokens} image tokens, {text.shape[1]} text tokens and {self.config.num_attention_heads} heads do not divide over "
+                f"{processes} processes; ContextParallelConfig(ulysses_anything=True), or ring_anything=True, takes any number"
+            )
+
     def check_shapes(self, latents: Tensor, text: Tensor, pooled: Tensor, timestep: Tensor) -> None:
         """Raises ValueError naming the first shape that does not fit this network."""
         config = self.config
@@ -290,10 +311,5 @@ def pack(text: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
 # diffusers' caching hooks (enable_cache) find a block's two streams by this
 TransformerBlockRegistry.register(
     Block,
-    TransformerBlockMetadata(
-        return_hidden_states_index=0,
-        return_encoder_hidden_states_index=1,
-        hidden_states_argument_name="image",
-        encoder_hidden_states_argument_name="text",
-    ),
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
 )

@@ -18,6 +18,7 @@ from latentfm.data.cache import Cache, fingerprint, key_of, tokenizer_fingerprin
 from latentfm.data.images import Transform, UnreadableImage, apply, digest, open_rgb, to_tensor
 from latentfm.data.sources import Dataset, Sample, read_folder, summary
 from latentfm.errors import InputError
+from latentfm.interchange.weights import check_transformer
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import check_folder, read_info
 from latentfm.models.mmdit import MMDiT
@@ -51,6 +52,7 @@ def load_models(options: ModelOptions) -> Models:
         raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
     if options.preset is None:
+        check_transformer(folder / "transformer")
         network = MMDiT.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True)
         encoder = PromptEncoder.from_folder(folder, network.config.joint_attention_dim, network.config.pooled_projection_dim)
     else:

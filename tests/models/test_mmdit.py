@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.embeddings import get_timestep_embedding as diffusers_timestep_features
+from models.twins import SHAPES, TINY, VARIANTS, difference, inputs, twins
 from peft import LoraConfig
 
 from latentfm.errors import InputError
@@ -16,21 +17,6 @@ from latentfm.models.embeddings import position_table, timestep_features
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
 
-TINY = {
-    "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
-    "num_attention_heads": 3, "joint_attention_dim": 40, "caption_projection_dim": 48, "pooled_projection_dim": 24,
-    "pos_embed_max_size": 12,
-}  # fmt: skip
-VARIANTS = {
-    "sd3": {},
-    "sd3.5-large": {"qk_norm": "rms_norm"},
-    "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1), "pos_embed_max_size": 16},
-    "dual everywhere": {"dual_attention_layers": (0, 1, 2)},
-    "patch 4": {"patch_size": 4, "sample_size": 16, "in_channels": 12, "out_channels": 12, "qk_norm": "rms_norm"},
-    "learned variance": {"out_channels": 8, "num_layers": 1},
-    "out_channels None": {"out_channels": None},
-}
-SHAPES = {"square": (2, 8, 8, 9, 2), "wide": (3, 8, 16, 5, 3), "tall": (1, 16, 4, 21, 1), "one time": (2, 4, 4, 1, 1)}
 FULL = {
     "sd3-medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
     "sd3.5-medium": {
@@ -43,40 +29,6 @@ FULL = {
 }  # fmt: skip
 
 
-def twins(seed: int = 0, **changes) -> tuple[MMDiT, SD3Transformer2DModel]:
-    """An MMDiT and an SD3Transformer2DModel with the same weights, every one of them random, and away from its default."""
-    torch.manual_seed(seed)
-    theirs = SD3Transformer2DModel(**(TINY | changes))
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            centre = 1.0 if ".norm_" in name else 0.0
-            spread = 0.25 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(centre + spread * torch.randn_like(parameter))
-    ours = MMDiT(**(TINY | changes))
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
-def inputs(model: MMDiT, shape: str = "square", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random inputs of SHAPES[shape] = (batch, height, width, text tokens, times), timesteps fractional."""
-    batch, height, width, tokens, times = SHAPES[shape]
-    generator = torch.Generator().manual_seed(1)
-    made = {
-        "hidden_states": torch.randn(batch, model.config.in_channels, height, width, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(batch, tokens, model.config.joint_attention_dim, generator=generator).to(dtype),
-        "pooled_projections": torch.randn(batch, model.config.pooled_projection_dim, generator=generator).to(dtype),
-    }
-    return made | {"timestep": torch.tensor([987.654, 0.3217, 500.05])[:times]}
-
-
-def difference(ours, theirs, **given) -> float:
-    """The largest absolute difference of their outputs, after checking that there is an output to differ in."""
-    with torch.no_grad():
-        mine, reference = ours(**given).sample, theirs(**given).sample
-    assert mine.shape == reference.shape and reference.std() > 0.1
-    return (mine - reference).abs().max().item()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_is_diffusers(variant, shape):
@@ -84,21 +36,33 @@ def test_forward_is_diffusers(variant, shape):
     assert difference(ours, theirs, **inputs(ours, shape)) <= 1e-5
 
 
+def gradients(model, given: dict[str, torch.Tensor], **extra) -> dict[str, torch.Tensor | None]:
+    """The gradients of the mean square of the model's output, by parameters' and inputs' names."""
+    given = {name: value.clone().requires_grad_() for name, value in given.items()}
+    model.zero_grad()
+    model(**given, **extra).sample.square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()} | {name: value.grad for name, value in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra"), [("wide", ""), ("tall", ""), ("wide", "skip_layers"), ("square", "block_controlnet_hidden_states")]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_diffusers(variant):
+def test_gradients_are_diffusers(variant, shape, extra):
     ours, theirs = twins(**VARIANTS[variant])
-    gradients = []
+    given, found = inputs(ours, shape), []
     for model in (ours, theirs):
-        given = {name: value.clone().requires_grad_() for name, value in inputs(model, "wide").items()}
-        output = model(**given).sample
-        output.square().mean().backward()
-        found = {name: parameter.grad for name, parameter in model.named_parameters()}
-        gradients.append(found | {name: value.grad for name, value in given.items()})
-    mine, reference = gradients
+        residuals = list(torch.randn(2, *ours.pos_embed(given["hidden_states"]).shape, generator=torch.Generator().manual_seed(2)))
+        for value in residuals:
+            value.requires_grad_()
+        values = {"skip_layers": [0], "block_controlnet_hidden_states": residuals}
+        gradient = gradients(model, given, **({extra: values[extra]} if extra else {}))
+        found.append(gradient | {f"residual {i}": value.grad for i, value in enumerate(residuals)})
+    mine, reference = found
     assert mine.keys() == reference.keys()
     largest = max(value.abs().max() for value in reference.values() if value is not None)
     moved = [name for name, value in reference.items() if value is not None and value.abs().max() > 1e-4 * largest]
-    assert len(moved) > 0.8 * len(reference)
+    assert len(moved) > (0.8 if not extra else 0.3) * len(reference)
     for name, value in reference.items():
         if value is None:  # a skipped path: both must leave it out
             assert mine[name] is None, name
@@ -139,6 +103,24 @@ def test_bf16_is_diffusers_within_rounding(variant):
     assert (mine - reference).abs().max() <= 4 * 2**-8 * exact.abs().max()
 
 
+@pytest.mark.parametrize("variant", ["sd3", "sd3.5-large", "sd3.5-medium"])
+def test_bf16_gradients_are_as_exact_as_diffusers(variant):
+    ours, theirs = (model.bfloat16() for model in twins(**VARIANTS[variant]))
+    given = inputs(ours, "wide", torch.bfloat16)
+    exact = gradients(copy.deepcopy(theirs).double(), {name: value.double() for name, value in given.items()})
+    errors, parts = [], {name: 0.0 for name in ("attn", "ff", "norm1", "embed")}
+    for model in (ours, theirs):
+        found, sums = gradients(model, given), dict.fromkeys(["all", *parts], 0.0)
+        for name, value in exact.items():
+            if value is not None and found[name] is not None:
+                off = (found[name].double() - value).square().sum().item() / max(value.square().sum().item(), 1e-12)
+                for part in sums:
+                    sums[part] += off if part == "all" or part in name else 0.0
+        errors.append(sums)
+    for part, mine in errors[0].items():
+        assert 0 < mine**0.5 <= 1.15 * errors[1][part] ** 0.5, part
+
+
 @pytest.mark.parametrize("variant", ["sd3", "sd3.5-medium"])
 def test_autocast_is_diffusers_within_rounding_and_warns_of_nothing(variant, recwarn):
     ours, theirs = twins(**VARIANTS[variant])
@@ -170,6 +152,20 @@ def test_a_lora_of_diffusers_applies(tmp_path):
     assert difference(ours, theirs, **given) <= 1e-5
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+def test_the_scale_of_a_lora_is_diffusers(scale):
+    ours, theirs = twins(**VARIANTS["sd3.5-medium"])
+    given, bare = inputs(ours), copy.deepcopy(theirs)
+    for model in (ours, theirs):
+        model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "add_v_proj", "ff.net.0.proj"], init_lora_weights=False))
+    ours.load_state_dict(theirs.state_dict())
+    found = difference(ours, theirs, **given, joint_attention_kwargs={"scale": scale})
+    assert found <= 2e-5
+    off = difference(lambda **k: ours(**k, joint_attention_kwargs={"scale": scale}), bare, **given)
+    assert off <= 2e-5 if scale == 0 else off > 1e-2
+    assert difference(ours, theirs, **given) <= 2e-5  # the scale does not stay
+
+
 def test_stock_pipeline_draws_the_same_picture_with_it(tiny_folder):
     stock = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
     stock.set_progress_bar_config(disable=True)
@@ -195,11 +191,10 @@ def test_full_size_state_dicts_are_diffusers(name):
     assert {k for k, _ in ours.named_parameters()} == {k for k, _ in theirs.named_parameters()}
 
 
-def test_sd3_medium_preset_is_sd3_medium():
+@pytest.mark.parametrize("name", FULL)
+def test_presets_of_published_models_are_these_models(name):
     with torch.device("meta"):
-        ours, theirs = MMDiT(**PRESETS["sd3-medium"]), SD3Transformer2DModel(
-            num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
-        )  # fmt: skip
+        ours, theirs = MMDiT(**PRESETS[name]), SD3Transformer2DModel(**FULL[name])
     assert {k: v for k, v in ours.config.items() if k[0] != "_"} == {k: v for k, v in theirs.config.items() if k[0] != "_"}
 
 
@@ -257,8 +252,11 @@ def test_presets_build(name):
     with torch.device("meta"):
         model = MMDiT.from_preset(name)
     assert {k: v for k, v in model.config.items() if k in PRESETS[name]} == PRESETS[name]
-    millions = {"emoji": 19, "small": 60, "base": 240, "large": 860, "sd3-medium": 2000}[name]
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.12)
+    millions = {
+        "emoji": 19, "small": 65, "base": 255, "depth15": 496, "large": 904, "depth21": 1360, "sd3-medium": 2030, "sd3.5-medium": 2240,
+        "depth30": 3960, "sd3.5-large": 8060,
+    }[name]  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
 
 
 def test_from_preset_takes_changes_and_suggests_the_nearest_name():
@@ -309,12 +307,16 @@ def test_initialize_starts_at_zero_and_is_not_stuck_there():
         ("hidden_states", (4, 8, 8), r"\(4, 8, 8\)"),
         ("hidden_states", (2, 4, 7, 8), r"7 x 8.*patches of 2"),
         ("hidden_states", (2, 4, 8, 26), r"4 x 13 patches.*12 x 12"),
+        ("hidden_states", (2, 4, 26, 8), r"13 x 4 patches.*12 x 12"),
+        ("hidden_states", (2, 4, 8, 7), r"8 x 7.*patches of 2"),
         ("encoder_hidden_states", (2, 9, 41), r"41.*40"),
         ("encoder_hidden_states", (3, 9, 40), r"\(3, 9, 40\).*2"),
         ("encoder_hidden_states", (9, 40), r"\(9, 40\)"),
         ("pooled_projections", (2, 25), r"25.*24"),
         ("pooled_projections", (3, 24), r"\(3, 24\).*2"),
+        ("pooled_projections", (2, 1, 24), r"\(2, 1, 24\).*\[2, 24\]"),
         ("timestep", (3,), r"\(3,\).*2"),
+        ("timestep", (2, 1), r"\(2, 1\).*\[2\]"),
         ("timestep", (), r"\(\).*2"),
     ],
 )

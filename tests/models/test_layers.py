@@ -1,0 +1,383 @@
+"""The layers against PyTorch's plain ones: nn.Linear, gelu(linear), layer_norm(x) * scale + shift."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.hooks import apply_layerwise_casting
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentfm.models.layers import ONEDNN, Linear, gated_sum, linear_gelu, modulated_norm
+
+onednn = pytest.mark.skipif(ONEDNN is None, reason="this PyTorch has no oneDNN")
+
+
+class Kernels(TorchDispatchMode):
+    """Collects the names of the operations that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def onednn(self) -> int:
+        """How many of them were oneDNN's fused linear."""
+        return sum("_linear_pointwise" in name for name in self.names)
+
+
+def pair(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Linear, nn.Linear]:
+    """A Linear 24 -> 40 and an nn.Linear with its weights."""
+    torch.manual_seed(0)
+    ours, theirs = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 7, 24), (2, 3, 5, 24), (0, 24), (2, 0, 24)])
+def test_linear_is_nn_linear(shape, bias):
+    ours, theirs = pair(bias)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        close(ours(x), theirs(x))
+    found = []
+    for layer in (ours, theirs):
+        given = x.clone().requires_grad_()
+        out = layer(given)
+        (out * torch.linspace(-1, 1, 40)).sum().backward()
+        found.append([out.detach(), given.grad, *(p.grad for p in layer.parameters())])
+    assert found[0][0].shape == (*shape[:-1], 40)
+    for mine, reference in zip(*found, strict=True):
+        close(mine, reference)
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_linear_takes_views_as_they_come(with_grad):
+    ours, theirs = pair()
+    views = {
+        "transposed": torch.randn(24, 7).t(),
+        "heads": torch.randn(2, 3, 7, 8).transpose(1, 2).flatten(2),
+        "every other": torch.randn(7, 48)[:, ::2],
+        "expanded": torch.randn(1, 24).expand(7, 24),
+        "permuted": torch.randn(5, 2, 24).transpose(0, 1),
+    }
+    for x in views.values():
+        with torch.set_grad_enabled(with_grad):
+            close(ours(x), theirs(x))
+    for layer in (ours, theirs):  # a gradient that is one number seen everywhere
+        layer(views["transposed"]).sum().backward()
+    close(ours.weight.grad, theirs.weight.grad)
+    transposed = torch.randn(24, 40)
+    ours.weight = theirs.weight = nn.Parameter(transposed.t())
+    close(ours(views["heads"]), theirs(views["heads"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_linear_in_other_dtypes_is_nn_linear_bitwise(dtype):
+    ours, theirs = pair(dtype=dtype)
+    x = torch.randn(3, 7, 24, dtype=dtype)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_linear_under_autocast_is_nn_linear_bitwise():
+    ours, theirs = pair()
+    x = torch.randn(3, 7, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, reference = ours(x), theirs(x)
+    assert mine.dtype == torch.bfloat16 and torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("wanted", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1)])
+def test_linear_gives_the_gradients_that_are_asked_for(wanted):
+    found = []
+    for layer in pair():
+        given = torch.linspace(-1, 1, 7 * 24).view(7, 24)
+        parts = (given, layer.weight, layer.bias)
+        for part, required in zip(parts, wanted, strict=True):
+            part.requires_grad_(bool(required))
+        out = layer(given)
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.square().sum().backward()
+        found.append([part.grad for part in parts])
+    for mine, reference, required in zip(*found, wanted, strict=True):
+        assert (mine is not None) == (reference is not None) == bool(required)
+        if required:
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_differentiated_twice(bias):
+    found = []
+    for layer in pair(bias):
+        x = torch.linspace(-1, 1, 7 * 24).view(7, 24).requires_grad_()
+        (slope,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append([slope.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for mine, reference in zip(*found, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_and_norm_go_through_torch_func_and_forward_mode():
+    ours, theirs = pair()
+    x, direction, scale, shift = torch.randn(4, 1, 24), torch.randn(4, 1, 24), torch.randn(1, 1, 40), torch.randn(1, 1, 40)
+
+    def mine(value: Tensor) -> Tensor:
+        return modulated_norm(ours(value), scale, shift)
+
+    def reference(value: Tensor) -> Tensor:
+        return F.layer_norm(theirs(value), (40,), eps=1e-6) * scale + shift
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for one, other in zip(torch.func.jvp(mine, (x,), (direction,)), torch.func.jvp(reference, (x,), (direction,)), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            close(torch.func.vmap(mine)(x[:, None])[:, 0], reference(x))
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(x, direction)
+                tangents = [forward_ad.unpack_dual(function(dual)).tangent for function in (mine, reference)]
+            torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-4)
+    out, pull = torch.func.vjp(mine, x)
+    close(out, reference(x))
+    torch.testing.assert_close(pull(out)[0], torch.func.vjp(reference, x)[1](out)[0], rtol=1e-4, atol=1e-4)
+    weights = dict(ours.named_parameters())
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, v: torch.func.functional_call(ours, w, (v,)).sum()), (None, 0))(weights, x)
+    torch.testing.assert_close(per_sample["weight"], x.expand(4, 40, 24), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_and_norm_compile_in_one_graph():
+    ours, theirs = pair()
+    scale, shift = torch.randn(2, 1, 40), torch.randn(2, 1, 40)
+
+    def mine(x: Tensor) -> Tensor:
+        return gated_sum(shift, scale, modulated_norm(F.gelu(ours(x), approximate="tanh"), scale, shift))
+
+    def reference(x: Tensor) -> Tensor:
+        return shift + scale * (F.layer_norm(F.gelu(theirs(x), approximate="tanh"), (40,), eps=1e-6) * scale + shift)
+
+    compiled, x = torch.compile(mine, fullgraph=True, backend="aot_eager"), torch.randn(2, 7, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), reference(x), rtol=1e-4, atol=1e-4)
+    found = []
+    for function, layer in ((compiled, ours), (reference, theirs)):
+        given = x.clone().requires_grad_()
+        function(given).square().mean().backward()
+        found.append([given.grad, layer.weight.grad, layer.bias.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@onednn
+def test_linear_runs_on_onednn_in_float32():
+    ours, theirs = pair()
+    x = torch.randn(2, 7, 24)
+    for layer, expected in ((ours, (1, 2)), (theirs, (0, 0))):
+        with Kernels() as inference, torch.no_grad():
+            layer(x)
+        with Kernels() as training:
+            out = layer(x.clone().requires_grad_())
+        with Kernels() as backward:
+            out.sum().backward()
+        assert (inference.onednn, training.onednn, backward.onednn) == (expected[0], expected[0], expected[1])
+
+
+class Scaled(Tensor):
+    """A tensor subclass with a way of its own to be multiplied by, as quantised weights are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs)
+        return 2 * out.as_subclass(Tensor) if function is F.linear else out
+
+
+def test_linear_leaves_to_pytorch_what_onednn_cannot_do():
+    ours, theirs = pair()
+    x = torch.randn(7, 24)
+    with Kernels() as seen, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            ours(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            close(ours(x), theirs(x))
+        ours.bfloat16()(x.bfloat16())
+    assert seen.onednn == 0
+    ours = pair()[0]
+    ours.weight = nn.Parameter(ours.weight.detach().as_subclass(Scaled))
+    with Kernels() as seen, torch.no_grad():
+        torch.testing.assert_close(ours(x).as_subclass(Tensor), 2 * theirs(x), rtol=1e-5, atol=1e-5)
+    assert seen.onednn == 0
+    with torch.device("meta"):
+        assert Linear(24, 40)(torch.empty(7, 24)).shape == (7, 40)
+
+
+def in_lora(layer: Linear) -> nn.Module:
+    """The layer with a random LoRA around it."""
+    holder = nn.ModuleDict({"proj": layer})
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False), holder)
+    return holder["proj"]
+
+
+def with_hook(layer: Linear) -> Linear:
+    """The layer with a forward hook that doubles its output."""
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def with_pre_hook(layer: Linear) -> Linear:
+    """The layer with a hook that doubles its input."""
+    layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    return layer
+
+
+def cast(layer: Linear) -> Linear:
+    """The layer with frozen weights in eight bits, cast at each call."""
+    apply_layerwise_casting(layer, torch.float8_e4m3fn, torch.float32)
+    return layer.requires_grad_(False)
+
+
+def plain(layer: Linear) -> Linear:
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [plain, with_hook, with_pre_hook, in_lora, cast])
+def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
+    if change is cast and dtype != torch.float32:
+        pytest.skip("casts to float32")
+    torch.manual_seed(0)
+    layer = change(pair()[0].to(dtype)).to(dtype) if change is not cast else change(pair()[0])
+    x = torch.randn(2, 7, 24).to(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-8}
+    with torch.no_grad():
+        expected = F.gelu(layer(x), approximate="tanh")
+        with Kernels() as seen:
+            found = linear_gelu(layer, x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, **tolerance)
+    if change is plain:
+        assert ONEDNN is None or "aten.gelu.default" not in seen.names  # it was part of the product
+    elif change is not cast:
+        assert (found - F.gelu(pair()[1].to(dtype)(x), approximate="tanh")).abs().max() > 0.05
+    given = x.clone().requires_grad_()
+    linear_gelu(layer, given).float().square().sum().backward()
+    other = x.clone().requires_grad_()
+    F.gelu(layer(other), approximate="tanh").float().square().sum().backward()
+    torch.testing.assert_close(given.grad, other.grad, **tolerance)
+
+
+def plain_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """What modulated_norm computes, in three passes."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift
+
+
+def norm_inputs(rows: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """x [2, 5, 12], scale and shift [*rows, 12], all wanting gradients."""
+    torch.manual_seed(0)
+    made = (3 * torch.randn(2, 5, 12) + 1, 1 + 0.5 * torch.randn(*rows, 12), torch.randn(*rows, 12))
+    return tuple(value.to(dtype).requires_grad_() for value in made)
+
+
+@pytest.mark.parametrize("rows", [(2, 1), (1, 5), (1, 1)])
+def test_modulated_norm_and_its_two_derivatives(rows):
+    given = norm_inputs(rows)
+    torch.testing.assert_close(modulated_norm(*given), plain_norm(*given), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(modulated_norm(*given), plain_norm(*given), rtol=1e-12, atol=1e-12)
+    assert gradcheck(modulated_norm, given)
+    assert gradgradcheck(modulated_norm, given)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
+def test_modulated_norm_gives_the_gradients_that_are_asked_for(wanted):
+    given = [value.detach().requires_grad_(bool(w)) for value, w in zip(norm_inputs((2, 1)), wanted, strict=True)]
+    asked = [value for value in given if value.requires_grad]
+    for create_graph in (False, True):
+        found = [torch.autograd.grad(f(*given).sin().sum(), asked, create_graph=create_graph) for f in (modulated_norm, plain_norm)]
+        for mine, reference in zip(*found, strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_modulated_norm_leaves_its_input_alone():
+    x, scale, shift = (value.detach() for value in norm_inputs((2, 1), torch.float32))
+    kept = [value.clone() for value in (x, scale, shift)]
+    with torch.no_grad():
+        modulated_norm(x, scale, shift)
+    assert all(torch.equal(*both) for both in zip((x, scale, shift), kept, strict=True))
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("modulation", [torch.float32, torch.bfloat16], ids=str)
+def test_modulated_norm_under_autocast(modulation, with_grad):
+    """The stream x is float32 there, or bfloat16 after a linear; scale and shift come from a linear, in bfloat16."""
+    x, scale, shift = norm_inputs((2, 1), torch.float32)
+    for stream in (x, x.bfloat16()):
+        with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16):
+            mine = modulated_norm(stream, scale.to(modulation), shift.to(modulation))
+            reference = plain_norm(stream, scale.to(modulation), shift.to(modulation))
+        assert mine.dtype == reference.dtype
+        torch.testing.assert_close(mine, reference, rtol=2**-6, atol=2**-6)
+        if with_grad:
+            found = [torch.autograd.grad(out.float().square().sum(), (x, scale, shift), retain_graph=True) for out in (mine, reference)]
+            for one, other in zip(*found, strict=True):
+                assert one.dtype == other.dtype
+                torch.testing.assert_close(one, other, rtol=2**-5, atol=2**-5 * other.abs().max().item())
+
+
+def test_modulated_norm_in_bf16_is_no_less_exact_than_the_plain_formula():
+    torch.manual_seed(0)
+    given = [v.bfloat16() for v in (2 * torch.randn(4, 64, 96) + 1, 1 + 0.3 * torch.randn(4, 1, 96), torch.randn(4, 1, 96))]
+    weight = torch.randn(4, 64, 96).bfloat16()
+
+    def results(function, dtype: torch.dtype) -> list[Tensor]:
+        values = [value.to(dtype).requires_grad_() for value in given]
+        out = function(*values)
+        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), values)]
+
+    exact = results(plain_norm, torch.float64)
+    errors = [
+        [(value.double() - true).square().mean().sqrt().item() for value, true in zip(found, exact, strict=True)]
+        for found in (results(modulated_norm, torch.bfloat16), results(plain_norm, torch.bfloat16))
+    ]
+    for mine, reference in zip(*errors, strict=True):
+        assert 0 < mine <= 1.02 * reference
+
+
+def test_modulated_norm_keeps_its_input_only():
+    x, scale, shift = norm_inputs((2, 1), torch.float32)
+
+    def kept(function) -> list[Tensor]:
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: (saved.append(value), value)[1], lambda value: value):
+            function(x, scale, shift)
+        return [value for value in saved if value.shape == x.shape]
+
+    mine = kept(modulated_norm)
+    assert [value.data_ptr() for value in mine] == [x.data_ptr()]  # x is there anyway: nothing more is held for the backward pass
+    assert {value.data_ptr() for value in kept(plain_norm)} > {x.data_ptr()}
+
+
+@pytest.mark.parametrize("rows", [(2, 1), (1, 5)])
+def test_gated_sum(rows):
+    x, gate, update = torch.randn(2, 5, 12), torch.randn(*rows, 12), torch.randn(2, 5, 12)
+    torch.testing.assert_close(gated_sum(x, gate, update), x + gate * update)
+
+
+def test_a_copied_and_saved_layer_is_still_one():
+    ours, theirs = pair()
+    again = copy.deepcopy(ours)
+    assert type(again) is Linear and {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
+    x = torch.randn(7, 24)
+    assert torch.equal(again(x), ours(x))
