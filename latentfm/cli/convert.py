@@ -288,7 +288,7 @@ def in_units(size: float) -> str:
 
 def run(target: Path, plan: Plan) -> None:
     """Writes `target`, whole or not at all, with a bar that counts megabytes."""
-    from latentfm.interchange.tensors import whole_or_nothing
+    from latentfm.files import whole_or_nothing
 
     with progress_bar() as bar, whole_or_nothing(target) as partial:
         task = bar.add_task("writing, MB", total=max(1, plan.size // UNITS["MB"]))

@@ -6,10 +6,8 @@ renamed, so a folder without that suffix is whole. Nothing older is removed befo
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentfm.errors import InputError
+from latentfm.files import whole_or_nothing
 from latentfm.training.ema import EMA
 
 NAME = re.compile(r"step-(\d{8})")
 
 
-def flush(path: Path) -> None:
-    """Force the file or folder `path` to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
-    """Have `write` fill a folder, then put it at `target` in one rename; an error leaves nothing of it behind.
-
-    An existing `target` is replaced only once the new folder is whole. Raises OSError naming `target` when the
-    disk is full or refuses the write.
-    """
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        for path in (*sorted(partial.rglob("*")), partial):
-            flush(path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise OSError(
-                f"could not write {target}: {error}. Nothing saved earlier was touched; free some space and resume"
-            ) from error
-        raise
-    if target.exists():
-        old = target.with_name(target.name + ".old.partial")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old)
-    else:
-        partial.rename(target)
-    flush(target.parent)
-    return target
-
-
 def save(folder: Path, step: int, tensors: dict[str, Tensor], info: dict[str, Any], keep: int = 2) -> Path:
     """Write the checkpoint of `step` into `folder`, then remove all but the newest `keep`, and what was left half-written."""
-
-    def write(partial: Path) -> None:
+    path = folder / f"step-{step:08d}"
+    with whole_or_nothing(path) as partial:
+        partial.mkdir()
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **info}, indent=1), "utf-8")
-
-    path = write_folder(folder / f"step-{step:08d}", write)
     for old in (*checkpoints(folder)[:-keep], *folder.glob("step-*.partial")):  # the latter of runs killed while saving
         shutil.rmtree(old)
     return path
@@ -129,11 +86,3 @@ def unpack(tensors: dict[str, Tensor], module: nn.Module, ema: EMA, optimizer: t
     module.load_state_dict(share("model."))
     ema.load_state_dict(share("ema."))
     restore_optimizer(optimizer, share("optimizer."), names)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file `path` by `text` in one rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    flush(partial)
-    partial.rename(path)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from latentfm.config import RunConfig
+from latentfm.files import whole_or_nothing
 from latentfm.models.folder import INFO_FILE, write_stock_names
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
-from latentfm.training import checkpoint
 from latentfm.training.prepare import Models
 
 
@@ -28,8 +28,8 @@ def write_pipeline(
     copy = MMDiT.from_config(network.config).to(dtype)
     copy.load_state_dict(weights, assign=True)
     trained = {"steps": config.train.steps, "batch_size": config.train.batch_size, "seed": config.train.seed, "t5_lengths": lengths}
-
-    def write(folder: Path) -> None:
+    with whole_or_nothing(target) as folder:
+        folder.mkdir()
         for name in sorted(p.name for p in models.folder.iterdir()):
             if name not in ("transformer", NULL_FILE, INFO_FILE, "README.md") and not name.startswith("."):
                 source = models.folder / name
@@ -39,5 +39,3 @@ def write_pipeline(
         info = {"format": 1, **models.info, "trained": trained}
         (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
-
-    checkpoint.write_folder(target, write)

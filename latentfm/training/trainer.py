@@ -27,6 +27,7 @@ from latentfm import flow
 from latentfm.config import RunConfig, TokenRouting
 from latentfm.data.loader import Batch, CachedSamples, Dropout, Routing, Stream, batches
 from latentfm.errors import InputError
+from latentfm.files import whole_or_nothing
 from latentfm.models import vae as vae_room
 from latentfm.models.attention import check_backend
 from latentfm.models.folder import t5_length
@@ -376,4 +377,5 @@ def keep_rows(path: Path, step: int) -> None:
     """Drops the rows of metrics.jsonl after `step`: a resumed run writes them again."""
     if path.exists():
         kept = [line for line in path.read_text("utf-8").splitlines() if line and line[-1] == "}" and json.loads(line)["step"] <= step]
-        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+        with whole_or_nothing(path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept), "utf-8")

@@ -20,20 +20,6 @@ from latentfm.interchange.weights import open_weights
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def loud_libraries_afterwards():
-    """The command silences the libraries of its process; here that is everybody's process."""
-    import diffusers
-    import transformers
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, before, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A function that runs `latentfm convert` with its arguments in an empty current folder."""

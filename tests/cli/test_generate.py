@@ -24,20 +24,6 @@ from latentfm.pictures import read_settings
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def loud_libraries_afterwards():
-    """The command silences the libraries of its process; here that is everybody's process."""
-    import diffusers
-    import transformers
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [library.get_verbosity() for library in libraries]
-    yield
-    for library, verbosity in zip(libraries, before, strict=True):
-        library.set_verbosity(verbosity)
-        library.enable_progress_bar()
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A function that runs the command line with its arguments, in an empty current folder."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import latentfm
 from latentfm.errors import InputError
 from latentfm.interchange import tensors as room
-from latentfm.interchange.tensors import CHUNK, DTYPES, join, listed, read_file, read_folder, whole_or_nothing, write_file, write_shards
+from latentfm.interchange.tensors import CHUNK, DTYPES, join, listed, read_file, read_folder, write_file, write_shards
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
@@ -181,26 +181,6 @@ def test_a_file_that_shrinks_while_it_is_read_is_said(file):
 
 def test_listed():
     assert listed("ab") == "a, b" and listed("abcdefg") == "a, b, c, d and 3 more"
-
-
-def test_whole_or_nothing(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with pytest.raises(InputError, match=r"could not write .*out: No space"), whole_or_nothing(target) as partial:
-        partial.mkdir()
-        (partial / "half").write_text("x")
-        raise OSError(28, "No space left on device")
-    assert not list(target.parent.iterdir())
-    for text in ("first", "second"):
-        with whole_or_nothing(target) as partial:
-            partial.mkdir()
-            (partial / text).write_text("x")
-        assert [path.name for path in target.iterdir()] == [text] and list(target.parent.iterdir()) == [target]
-    with pytest.raises(KeyError), whole_or_nothing(target) as partial:
-        raise KeyError
-    assert [path.name for path in target.iterdir()] == ["second"]
-    with whole_or_nothing(tmp_path / "file") as partial:
-        partial.write_text("x")
-    assert (tmp_path / "file").read_text() == "x" and len(list(tmp_path.iterdir())) == 2
 
 
 MEASURE = """

@@ -1,6 +1,5 @@
 """Checkpoints: whole or absent, the newest kept, and an optimizer that goes on as if it had never stopped."""
 
-import json
 from functools import partial
 
 import pytest
@@ -76,38 +75,16 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
     checkpoint.save(tmp_path, 1, {"a": torch.ones(100)}, {"config": {}})
     before = everything_in(tmp_path)
-    with files_no_larger_than(100_000), pytest.raises(OSError, match="step-00000002.*Nothing saved earlier was touched"):
+    with files_no_larger_than(100_000), pytest.raises(InputError, match="step-00000002.*nothing saved earlier was touched"):
         checkpoint.save(tmp_path, 2, {"a": torch.zeros(100_000)}, {"config": {}})
     assert everything_in(tmp_path) == before
     assert torch.equal(checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])[0]["a"], torch.ones(100))
 
 
 def test_a_full_disk_at_the_description_leaves_nothing_either(tmp_path):
-    with files_no_larger_than(10_000), pytest.raises(OSError, match="step-00000002"):
+    with files_no_larger_than(10_000), pytest.raises(InputError, match="step-00000002"):
         checkpoint.save(tmp_path, 2, {"a": torch.zeros(1)}, {"samples": ["x" * 100] * 1000})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(28, "No space left on device")])
-def test_a_failed_replacement_leaves_what_was_there(tmp_path, error):
-    target = tmp_path / "model"
-    checkpoint.write_folder(target, lambda folder: (folder / "a").write_text("old"))
-
-    def half(folder):
-        (folder / "a").write_text("new")
-        raise error
-
-    with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        checkpoint.write_folder(target, half)
-    assert everything_in(tmp_path) == {"model/a": b"old"}
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_replacement_takes_nothing_over_from_what_was_there(tmp_path):
-    target = tmp_path / "deep" / "model"
-    checkpoint.write_folder(target, lambda folder: (folder / "old").write_text("old"))
-    assert checkpoint.write_folder(target, lambda folder: (folder / "new").write_text("new")) == target
-    assert everything_in(tmp_path) == {"deep/model/new": b"new"}
 
 
 @pytest.mark.parametrize(
@@ -156,10 +133,3 @@ def test_a_restored_optimizer_takes_the_same_steps(tmp_path, make, dtype):
 
     with pytest.raises(InputError, match="nothing_like_it"):
         checkpoint.restore_optimizer(other, {"exp_avg/nothing_like_it": torch.zeros(1)}, {id(p): n for n, p in again.named_parameters()})
-
-
-def test_text_is_replaced_whole(tmp_path):
-    path = tmp_path / "rows"
-    path.write_text("old")
-    checkpoint.write_text(path, json.dumps([1]))
-    assert path.read_text() == "[1]" and [p.name for p in tmp_path.iterdir()] == ["rows"]

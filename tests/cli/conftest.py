@@ -1,0 +1,17 @@
+"""What the tests of the commands share."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def loud_libraries_afterwards():
+    """The command silences the libraries of its process; here that is everybody's process."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    yield
+    for library, verbosity in zip(libraries, before, strict=True):
+        library.set_verbosity(verbosity)
+        library.enable_progress_bar()
