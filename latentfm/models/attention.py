@@ -1,7 +1,8 @@
 """Joint attention of image and text tokens, and the image-only attention of SD3.5's dual layers.
 
 Which kernel computes it is diffusers' dispatcher's to run and ours to name: BACKENDS. MMDiT.set_attention chooses one for a network,
-the environment's LATENTFM_ATTENTION for all those where none was chosen. "auto" is PyTorch's own choice among its kernels.
+the environment's LATENTFM_ATTENTION for all those where none was chosen, and diffusers' own default (attention_backend,
+DIFFUSERS_ATTN_BACKEND) where neither was. That is "native", PyTorch's choice among its kernels, unless somebody changed it.
 """
 
 import os
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentfm.errors import InputError, nearest
-from latentfm.models.layers import Linear, linear, transformed, untouched
+from latentfm.models.layers import PLAIN, Linear, linear, transformed, untouched
 
 # our names for diffusers' attention backends; diffusers' own names (flash, sage, ...) are taken too where they are no name of ours
 BACKENDS = {
@@ -66,7 +67,7 @@ def check_backend(name: str, heads: int, head_dim: int, device: torch.device, dt
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName | None, parallel_config: Any = None) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value, [B, Sq, H, d], by `backend` or, where that is None, the environment's or PyTorch's choice.
+    """softmax(query key^T / sqrt(d)) value, [B, Sq, H, d], by `backend` or, where that is None, the environment's or diffusers' choice.
 
     query [B, Sq, H, d]; key and value [B, Sk, H, d]. Raises InputError when the backend cannot run on these tensors.
     """
@@ -161,10 +162,13 @@ class Attention(nn.Module, AttentionModuleMixin):
         The parameters stay what they were, under their names, as parts of one tensor: no second copy of them in the model. A
         state dict holds copies of these, for accelerate's saving keeps only one of the tensors that share a piece of memory.
         """
+        if not self.fusible():
+            raise ValueError(
+                "query, key and value cannot be fused while an adapter is on them or their weights are quantised or sharded; "
+                "unload the adapter first (fuse_lora and then unload_lora keep what it learned)"
+            )
         for names in self.projections():
             layers = [getattr(self, name) for name in names]
-            if any(type(layer) is not Linear for layer in layers):
-                raise ValueError(f"{', '.join(names)} cannot be fused while an adapter is on them; merge it (fuse_lora) or unload it first")
             for kind in ("weight", "bias"):
                 values = [getattr(layer, kind) for layer in layers]
                 if side_by_side(values) is None:
@@ -184,9 +188,14 @@ class Attention(nn.Module, AttentionModuleMixin):
     def _apply(self, fn: Any, recurse: bool = True) -> "Attention":
         """What Module.to, .half and their like do; it gives each parameter a tensor of its own, so that fused ones are laid out again."""
         super()._apply(fn, recurse)
-        if self.fused_projections and all(type(getattr(self, name)) is Linear for names in self.projections() for name in names):
+        if self.fused_projections and self.fusible():
             self.fuse_projections()
         return self
+
+    def fusible(self) -> bool:
+        """Whether query, key and value are made by plain Linears of plain tensors."""
+        layers = [getattr(self, name) for names in self.projections() for name in names]
+        return all(type(layer) is Linear and type(layer.weight) in PLAIN for layer in layers)
 
     def projections(self) -> list[tuple[str, str, str]]:
         """The names of the layers that make query, key and value: the image's and, in joint attention, the text's."""
@@ -239,7 +248,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         image_out = self.to_out[0](image_out.flatten(2))
         if not self.context_pre_only:
             return image_out, self.to_add_out(text_out.flatten(2))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transformed()):  # torch.func gives zeros by itself
             unread = [p for part in (self.add_q_proj, self.norm_added_q) for p in part.parameters() if p.requires_grad]
             image_out = Unread.apply(image_out, *unread)
         return image_out

@@ -31,7 +31,7 @@ def fits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether x @ weight.T may go to oneDNN directly: plain contiguous tensors of one dtype on the CPU, torch.func not looking on."""
     return (
         ONEDNN is not None
-        and x.device.type == "cpu"
+        and x.device.type == "cpu" == weight.device.type
         and x.dtype == weight.dtype
         and type(x) in PLAIN
         and type(weight) in PLAIN

@@ -163,8 +163,9 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         return self.gradient_checkpointing and int((index + 1) * share) > int(index * share)
 
     def set_attention(self, name: str) -> None:
-        """Has every attention computed by the backend `name` of attention.BACKENDS; "auto" leaves the choice to PyTorch.
+        """Has every attention computed by the backend `name` of attention.BACKENDS; "auto" leaves the choice to others.
 
+        The others are, in this order, LATENTFM_ATTENTION in the environment, diffusers' default, and PyTorch.
         Raises InputError for an unknown name or one whose package is missing.
         """
         backend = attention_backend(name)

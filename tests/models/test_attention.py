@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -22,7 +23,9 @@ from latentfm.models.layers import Linear
 from latentfm.models.mmdit import MMDiT
 
 CPU = torch.device("cpu")
-HERE = available_backends(CPU, torch.float32, 16)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # flex_attention would rather be compiled
+    HERE = available_backends(CPU, torch.float32, 16)
 LORA = {"r": 2, "target_modules": ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"], "init_lora_weights": False}
 
 
@@ -300,10 +303,43 @@ def test_a_lora_is_seen_by_a_fused_model():
     for model in (ours, theirs):
         model.fuse_lora()
     assert difference(ours, theirs, **given) <= 1e-5 and difference(ours, bare, **given) > 1e-2
-    for model in (ours, theirs):
-        model.unfuse_lora()
-        model.unload_lora()
+    kept = copy.deepcopy(ours)
+    kept.unload_lora()  # what the adapter learned stays, and the layers are plain again
+    assert difference(kept, theirs, **given) <= 1e-5
+    kept.fuse_qkv_projections()
+    assert all(fused(kept)) and difference(kept, theirs, **given) <= 1e-5
+    ours.unfuse_lora()
+    ours.unload_lora()
     assert difference(ours, bare, **given) <= 1e-5
+
+
+class Wrapped(Tensor):
+    """A weight with no memory of its own, as quantised ones are: it holds a plain tensor, which every operation is done with."""
+
+    @staticmethod
+    def __new__(cls, plain: Tensor):
+        return Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
+
+    def __init__(self, plain: Tensor):
+        self.plain = plain
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        out = function(*(arg.plain if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+        return cls(out) if function is torch.ops.aten.detach.default else out
+
+
+def test_weights_that_are_no_plain_tensors_are_not_fused():
+    model = twins()[0]
+    model.fuse_qkv_projections()
+    with torch.no_grad():
+        plain = model(**inputs(model)).sample
+    for block in model.transformer_blocks:
+        block.attn.to_k.weight = nn.Parameter(Wrapped(block.attn.to_k.weight.detach().clone()))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs(model)).sample, plain, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="quantised"):
+        model.fuse_qkv_projections()
 
 
 def test_a_hook_on_a_fused_projection_is_called():

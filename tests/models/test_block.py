@@ -316,10 +316,9 @@ def test_the_recomputed_blocks_are_the_share_asked_for_and_evenly_spread(blocks,
     model = MMDiT(**SMALL | {"num_layers": blocks})
     model.set_gradient_checkpointing(fraction)
     assert model.is_gradient_checkpointing == (fraction > 0)
-    chosen = [index for index in range(blocks) if model.checkpointed(index)]
-    assert abs(len(chosen) - fraction * blocks) < 1
-    gaps = [after - before for before, after in zip(chosen, chosen[1:])]
-    assert not gaps or max(gaps) - min(gaps) <= 1
+    chosen = [model.checkpointed(index) for index in range(blocks)]
+    for count in range(1, blocks + 1):  # of the first blocks, however many, this share
+        assert abs(sum(chosen[:count]) - fraction * count) < 1
     model.set_gradient_checkpointing(0)
     assert not any(model.checkpointed(index) for index in range(blocks))
 

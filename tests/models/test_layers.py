@@ -218,7 +218,11 @@ def test_linear_leaves_to_pytorch_what_onednn_cannot_do():
         torch.testing.assert_close(ours(x).as_subclass(Tensor), 2 * theirs(x), rtol=1e-5, atol=1e-5)
     assert seen.onednn == 0
     with torch.device("meta"):
-        assert Linear(24, 40)(torch.empty(7, 24)).shape == (7, 40)
+        elsewhere = Linear(24, 40)
+        assert elsewhere(torch.empty(7, 24)).shape == (7, 40)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="device"):
+            elsewhere(x)
 
 
 def in_lora(layer: Linear) -> nn.Module:
@@ -250,13 +254,13 @@ def plain(layer: Linear) -> Linear:
     return layer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("change", [plain, with_hook, with_pre_hook, in_lora, cast])
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(cast, torch.float32), *((c, t) for c in (plain, with_hook, with_pre_hook, in_lora) for t in (torch.float32, torch.bfloat16))],
+)
 def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
-    if change is cast and dtype != torch.float32:
-        pytest.skip("casts to float32")
-    torch.manual_seed(0)
-    layer = change(pair()[0].to(dtype)).to(dtype) if change is not cast else change(pair()[0])
+    layer = change(pair(dtype=dtype)[0])
+    layer = layer if change is cast else layer.to(dtype)
     x = torch.randn(2, 7, 24).to(dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-8}
     with torch.no_grad():

@@ -36,6 +36,28 @@ def test_forward_is_diffusers(variant, shape):
     assert difference(ours, theirs, **inputs(ours, shape)) <= 1e-5
 
 
+def derivatives(model, latents: torch.Tensor, direction: torch.Tensor, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """By torch.func: the output's derivative along `direction`, its pullback of `direction`, and its sum's by each parameter."""
+
+    def output(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (x,), given).sample
+
+    weights = dict(sorted(model.named_parameters()))
+    _, tangent = torch.func.jvp(lambda x: output(x, weights), (latents,), (direction,))
+    _, pull = torch.func.vjp(lambda x: output(x, weights), latents)
+    by_weight = torch.func.grad(lambda w: output(latents, w).sum())(weights)
+    return [tangent, *pull(direction), *by_weight.values()]
+
+
+def test_torch_func_goes_through_it():
+    given, direction = inputs(twins()[0]), torch.randn(2, 4, 8, 8)
+    latents = given.pop("hidden_states")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the kernel with derivatives forwards
+        found = [derivatives(model, latents, direction, given) for model in twins(**VARIANTS["sd3.5-medium"])]
+    for mine, reference in zip(*found, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=2e-5)
+
+
 def gradients(model, given: dict[str, torch.Tensor], **extra) -> dict[str, torch.Tensor | None]:
     """The gradients of the mean square of the model's output, by parameters' and inputs' names."""
     given = {name: value.clone().requires_grad_() for name, value in given.items()}
