@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from latentfm.cli.convert import convert
 from latentfm.cli.generate import generate
+from latentfm.cli.plan import plan
 from latentfm.cli.train import train
 from latentfm.errors import InputError
 
@@ -74,6 +75,13 @@ app.command(
     "latentfm convert sd3.5_large.safetensors large --transformer-only --max-shard-size 5GB\n\n"
     "latentfm convert pytorch_lora_weights.safetensors adapter  (diffusers' LoRA to peft; the other way round too)"
 )(convert)
+app.command(
+    epilog="Examples\n\n"
+    "latentfm plan --preset sd3-medium --batch 64 --gpus 8\n\n"
+    "latentfm plan --preset sd3.5-large --mode lora --weights bfloat16 --checkpointing 0.5 --gpu 4090 --batch 1\n\n"
+    "latentfm plan --model runs/mine/model --resolution 512x768 --steps 20000\n\n"
+    "latentfm plan --preset sd3.5-medium --mode generate --batch 4 --steps 40 --guidance 4.5"
+)(plan)
 
 
 @app.callback()

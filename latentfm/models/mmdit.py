@@ -38,28 +38,43 @@ class TokenRoute(NamedTuple):
 class Precomputed:
     """What the network computes from prompts and times alone, once for a whole schedule: projected text and modulations.
 
-    Make one for the timesteps [S] of a schedule and the prompts it is run with, set `step`, and pass it to each forward call; the
-    first call fills it. In SD3 medium the modulations are a third of the weights: this reads them once, not S times. Memory: about
-    12 dim numbers a block, step and prompt (50 MB for SD3 medium in bf16 with one guided picture and 28 steps).
+    Make one for the timesteps [S] of a schedule and the prompts it is run with, set `step`, and pass it to each forward call. In SD3
+    medium the modulations are a third of the weights; they are read once for as many steps as make ROWS rows (28 steps of two guided
+    pictures), not at every step. Memory: at most 16 dim numbers a block and row (150 MB for SD3 medium in bf16).
     """
 
-    def __init__(self, timesteps: Tensor):
-        self.timesteps, self.step = timesteps, 0
-        self.text: Tensor | None = None
-        self.blocks: list[list[BlockModulation]] = []  # [block][step]
-        self.out: list[tuple[Tensor, ...]] = []  # [step]
+    ROWS = 128  # prompts times steps in one product
 
-    def fill(self, network: "MMDiT", text: Tensor, pooled: Tensor) -> None:
-        """Computes everything for the prompts' features `text` [B, L, width] and `pooled` [B, P]."""
-        self.text = network.context_embedder(text)
-        conditioning = F.silu(network.time_text_embed.schedule(self.timesteps.to(pooled.device), pooled))
+    def __init__(self, timesteps: Tensor):
+        self.timesteps, self.step, self.first = timesteps, 0, 0
+        self.text: Tensor | None = None  # [B, L, dim]
+        self.blocks: list[list[BlockModulation]] = []  # [block][step - first]
+        self.out: list[tuple[Tensor, ...]] = []  # [step - first]
+
+    def fits(self, batch: int) -> bool:
+        """Whether it is, or will be, of `batch` prompts; FasterCache leaves half of a guided batch out."""
+        return self.text is None or self.text.shape[0] == batch
+
+    def at_step(self, network: "MMDiT", text: Tensor, pooled: Tensor) -> tuple[Tensor, list[BlockModulation], tuple[Tensor, ...]]:
+        """(projected text, each block's modulation, the output's) at `step`, for the prompts' `text` [B, L, width] and `pooled` [B, P]."""
+        if self.text is None:
+            self.text = network.context_embedder(text)
+        if not 0 <= self.step - self.first < len(self.out):
+            self.compute(network, pooled)
+        index = self.step - self.first
+        return self.text, [block[index] for block in self.blocks], self.out[index]
+
+    def compute(self, network: "MMDiT", pooled: Tensor) -> None:
+        """Computes the modulations of the steps from `step` on that make ROWS rows, in one product for each block."""
+        self.first = self.step
+        times = self.timesteps[self.first :][: max(1, self.ROWS // pooled.shape[0])].to(pooled.device)
+        conditioning = F.silu(network.time_text_embed.schedule(times, pooled))
 
         def by_step(parts: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
             return list(zip(*(part.unbind(0) for part in parts), strict=True))
 
-        for block in network.transformer_blocks:
-            image, context = block.modulation(conditioning)
-            self.blocks.append([BlockModulation(*both) for both in zip(by_step(image), by_step(context), strict=True)])
+        both = (block.modulation(conditioning) for block in network.transformer_blocks)
+        self.blocks = [[BlockModulation(*step) for step in zip(by_step(image), by_step(text), strict=True)] for image, text in both]
         self.out = by_step(network.norm_out(conditioning))
 
 
@@ -206,13 +221,8 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
         blocks, residuals, route = self.transformer_blocks, block_controlnet_hidden_states, token_route
         image = self.pos_embed(hidden_states)
         conditioning, modulations = None, [None] * len(blocks)
-        ready = precomputed is not None and self.can_precompute(image.device)
-        if ready and precomputed.text is None:
-            precomputed.fill(self, encoder_hidden_states, pooled_projections)
-        if ready and precomputed.text.shape[0] == image.shape[0]:  # FasterCache leaves half of a guided batch out
-            step = precomputed.step
-            text, out = precomputed.text, precomputed.out[step]
-            modulations = [block[step] for block in precomputed.blocks]
+        if precomputed is not None and self.can_precompute(image.device) and precomputed.fits(image.shape[0]):
+            text, modulations, out = precomputed.at_step(self, encoder_hidden_states, pooled_projections)
         else:
             conditioning = F.silu(self.time_text_embed(timestep, pooled_projections))
             text, out = self.context_embedder(encoder_hidden_states), None

@@ -180,6 +180,18 @@ def test_a_schedule_computed_ahead_reads_conditioning_and_modulations_once():
     assert len(calls) == 6 + 4 * 6
 
 
+@pytest.mark.parametrize(("rows", "products"), [(1, 4), (4, 2), (6, 2), (8, 1)])
+def test_a_schedule_is_computed_ahead_in_stretches_that_bound_the_memory(rows, products, monkeypatch):
+    model, calls = twins(**DUAL)[0], []
+    given = inputs(model)
+    whole = run_schedule(model, given, True)
+    monkeypatch.setattr(Precomputed, "ROWS", rows)
+    model.norm_out.linear.register_forward_hook(lambda *_: calls.append(1))
+    for one, other in zip(run_schedule(model, given, True), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+    assert len(calls) == products
+
+
 def test_computed_ahead_with_guidance_it_is_of_the_prompts_it_was_made_with():
     model = twins(**DUAL)[0]
     given, other = inputs(model), inputs(model)

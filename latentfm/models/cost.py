@@ -1,0 +1,227 @@
+"""What an MM-DiT costs: its parameters, and the floating-point operations of an image, in closed form. Needs no torch.
+
+N image tokens, L text tokens, S = N + L, D = 64 heads wide in SD3's models. A multiply-add is 2 FLOP; only products of matrices
+are counted, as by torch.utils.flop_counter. models/memory.py has the bytes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from latentfm.errors import InputError
+
+TIME_FEATURES = 256  # sines and cosines of the timestep
+# what a LoRA adapts here: query, key, value and output of both streams' joint attention, as diffusers' training script for SD3 has it
+LORA_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+# the scores are computed a second time in the backward pass, where flash attention has not kept them: 2 products forward, 5 backward
+ATTENTION_BACKWARD = 2.5
+# parameters of the frozen models around SD3's transformers; of T5 the encoder
+SD3_ENCODERS = {"CLIP-L": 123_650_304, "CLIP-G": 694_659_840, "T5-XXL": 4_762_310_656}
+SD3_VAE = 83_819_683
+
+
+@dataclass(frozen=True)
+class Network:
+    """The part of an MM-DiT's configuration that decides its cost."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    patch: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    pooled_dim: int
+    table: int  # patches a side of the position table
+    qk_norm: bool
+    dual: tuple[int, ...]  # blocks with SD3.5 medium's second attention
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Network":
+        """The network of a configuration: a preset, or a transformer's config.json. Raises InputError naming what is missing."""
+        try:
+            return cls(
+                layers=config["num_layers"], heads=config["num_attention_heads"], head_dim=config["attention_head_dim"],
+                patch=config["patch_size"], in_channels=config["in_channels"],
+                out_channels=config.get("out_channels") or config["in_channels"], text_dim=config["joint_attention_dim"],
+                pooled_dim=config["pooled_projection_dim"], table=config["pos_embed_max_size"],
+                qk_norm=config.get("qk_norm") is not None,
+                dual=tuple(i for i in config.get("dual_attention_layers") or () if 0 <= i < config["num_layers"]),
+            )  # fmt: skip
+        except KeyError as missing:
+            raise InputError(f"the configuration has no {missing}; it is not an SD3 transformer's") from None
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    def last(self, block: int) -> bool:
+        """Whether the text is only read in this block: no queries, no output, no feed-forward."""
+        return block == self.layers - 1
+
+    def modulations(self, block: int) -> tuple[int, int]:
+        """How many adaLN vectors this block has for the image and for the text."""
+        return 9 if block in self.dual else 6, 2 if self.last(block) else 6
+
+
+def parameters(net: Network) -> dict[str, int]:
+    """Parameters of each part of the network; their sum is the whole. The position table is none of them (position_table)."""
+    return {
+        "image stream": net.layers * stream_parameters(net),
+        "text stream": (net.layers - 1) * stream_parameters(net) + 3 * linear_parameters(net.dim, net.dim),
+        "second attention": len(net.dual) * 4 * linear_parameters(net.dim, net.dim),
+        "modulation": linear_parameters(net.dim, net.dim * (2 + sum(sum(net.modulations(i)) for i in range(net.layers)))),
+        "query-key norms": net.qk_norm * net.head_dim * (4 * net.layers + 2 * len(net.dual)),
+        "embeddings and output": linear_parameters(net.in_channels * net.patch**2, net.dim)
+        + linear_parameters(TIME_FEATURES, net.dim)
+        + linear_parameters(net.pooled_dim, net.dim)
+        + 2 * linear_parameters(net.dim, net.dim)
+        + linear_parameters(net.text_dim, net.dim)
+        + linear_parameters(net.dim, net.patch**2 * net.out_channels),
+    }
+
+
+def linear_parameters(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def stream_parameters(net: Network) -> int:
+    """One stream of one block: query, key, value, output, and a feed-forward four times as wide."""
+    dim = net.dim
+    return 4 * linear_parameters(dim, dim) + linear_parameters(dim, 4 * dim) + linear_parameters(4 * dim, dim)
+
+
+def block_parameters(net: Network, block: int) -> int:
+    """Parameters of one block."""
+    dim, dual = net.dim, block in net.dual
+    text = 3 * linear_parameters(dim, dim) if net.last(block) else stream_parameters(net)
+    norms = net.qk_norm * net.head_dim * (4 + 2 * dual)
+    modulation = linear_parameters(dim, dim * sum(net.modulations(block)))
+    return stream_parameters(net) + text + dual * 4 * linear_parameters(dim, dim) + modulation + norms
+
+
+def position_table(net: Network) -> int:
+    """Numbers in the position table, which is stored and not trained."""
+    return net.table**2 * net.dim
+
+
+def lora_parameters(net: Network, block: int, rank: int) -> int:
+    """Parameters of the adapters of LORA_TARGETS in one block: 2 rank D for each of 8 linears, 7 in the last block."""
+    return 2 * rank * net.dim * (7 if net.last(block) else 8)
+
+
+class Product(NamedTuple):
+    """A product of matrices in the forward pass of one image."""
+
+    part: str
+    flops: int
+    adapter: int = 0  # FLOP of one of a LoRA's two matrices beside it, where it is one of LORA_TARGETS
+    moves: bool = True  # whether its input depends on any adapter when adapters alone are trained
+    first: bool = False  # whether its input is data, which has no gradient
+
+
+def block_products(net: Network, block: int, image: int, text: int, rank: int) -> Iterator[Product]:
+    """The products of one block for `image` and `text` tokens. The text's queries of the last block are skipped: nothing reads them."""
+    dim, last, moved = net.dim, net.last(block), block > 0
+    for name, tokens in (("image linears", image), ("text linears", text)):
+        read_only = last and name == "text linears"
+        into, out = (2, 0) if read_only else (3, 1)
+        adapter = 2 * tokens * dim * rank
+        yield Product(name, into * 2 * tokens * dim**2, into * adapter, moves=moved)
+        yield Product(name, (out + 8 * out) * 2 * tokens * dim**2, out * adapter)
+    queries = image if last else image + text
+    yield Product("attention", 4 * queries * (image + text) * dim)
+    if block in net.dual:
+        yield Product("second attention's linears", 4 * 2 * image * dim**2, moves=moved)
+        yield Product("attention", 4 * image**2 * dim, moves=moved)
+    yield Product("modulation", 2 * dim**2 * sum(net.modulations(block)), moves=False)
+
+
+def end_products(net: Network, image: int, text: int) -> Iterator[Product]:
+    """The products before the first block and after the last."""
+    dim, part = net.dim, "embeddings and output"
+    yield Product(part, 2 * image * dim * net.patch**2 * net.in_channels, moves=False, first=True)
+    yield Product(part, 2 * text * dim * net.text_dim, moves=False, first=True)
+    yield Product(part, 2 * dim * (TIME_FEATURES + net.pooled_dim), moves=False, first=True)
+    yield Product(part, 2 * 2 * dim**2, moves=False)
+    yield Product("modulation", 2 * 2 * dim**2, moves=False)
+    yield Product(part, 2 * image * dim * net.patch**2 * net.out_channels)
+
+
+def forward_flops(net: Network, image: int, text: int) -> dict[str, int]:
+    """FLOP of one image's forward pass by part, for `image` and `text` tokens."""
+    blocks = [product for block in range(net.layers) for product in block_products(net, block, image, text, 0)]
+    return by_part((product.part, product.flops) for product in [*blocks, *end_products(net, image, text)])
+
+
+def training_flops(net: Network, image: int, text: int, rank: int | None = None, checkpointing: float = 0.0) -> dict[str, int]:
+    """FLOP of one image's forward and backward pass by part, and what is computed again for checkpointed blocks.
+
+    rank None trains everything: three times the forward pass (Kaplan et al. 2020, section 2.1), less the gradients of the data,
+    more the attention's recomputed scores. With a rank, only adapters of LORA_TARGETS train: frozen weights have no gradient, and nothing
+    has one that no adapter comes before. checkpointing: the share of blocks that is recomputed.
+    """
+    blocks = [list(block_products(net, block, image, text, rank or 0)) for block in range(net.layers)]
+    everything = [product for products in [*blocks, end_products(net, image, text)] for product in products]
+    found = by_part((product.part, trained(product, rank)) for product in everything)
+    again = [product for block, products in enumerate(blocks) if checkpointed(block, checkpointing) for product in products]
+    return found | ({"recomputation": sum(p.flops + 2 * p.adapter for p in again)} if again else {})
+
+
+def trained(product: Product, rank: int | None) -> int:
+    """FLOP of a product's forward pass and its gradients."""
+    if rank is None:
+        backward = ATTENTION_BACKWARD if product.part == "attention" else 1 if product.first else 2
+        return int(product.flops * (1 + backward))
+    backward = ATTENTION_BACKWARD if product.part == "attention" else 1
+    # an adapter's second matrix always has both gradients, its first has that of its input where the input moves
+    return int(product.flops * (1 + backward * product.moves)) + product.adapter * (5 + product.moves)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder of a VAE (AutoencoderKL), whose cost a picture adds to its steps; by default SD3's."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # from the picture's size down to the latents'
+    layers: int = 2
+    latent_channels: int = 16
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.channels) - 1)
+
+    def flops(self, pixels: int) -> int:
+        """FLOP of decoding one picture of so many pixels."""
+        place, width = pixels // self.factor**2, self.channels[-1]
+        found = 18 * place * width * self.latent_channels + 4 * 18 * place * width**2  # a first convolution, two blocks
+        found += 4 * 2 * place * width**2 + 4 * place**2 * width  # attention at the lowest resolution
+        before = width
+        for level, width in enumerate(reversed(self.channels)):
+            found += 18 * place * (before * width + (2 * self.layers + 1) * width**2)
+            found += (before != width) * 2 * place * before * width  # the shortcut
+            if level < len(self.channels) - 1:
+                place *= 4
+                found += 18 * place * width**2
+            before = width
+        return found + 18 * pixels * width * 3
+
+    def numbers(self, pixels: int) -> int:
+        """Numbers in memory at the peak of decoding one picture: its widest layer's input, what normalises it, and its output."""
+        return 3 * self.channels[1] * pixels
+
+
+def checkpointed(block: int, share: float) -> bool:
+    """Whether MMDiT.set_gradient_checkpointing(share) has this block computed again in the backward pass."""
+    return int((block + 1) * share) > int(block * share)
+
+
+def by_part(amounts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The sum of each part's amounts, parts without any left out."""
+    sums: dict[str, int] = {}
+    for part, amount in amounts:
+        if amount:
+            sums[part] = sums.get(part, 0) + amount
+    return sums

@@ -1,0 +1,272 @@
+"""Bytes that training an MM-DiT and drawing with it take, part by part and moment by moment, in closed form. Needs no torch.
+
+What a block keeps for its backward pass follows models/block.py line by line, and is tested against autograd's saved tensors for each
+precision on the CPU and on a traced GPU. Left out: the GPU's context and what its allocator cannot use (together about 1 GB).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from latentfm.models.cost import (
+    TIME_FEATURES,
+    Network,
+    block_parameters,
+    by_part,
+    checkpointed,
+    lora_parameters,
+    parameters,
+    position_table,
+)
+
+Precision = Literal["float32", "autocast", "bfloat16"]
+OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py and training/ema.py widen to float32 at one time
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run as one GPU sees it."""
+
+    image: int  # tokens
+    text: int  # tokens
+    batch: int  # pictures in one forward pass
+    precision: Precision = "autocast"  # autocast: float32 weights, products in bfloat16
+    rank: int | None = None  # of a LoRA on cost.LORA_TARGETS; None trains every parameter
+    checkpointing: float = 0.0  # share of the blocks that is computed again in the backward pass
+    ema: bool = True
+    master: bool = False  # float32 masters of bfloat16 weights
+    narrow_moments: bool = False  # bfloat16 moments of the optimizer
+    accumulated: bool = False  # whether gradients of earlier passes are there in the forward pass
+    gpus: int = 1
+    shard: bool = False  # FSDP over the GPUs; otherwise each has a copy (DDP)
+    frozen: int = 0  # bytes of frozen models on the GPU
+    pictures: int = 0  # sample pictures drawn together
+    decoding: int = 0  # bytes that decoding them takes
+    encoders: int = 0  # bytes of the text encoders, which are on the GPU while the cache is filled
+    cpu: bool = False  # the CPU's kernels keep other things than a GPU's
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of its gradient."""
+        return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.precision == "float32" else 2
+
+
+class Moment(NamedTuple):
+    """What is in memory at one moment of a step, in bytes by part."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def block_activations(net: Network, block: int, run: Training) -> int:
+    """Bytes that one block keeps for its backward pass; not its weights, nor bfloat16 copies of them (block_copies)."""
+    dim, c, full = net.dim, run.compute, run.rank is None
+    last, rank = net.last(block), run.rank or 0
+    moved = full or block > 0  # whether a gradient is wanted of what comes into the block
+    norm = (1 + full) * dim * 4 if run.cpu else dim * (4 if run.precision == "autocast" else c)  # of a query-key norm's input
+    statistic = c if run.cpu else 4
+    # autocast on a GPU normalises in float32, and each linear then makes a bfloat16 copy for itself; peft's adapters ask for float32
+    recast = run.precision == "autocast" and not full
+    copies_each = recast or (run.precision == "autocast" and not run.cpu)
+    per_picture = 0
+    for tokens, read_only in ((run.image, False), (run.text, last)):
+        read = 2 if read_only else 3  # key, value and query
+        one = tokens * dim * c
+        if moved:
+            per_picture += one + 2 * tokens * statistic + dim * c  # the norm's input and statistics, its scale
+        per_picture += (read if copies_each else 1) * one + read * tokens * rank * c  # input of the linears, and of LoRA's second ones
+        per_picture += net.qk_norm * (read - 1) * tokens * (norm + net.heads * 4)
+        if read_only:
+            continue
+        if recast or (run.batch > 1 and not last):  # both streams' attention lies in one tensor: a copy unless the batch is one picture
+            per_picture += one
+        per_picture += tokens * rank * c
+        per_picture += one + 2 * tokens * statistic + dim * c  # the feed-forward's norm: input, statistics, scale
+        per_picture += 4 * one  # before GELU
+        per_picture += full * (1 + 1 + 4 + 1) * one  # attention's output, the feed-forward's input, after GELU, output
+    queries = run.image if last else run.image + run.text
+    per_picture += attention_activations(net, queries, run.image + run.text, c)
+    of_image, of_text = net.modulations(block)
+    per_picture += (of_image + (0 if last else of_text)) * dim * c  # the gates, which are parts of these vectors
+    if block in net.dual and moved:
+        one = run.image * dim * c
+        per_picture += 2 * run.image * statistic + dim * c
+        per_picture += full * ((3 if copies_each else 1) + 1) * one  # the linears' input, and what they give
+        per_picture += net.qk_norm * 2 * run.image * (norm + net.heads * 4)
+        per_picture += attention_activations(net, run.image, run.image, c)
+    return run.batch * per_picture
+
+
+def attention_activations(net: Network, queries: int, keys: int, c: int) -> int:
+    """Bytes one picture's attention keeps: query, key, value, output, and the logarithm of each query's sum of exponentials."""
+    return 2 * (queries + keys) * net.dim * c + queries * net.heads * 4
+
+
+def block_input(net: Network, block: int, run: Training) -> int:
+    """Bytes that a checkpointed block keeps: what comes into it."""
+    return run.batch * (run.image + run.text) * net.dim * run.compute
+
+
+def end_activations(net: Network, run: Training) -> int:
+    """Bytes kept before the first block and after the last, the data (in the precision of the products) included."""
+    dim, c, full = net.dim, run.compute, run.rank is None
+    per_picture = dim * c + run.image * dim * c + 2 * run.image * (c if run.cpu else 4)  # the last norm: scale, input, statistics
+    if full:
+        data = net.in_channels * net.patch**2 * run.image + run.text * net.text_dim + net.pooled_dim + TIME_FEATURES
+        per_picture += (data + 6 * dim + run.image * dim) * c  # two SiLUs and the conditioning vector, twice each; the output's input
+    return run.batch * per_picture
+
+
+def block_copies(net: Network, block: int, run: Training) -> int:
+    """Bytes of the bfloat16 copies of a block's weights that autocast makes and the backward pass needs."""
+    if run.precision != "autocast":
+        return 0
+    dim, last = net.dim, net.last(block)
+    if run.rank is None:
+        into_text = 2 if last else 3
+        return 2 * dim**2 * (12 + into_text + 9 * (not last) + 4 * (block in net.dual) + sum(net.modulations(block)))
+    moved = block > 0
+    linears = 9 + 9 * (not last) + moved * (3 + (2 if last else 3) + 4 * (block in net.dual))
+    into, out = (5, 1) if last else (6, 2)
+    return 2 * (dim**2 * linears + dim * run.rank * (into * (1 + moved) + out * 2))
+
+
+def end_copies(net: Network, run: Training) -> int:
+    """Bytes of the bfloat16 copies of the other weights, as block_copies."""
+    if run.precision != "autocast":
+        return 0
+    output = net.dim * net.patch**2 * net.out_channels
+    patches = net.dim * net.patch**2 * net.in_channels
+    return 2 * (output + (patches + 4 * net.dim**2 if run.rank is None else 0))
+
+
+def trained_in(net: Network, block: int, run: Training) -> int:
+    """How many numbers of one block train."""
+    return block_parameters(net, block) if run.rank is None else lora_parameters(net, block, run.rank)
+
+
+def training_moments(net: Network, run: Training) -> list[Moment]:
+    """The moments of a run that can be its highest in memory, in their order: before it, in a step from the second on, and after.
+
+    The gradients grow through the backward pass as the activations go, so that its highest point may be any block's.
+    """
+    blocks = range(net.layers)
+    trained = [trained_in(net, i, run) for i in blocks]
+    in_blocks, whole = sum(trained), sum(parameters(net).values())
+    ends = whole - sum(block_parameters(net, i) for i in blocks) if run.rank is None else 0
+    numbers, parts = in_blocks + ends, run.gpus if run.shard else 1
+    weights = whole + (numbers if run.rank is not None else 0)
+    moments = 2 * (2 if run.narrow_moments else 4)
+    largest = max(block_parameters(net, i) for i in blocks)
+    always = {
+        "weights": weights * run.width // parts,
+        "position table": position_table(net) * run.width,
+        "optimizer": numbers * (moments + 4 * run.master) // parts,
+        "averages (EMA)": run.ema * numbers * 4 // parts,
+        "gradient buckets of DDP": (run.gpus > 1 and not run.shard) * numbers * run.width,
+        "gathered weights of FSDP": run.shard * 2 * largest * run.compute * (1 + (run.rank is None)),
+        "frozen models": run.frozen,
+        "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
+    }
+    kept = [block_input(net, i, run) if checkpointed(i, run.checkpointing) else block_activations(net, i, run) for i in blocks]
+    copies = [0 if run.shard else block_copies(net, i, run) for i in blocks]
+    stays = [0 if checkpointed(i, run.checkpointing) else copies[i] for i in blocks]
+    outer, outer_copies = end_activations(net, run), 0 if run.shard else end_copies(net, run)
+    gradient = run.width
+
+    def moment(name: str, **changing: int) -> Moment:
+        return Moment(name, by_part([*always.items(), *((part.replace("_", " "), size) for part, size in changing.items())]))
+
+    found = [
+        Moment("filling the cache", by_part([("frozen models", run.frozen), ("text encoders", run.encoders)])),
+        moment(
+            "end of the forward pass",
+            activations=sum(kept) + outer,
+            # autocast's own store has every weight that trains until the pass ends
+            bfloat16_copies=outer_copies + (sum(copies) if run.rank is None else sum(stays)),
+            gradients=run.accumulated * numbers * gradient // parts,
+        ),
+    ]
+    for block in reversed(blocks):
+        later = 0 if run.accumulated else sum(trained[: block + 1])
+        found.append(
+            moment(
+                f"backward pass of block {block}",
+                activations=sum(kept[:block]) + outer + block_activations(net, block, run),
+                bfloat16_copies=outer_copies + sum(stays[:block]) + copies[block],
+                gradients=(numbers - later) * gradient // parts,
+                working_memory=working_memory(net, run),
+            )
+        )
+    widened = 0 if run.precision != "bfloat16" else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
+    averaged = 0 if run.precision != "bfloat16" or not run.ema else min(numbers, EMA_PART) * 4
+    found.append(moment("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
+    if run.pictures:
+        found.append(
+            moment(
+                "drawing sample pictures",
+                weights_put_aside=run.ema * numbers * gradient // parts,
+                working_memory=max(run.decoding, forward_memory(net, run.image, run.text, 2 * run.pictures, run.width)),
+            )
+        )
+    return found
+
+
+def working_memory(net: Network, run: Training) -> int:
+    """Bytes the backward pass of a block takes beside what was kept, at their most: gradients in the feed-forward.
+
+    They are there when the block's activations still are: both streams', the feed-forward's output, and one or two of its inner, the
+    first of which takes the place of what GELU gave, where that was kept.
+    """
+    dim, c, longer = net.dim, run.compute, max(run.image, run.text)
+    inner = 5 if run.rank is None else 8
+    return run.batch * (run.image + run.text + inner * longer) * dim * c
+
+
+def forward_memory(net: Network, image: int, text: int, batch: int, width: int, cpu: bool = False) -> int:
+    """Bytes one block takes in a forward pass without gradients, at the most.
+
+    In the attention: the streams, their normed copies, query, key and value apart and joined, and what it gives. In a feed-forward: the
+    streams as they came and as they are, the attention's outputs, the normed copy, and the inner activations before and after GELU; a
+    CPU makes GELU part of the product.
+    """
+    attention = 9 * (image + text)
+    inner = 4 if cpu else 8
+    of_image, of_text = (4 + inner) * image + 2 * text, 4 * image + (4 + inner) * text
+    return batch * max(attention, of_image, of_text) * net.dim * width
+
+
+def drawing_moments(
+    net: Network, image: int, text: int, pictures: int, guided: bool, steps: int, width: int, frozen: int, decoding: int
+) -> list[Moment]:
+    """The moments of drawing `pictures` together that can be the highest in memory; weights and activations of `width` bytes.
+
+    frozen: bytes of text encoders and VAE, which stay beside the network; decoding: those that decoding the pictures takes. The
+    modulations of all steps are computed once.
+    """
+    batch = (2 if guided else 1) * pictures
+    vectors = 3 + sum(parts + max(1, parts // 3) for i in range(net.layers) for parts in net.modulations(i))  # the scales twice
+    always = {
+        "weights": sum(parameters(net).values()) * width,
+        "position table": position_table(net) * width,
+        "text encoders and VAE": frozen,
+        "modulations of all steps": batch * steps * vectors * net.dim * width,
+        "batch": batch * (text * (net.text_dim + net.dim) * width + 4 * 4 * net.in_channels * net.patch**2 * image),
+    }
+    return [
+        Moment("denoising", always | {"working memory": forward_memory(net, image, text, batch, width)}),
+        Moment("decoding", always | {"working memory": decoding}),
+    ]
+
+
+def highest(moments: list[Moment]) -> Moment:
+    """The moment with most in memory."""
+    return max(moments, key=lambda moment: moment.total)

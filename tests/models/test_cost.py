@@ -1,0 +1,149 @@
+"""Closed-form parameters and FLOP against the networks themselves: meta devices and torch's own counter."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from latentfm.errors import InputError
+from latentfm.models.cost import (
+    LORA_TARGETS,
+    SD3_ENCODERS,
+    SD3_VAE,
+    Decoder,
+    Network,
+    block_parameters,
+    checkpointed,
+    forward_flops,
+    lora_parameters,
+    parameters,
+    position_table,
+    training_flops,
+)
+from latentfm.models.mmdit import MMDiT
+
+SMALL = {
+    "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
+    "num_attention_heads": 3, "joint_attention_dim": 40, "caption_projection_dim": 48, "pooled_projection_dim": 24,
+    "pos_embed_max_size": 12,
+}  # fmt: skip
+VARIANTS = {
+    "sd3": {},
+    "qk-norm": {"qk_norm": "rms_norm"},
+    "dual": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+    "dual in the last block": {"dual_attention_layers": (2,)},
+    "one block": {"num_layers": 1},
+    "patch 4, more channels out": {"patch_size": 4, "out_channels": 8},
+    "out_channels None": {"out_channels": None},
+}
+BATCH, TEXT = 2, 7
+
+
+def small(variant: str, device: str = "cpu") -> MMDiT:
+    with torch.device(device):
+        return MMDiT(**(SMALL | VARIANTS[variant])).train()
+
+
+def counted(network: MMDiT, backward: bool) -> tuple[int, int]:
+    """(FLOP that torch counts for BATCH pictures, image tokens)."""
+    config = network.config
+    side = 6 * config.patch_size
+    given = [torch.randn(BATCH, config.in_channels, side, side), torch.randn(BATCH, TEXT, 40), torch.randn(BATCH, 24), torch.rand(BATCH)]
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:  # oneDNN's linear it does not know
+        out = network(*given, return_dict=False)[0]
+        if backward:
+            out.sum().backward()
+    return counter.get_total_flops(), 36
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_by_part_are_the_modules(variant):
+    network = small(variant, "meta")
+    net, found = Network.of(network.config), parameters(Network.of(network.config))
+    assert sum(found.values()) == sum(p.numel() for p in network.parameters())
+    for index, block in enumerate(network.transformer_blocks):
+        assert block_parameters(net, index) == sum(p.numel() for p in block.parameters())
+    named = dict(network.named_parameters())
+    assert found["modulation"] == sum(p.numel() for name, p in named.items() if "norm1" in name or "norm_out" in name)
+    assert found["query-key norms"] == sum(p.numel() for name, p in named.items() if ".norm_" in name)
+    assert found["second attention"] == sum(p.numel() for name, p in named.items() if ".attn2.to_" in name)
+    assert position_table(net) == network.pos_embed.pos_embed.numel()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_flops_are_torchs_count(variant):
+    """The last block's text queries are skipped by the network and so in the formula."""
+    network = small(variant)
+    flops, image = counted(network.requires_grad_(False), backward=False)
+    assert flops == BATCH * sum(forward_flops(Network.of(network.config), image, TEXT).values())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("variant", ["sd3", "dual", "dual in the last block"])
+def test_training_flops_are_torchs_count(variant, rank, share):
+    network = small(variant)
+    if rank:
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=rank, target_modules=list(LORA_TARGETS)))
+        adapters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        assert adapters == sum(lora_parameters(Network.of(network.config), i, rank) for i in range(3))
+    network.set_gradient_checkpointing(share)
+    flops, image = counted(network, backward=True)
+    assert flops == BATCH * sum(training_flops(Network.of(network.config), image, TEXT, rank, share).values())
+
+
+def test_training_is_about_three_times_the_forward_pass_and_lora_two():
+    net = Network.of(SMALL | {"num_layers": 20, "num_attention_heads": 12})
+    once = sum(forward_flops(net, 64, 16).values())
+    assert sum(training_flops(net, 64, 16).values()) / once == pytest.approx(3, rel=0.03)
+    assert sum(training_flops(net, 64, 16, rank=1).values()) / once == pytest.approx(2, rel=0.1)
+    assert sum(training_flops(net, 64, 16, checkpointing=1.0).values()) / once == pytest.approx(4, rel=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.34, 0.5, 0.8, 1.0])
+def test_the_checkpointed_blocks_are_the_networks(share):
+    network = MMDiT(**(SMALL | {"num_layers": 11}))
+    network.set_gradient_checkpointing(share)
+    assert [network.checkpointed(i) for i in range(11)] == [checkpointed(i, share) for i in range(11)]
+
+
+def test_the_frozen_models_are_sd3s():
+    sizes = {"CLIP-L": (768, 12, 12), "CLIP-G": (1280, 32, 20)}
+    found = {}
+    with torch.device("meta"):
+        for name, (width, layers, heads) in sizes.items():
+            found[name] = CLIPTextModelWithProjection(CLIPTextConfig(
+                vocab_size=49408, max_position_embeddings=77, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                num_attention_heads=heads, projection_dim=width,
+            ))  # fmt: skip
+        found["T5-XXL"] = T5EncoderModel(T5Config(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
+        ))  # fmt: skip
+    assert {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()} == SD3_ENCODERS
+    assert sum(p.numel() for p in vae(Decoder()).parameters()) == SD3_VAE
+
+
+def vae(decoder: Decoder) -> AutoencoderKL:
+    levels = len(decoder.channels)
+    with torch.device("meta"):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=decoder.channels, layers_per_block=decoder.layers, latent_channels=decoder.latent_channels,
+            use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", [Decoder(), Decoder((32, 64, 128), 1, 12), Decoder((32, 64, 128, 128), 1, 16)])
+def test_decoding_flops_are_torchs_count(decoder):
+    latents = torch.empty(1, decoder.latent_channels, 8, 8, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae(decoder).decode(latents)
+    assert counter.get_total_flops() == decoder.flops((8 * decoder.factor) ** 2)
+
+
+def test_a_configuration_of_something_else_is_refused_by_name():
+    with pytest.raises(InputError, match="no 'num_attention_heads'"):
+        Network.of({"num_layers": 3})
