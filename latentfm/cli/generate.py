@@ -185,6 +185,7 @@ def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
     try:
         pipe.to(device)
         pipe.transformer.fuse_qkv_projections()
+        pipe.vae.enable_slicing()  # decoding a whole batch at once is the peak of memory, and no faster
     except torch.OutOfMemoryError:
         raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
 

@@ -195,7 +195,7 @@ def training(model: Model, run: Run, choices: Choices) -> dict[str, Any]:
             master=choices.master_weights, narrow_moments=choices.moments == "bfloat16",
             accumulated=choices.accumulation > 1, gpus=run.gpus, shard=choices.shard == "full",
             frozen=4 * model.vae, encoders=4 * sum(model.encoders.values()),  # both in float32
-            pictures=choices.pictures, decoding=4 * choices.pictures * model.decoder.numbers(run.size[0] * run.size[1]),
+            pictures=choices.pictures, decoding=4 * model.decoder.numbers(run.size[0] * run.size[1]),
         ))  # fmt: skip
 
     flops = training_flops(net, image, text, rank, choices.checkpointing)
@@ -223,7 +223,7 @@ def drawing(model: Model, run: Run, weights: str) -> dict[str, Any]:
     encoders = width * sum(model.encoders.values())
 
     def moments(pictures: int, encoders: int) -> list[Moment]:
-        decoding = pictures * width * model.decoder.numbers(pixels)
+        decoding = width * model.decoder.numbers(pixels)
         return drawing_moments(net, image, text, pictures, guided, run.steps, width, encoders + width * model.vae, decoding)
 
     def most(encoders: int) -> int:

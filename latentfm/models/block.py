@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from latentfm.models.attention import Attention
-from latentfm.models.layers import Linear, gated_sum, linear_gelu, modulated_norm
+from latentfm.models.layers import Linear, gated_sum, gelu_linear, linear_gelu, modulated_norm
 
 
 class Modulation(nn.Module):
@@ -56,6 +57,8 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return gelu_linear(self.net[2], self.net[0].proj(x))
         return self.net[2](self.net[0](x))
 
 

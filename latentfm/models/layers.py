@@ -66,7 +66,7 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x, weight, bias)
 
     @staticmethod
@@ -116,6 +116,46 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(layer(x), approximate="tanh")
 
 
+class GELULinear(torch.autograd.Function):
+    """GELU(x) @ weight.T + bias, keeping x and not GELU(x), which is computed again in the backward pass. x [T, K], weight [N, K]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.multiply = product if weight.dtype == torch.float32 and fits_onednn(x, weight) else F.linear
+        return ctx.multiply(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        by_x = by_weight = None
+        by_bias = gradient.sum(0) if to_bias else None
+        if torch.is_grad_enabled():  # someone differentiates this once more
+            wanted = [value for value, needed in ((x, to_x), (weight, to_weight)) if needed]
+            found = iter(torch.autograd.grad(F.linear(F.gelu(x, approximate="tanh"), weight), wanted, gradient, create_graph=True))
+            return next(found) if to_x else None, next(found) if to_weight else None, by_bias
+        gradient = gradient.contiguous()
+        if to_weight:
+            by_weight = ctx.multiply(gradient.t(), F.gelu(x, approximate="tanh").t())
+        if to_x:
+            by_x = torch.ops.aten.gelu_backward(ctx.multiply(gradient, weight.t()), x, approximate="tanh")
+        return by_x, by_weight, by_bias
+
+
+def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(GELU(x)), GELU's tanh form; in training a plain layer keeps x alone for the backward pass, a fifth less than both."""
+    weight = layer.weight
+    if not (torch.is_grad_enabled() and untouched(layer) and weight.requires_grad) or transformed():
+        return layer(F.gelu(x, approximate="tanh"))
+    bias = layer.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # a view, as in `linear`
+    return GELULinear.apply(x.reshape(-1, x.shape[-1]), weight.view_as(weight), bias).view(*x.shape[:-1], -1)
+
+
 class ModulatedNorm(torch.autograd.Function):
     """LayerNorm(x) * scale + shift, keeping x and two numbers a token; the normalised x is made again in the backward pass."""
 
@@ -124,7 +164,9 @@ class ModulatedNorm(torch.autograd.Function):
         normed, mean, inverse_std = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
         ctx.save_for_backward(x, mean, inverse_std, scale)
         ctx.shift_shape = shift.shape
-        return torch.addcmul(shift, normed, scale)
+        out = torch.addcmul(shift, normed, scale)
+        device = x.device.type  # autocast normalises in float32 on a GPU: one cast here, not one in each linear that reads this
+        return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:

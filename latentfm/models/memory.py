@@ -19,6 +19,7 @@ from latentfm.models.cost import (
 )
 
 Precision = Literal["float32", "autocast", "bfloat16"]
+MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
 OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py and training/ema.py widen to float32 at one time
 
 
@@ -73,16 +74,14 @@ def block_activations(net: Network, block: int, run: Training) -> int:
     moved = full or block > 0  # whether a gradient is wanted of what comes into the block
     norm = (1 + full) * dim * 4 if run.cpu else dim * (4 if run.precision == "autocast" else c)  # of a query-key norm's input
     statistic = c if run.cpu else 4
-    # autocast on a GPU normalises in float32, and each linear then makes a bfloat16 copy for itself; peft's adapters ask for float32
-    recast = run.precision == "autocast" and not full
-    copies_each = recast or (run.precision == "autocast" and not run.cpu)
+    recast = run.precision == "autocast" and not full  # peft's adapters ask for float32, and each linear makes a bfloat16 copy for itself
     per_picture = 0
     for tokens, read_only in ((run.image, False), (run.text, last)):
         read = 2 if read_only else 3  # key, value and query
         one = tokens * dim * c
         if moved:
             per_picture += one + 2 * tokens * statistic + dim * c  # the norm's input and statistics, its scale
-        per_picture += (read if copies_each else 1) * one + read * tokens * rank * c  # input of the linears, and of LoRA's second ones
+        per_picture += (read if recast else 1) * one + read * tokens * rank * c  # input of the linears, and of LoRA's second ones
         per_picture += net.qk_norm * (read - 1) * tokens * (norm + net.heads * 4)
         if read_only:
             continue
@@ -91,7 +90,7 @@ def block_activations(net: Network, block: int, run: Training) -> int:
         per_picture += tokens * rank * c
         per_picture += one + 2 * tokens * statistic + dim * c  # the feed-forward's norm: input, statistics, scale
         per_picture += 4 * one  # before GELU
-        per_picture += full * (1 + 1 + 4 + 1) * one  # attention's output, the feed-forward's input, after GELU, output
+        per_picture += full * (1 + 1 + 1) * one  # attention's output, the feed-forward's input and output
     queries = run.image if last else run.image + run.text
     per_picture += attention_activations(net, queries, run.image + run.text, c)
     of_image, of_text = net.modulations(block)
@@ -99,7 +98,7 @@ def block_activations(net: Network, block: int, run: Training) -> int:
     if block in net.dual and moved:
         one = run.image * dim * c
         per_picture += 2 * run.image * statistic + dim * c
-        per_picture += full * ((3 if copies_each else 1) + 1) * one  # the linears' input, and what they give
+        per_picture += full * ((3 if recast else 1) + 1) * one  # the linears' input, and what they give
         per_picture += net.qk_norm * 2 * run.image * (norm + net.heads * 4)
         per_picture += attention_activations(net, run.image, run.image, c)
     return run.batch * per_picture
@@ -171,7 +170,6 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
         "position table": position_table(net) * run.width,
         "optimizer": numbers * (moments + 4 * run.master) // parts,
         "averages (EMA)": run.ema * numbers * 4 // parts,
-        "gradient buckets of DDP": (run.gpus > 1 and not run.shard) * numbers * run.width,
         "gathered weights of FSDP": run.shard * 2 * largest * run.compute * (1 + (run.rank is None)),
         "frozen models": run.frozen,
         "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
@@ -223,12 +221,10 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
 def working_memory(net: Network, run: Training) -> int:
     """Bytes the backward pass of a block takes beside what was kept, at their most: gradients in the feed-forward.
 
-    They are there when the block's activations still are: both streams', the feed-forward's output, and one or two of its inner, the
-    first of which takes the place of what GELU gave, where that was kept.
+    They are there when the block's activations still are: both streams' and two of the feed-forward's inner, after GELU and before it.
     """
     dim, c, longer = net.dim, run.compute, max(run.image, run.text)
-    inner = 5 if run.rank is None else 8
-    return run.batch * (run.image + run.text + inner * longer) * dim * c
+    return run.batch * (run.image + run.text + 8 * longer) * dim * c
 
 
 def forward_memory(net: Network, image: int, text: int, batch: int, width: int, cpu: bool = False) -> int:
@@ -249,16 +245,17 @@ def drawing_moments(
 ) -> list[Moment]:
     """The moments of drawing `pictures` together that can be the highest in memory; weights and activations of `width` bytes.
 
-    frozen: bytes of text encoders and VAE, which stay beside the network; decoding: those that decoding the pictures takes. The
-    modulations of all steps are computed once.
+    frozen: bytes of text encoders and VAE, which stay beside the network; decoding: those that decoding one picture after the other
+    takes. The modulations of as many steps as MMDiT's Precomputed takes together are there at a time.
     """
     batch = (2 if guided else 1) * pictures
+    together = min(steps, max(1, MODULATIONS // batch))
     vectors = 3 + sum(parts + max(1, parts // 3) for i in range(net.layers) for parts in net.modulations(i))  # the scales twice
     always = {
         "weights": sum(parameters(net).values()) * width,
         "position table": position_table(net) * width,
         "text encoders and VAE": frozen,
-        "modulations of all steps": batch * steps * vectors * net.dim * width,
+        "modulations of steps ahead": batch * together * vectors * net.dim * width,
         "batch": batch * (text * (net.text_dim + net.dim) * width + 4 * 4 * net.in_channels * net.patch**2 * image),
     }
     return [

@@ -37,6 +37,7 @@ class SamplePictures:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.models.folder, subfolder="scheduler")
         pipe = LatentFMPipeline(network, scheduler, self.models.vae)
         pipe.set_progress_bar_config(disable=True)
+        pipe.vae.enable_slicing()  # decoding all of them at once would be the peak of the run's memory
         training, checkpointing = network.training, network.gradient_checkpointing
         network.eval()
         with torch.compiler.set_stance("force_eager"):

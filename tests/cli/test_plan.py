@@ -48,7 +48,6 @@ def test_the_sums_are_right_for_sd3_medium(planned):
     found = planned("--preset", "sd3-medium", "--resolution", 1024, "--batch", 64, "--gpus", 8, "--steps", 500, "--pictures", 0)
     assert sum(found["parameters"].values()) == found["trained parameters"] == 2_028_328_000
     assert found["memory"]["weights"] == 4 * 2_028_328_000 and found["memory"]["optimizer"] == 8 * 2_028_328_000
-    assert found["memory"]["gradient buckets of DDP"] == 4 * 2_028_328_000
     flops = sum(found["FLOP an image"]["training"].values())
     assert found["time"]["images a second"] == pytest.approx(8 * 0.4 * 989e12 / flops)
     assert found["time"]["hours"] == pytest.approx(500 * 64 / found["time"]["images a second"] / 3600)
@@ -73,7 +72,7 @@ HARD = [
     ("--preset", "sd3.5-large", "--batch", 64, "--gpus", 8, "--pictures", 0),
     ("--preset", "large", "--gpu", "4090", "--batch", 8),
     ("--preset", "sd3.5-large", "--gpu", "4090", "--mode", "generate", "--batch", 4),
-    ("--preset", "sd3-medium", "--gpu", "4090", "--mode", "generate", "--batch", 16),
+    ("--preset", "sd3-medium", "--gpu", "4090", "--mode", "generate", "--batch", 64),
 ]
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentfm.models.layers import ONEDNN, Linear, gated_sum, linear_gelu, modulated_norm
+from latentfm.models.layers import ONEDNN, Linear, gated_sum, gelu_linear, linear_gelu, modulated_norm
 
 onednn = pytest.mark.skipif(ONEDNN is None, reason="this PyTorch has no oneDNN")
 
@@ -280,6 +280,61 @@ def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
     torch.testing.assert_close(given.grad, other.grad, **tolerance)
 
 
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(cast, torch.float32), *((c, t) for c in (plain, with_hook, with_pre_hook, in_lora) for t in (torch.float32, torch.bfloat16))],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gelu_linear_is_whatever_the_layer_has_become_of_gelu(change, dtype, autocast):
+    layer = change(pair(dtype=dtype)[0])
+    layer = layer if change is cast else layer.to(dtype)
+    narrow = autocast or dtype == torch.bfloat16
+    found = []
+    for function in (gelu_linear, lambda layer, x: layer(F.gelu(x, approximate="tanh"))):
+        torch.manual_seed(1)
+        x = torch.randn(2, 7, 24).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = function(layer, x)
+        layer.zero_grad()
+        out.float().square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    for mine, reference in zip(*found, strict=True):
+        assert mine.dtype == reference.dtype
+        close = 2**-6 * reference.abs().max().item() if narrow else 1e-5
+        torch.testing.assert_close(mine, reference, rtol=2**-6 if narrow else 1e-5, atol=close)
+    with torch.no_grad():
+        torch.testing.assert_close(gelu_linear(layer, x), layer(F.gelu(x, approximate="tanh")), rtol=0, atol=0)
+
+
+def test_gelu_linear_and_its_two_derivatives():
+    layer = Linear(5, 3).double()
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        holder = Linear(5, 3).double()
+        del holder.weight, holder.bias
+        holder.weight, holder.bias = weight, bias
+        return gelu_linear(holder, x)
+
+    assert gradcheck(of, (x, layer.weight, layer.bias)) and gradgradcheck(of, (x, layer.weight, layer.bias))
+
+
+def test_gelu_linear_keeps_what_comes_in_and_not_what_gelu_makes_of_it():
+    layer, x = pair()[0], torch.randn(2, 7, 24, requires_grad=True)
+    hidden = x * 1.0
+
+    def kept(function) -> int:
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: (saved.update({v.data_ptr(): v.nbytes}), v)[1], lambda v: v):
+            function()
+        return sum(size for place, size in saved.items() if place not in (layer.weight.data_ptr(), layer.bias.data_ptr()))
+
+    assert kept(lambda: gelu_linear(layer, hidden)) == hidden.nbytes
+    assert kept(lambda: layer(F.gelu(hidden, approximate="tanh"))) == 2 * hidden.nbytes
+    layer.requires_grad_(False)
+    assert kept(lambda: layer(hidden)) == 0  # a frozen weight's input is of no use
+
+
 def plain_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """What modulated_norm computes, in three passes."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift
@@ -329,7 +384,8 @@ def test_modulated_norm_under_autocast(modulation, with_grad):
         with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16):
             mine = modulated_norm(stream, scale.to(modulation), shift.to(modulation))
             reference = plain_norm(stream, scale.to(modulation), shift.to(modulation))
-        assert mine.dtype == reference.dtype
+        assert mine.dtype == (torch.bfloat16 if with_grad else reference.dtype)  # cast once here, not in each linear that reads it
+        mine = mine.to(reference.dtype)
         torch.testing.assert_close(mine, reference, rtol=2**-6, atol=2**-6)
         if with_grad:
             found = [torch.autograd.grad(out.float().square().sum(), (x, scale, shift), retain_graph=True) for out in (mine, reference)]
