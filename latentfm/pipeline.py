@@ -5,40 +5,33 @@
     pipe("a slice of pizza", generator=torch.Generator().manual_seed(0)).images[0].save("pizza.png")
 """
 
-import json
-import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from latentfm import flow
 from latentfm.errors import InputError
+from latentfm.interchange.pipelines import PipelineFiles
 from latentfm.models import vae as vae_room
-from latentfm.models.folder import INFO_FILE, check_folder, read_info, refuse_pickle, t5_length, write_stock_names
+from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT, Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
 from latentfm.models.velocity import timesteps, velocity
 
-logger = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 41) else "torch_dtype"  # the old name warns
 
 
-class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
+class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
     """Text-to-image pipeline with the components of StableDiffusion3Pipeline; text encoders and tokenizers may be None.
 
     LoRA adapters load, save, mix, fuse and unload as there: load_lora_weights, save_lora_weights, set_adapters, fuse_lora,
@@ -131,105 +124,6 @@ class LatentFMPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
     def interrupt(self) -> bool:
         """Set pipe._interrupt = True in a step callback to keep the latents as they are from then on."""
         return self._interrupt
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "LatentFMPipeline":
-        """Loads a pipeline folder: one saved here, or a stock SD3 / SD3.5 folder (a hub name works as in diffusers).
-
-        The keyword arguments are DiffusionPipeline.from_pretrained's; torch_dtype (or dtype) is float32 unless given.
-        Raises InputError for a folder that is no pipeline or holds only pickles, and for a transformer that is another model's (saying
-        which it looks like), cut short, or unlike its configuration.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        names = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        dtype = next((given for given in names if given is not None), torch.float32)
-        kwargs["use_safetensors"] = True
-        if not folder.is_dir():
-            if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
-                check_folder(folder)
-            refuse_pickle(folder)
-            try:
-                folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
-            except (OSError, ValueError) as error:
-                reason = str(error).partition("\n")[0]
-                raise InputError(f"no such model folder: {folder}; as a model on the hub it did not load either: {reason}") from error
-        check_folder(folder, transformer="transformer" not in kwargs)
-        if "transformer" not in kwargs:
-            from latentfm.interchange.weights import check_transformer
-
-            check_transformer(folder / "transformer")
-            kwargs["transformer"] = MMDiT.from_pretrained(
-                folder, subfolder="transformer", use_safetensors=True, variant=kwargs.get("variant"),
-                torch_dtype=dtype.get("transformer", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
-            )  # fmt: skip
-        pipe = super().from_pretrained(str(folder), **kwargs, **{DTYPE: dtype})
-        pipe.info = read_info(folder)
-        pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
-        return pipe
-
-    @classmethod
-    def from_single_file(
-        cls,
-        path: str | Path,
-        pipeline: str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
-        sample_size: int | None = None,
-    ) -> "LatentFMPipeline":
-        """Loads an SD3 / SD3.5 safetensors file in the original naming or diffusers', straight into the networks.
-
-        What the file lacks (often the VAE, the text encoders, T5's tokenizer) comes from `pipeline`, a pipeline folder; without
-        it text encoders are None where absent, CLIP's tokenizers are CLIP's own, the scheduler is SD3's. sample_size: the side
-        of the latents that default pictures have, 128 in a file that does not say. Raises InputError naming what is missing, or
-        what the file is instead.
-        """
-        from latentfm.interchange.weights import completed, load_part, load_tokenizer, open_weights
-
-        base = open_weights(pipeline) if pipeline is not None else None
-        weights = completed(open_weights(path, like=base, sample_size=sample_size), base)
-        for note in weights.notes:
-            logger.warning(note)
-        components = {name: load_part(name, part, torch_dtype) for name, part in weights.parts.items()}
-        tokenizers = [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
-        components |= {name: load_tokenizer(name, weights) for name in tokenizers}
-        pipe = cls(scheduler=FlowMatchEulerDiscreteScheduler.from_config(weights.scheduler), **components)
-        pipe.info = weights.info
-        if weights.null:
-            pipe.null = NullCondition.load(weights.null.parent, pipe.prompt_encoder)
-        return pipe
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], **kwargs: Any) -> Any:
-        """The tensors of a LoRA, and its metadata with return_lora_metadata=True, as SD3LoraLoaderMixin; a peft adapter folder too.
-
-        The keyword arguments are SD3LoraLoaderMixin's. Raises InputError for a pickle, a file that cannot be read, or a LoRA of
-        another model or in a form that would load as nothing.
-        """
-        from latentfm.interchange.lora import ADAPTER_METADATA, check_names, diffusers_adapter, is_adapter, open_adapter
-
-        given = pretrained_model_name_or_path_or_dict
-        source = Path("the given state dict" if isinstance(given, dict) else given)
-        refuse_pickle(source / (kwargs.get("weight_name") or ""))
-        if source.is_dir() and is_adapter(source):
-            stored, metadata = diffusers_adapter(open_adapter(source))
-            tensors = {name: value.load() for name, value in stored.items()}
-            return (tensors, json.loads(metadata[ADAPTER_METADATA])) if kwargs.get("return_lora_metadata") else tensors
-        try:
-            found = super().lora_state_dict(given if isinstance(given, dict) else str(given), **kwargs | {"use_safetensors": True})
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"the LoRA {source} cannot be read: {str(error).partition(chr(10))[0]}") from error
-        check_names(source, list(found[0] if isinstance(found, tuple) else found))
-        return found
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json and the null condition."""
-        folder = Path(save_directory)
-        kwargs["safe_serialization"] = True
-        if self.has_encoders:
-            self.null.parts(self.max_sequence_length)
-        super().save_pretrained(str(folder), **kwargs)
-        self.null.save(folder)
-        (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
-        write_stock_names(folder)
 
     def prompt_warnings(self, prompts: list[str], max_sequence_length: int | None = None) -> list[str]:
         """One line for each encoder that would cut a prompt, with the words it would lose."""

@@ -16,8 +16,9 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
+from latentfm.interchange.pipelines import DTYPE
 from latentfm.models.mmdit import MMDiT
-from latentfm.pipeline import DTYPE, LatentFMPipeline
+from latentfm.pipeline import LatentFMPipeline
 
 PROMPT, OTHER = "a red apple on a white plate", "a photo of a small brown dog in the park"
 BASE = {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 5.0, "max_sequence_length": 16}
