@@ -21,11 +21,49 @@ class ModelOptions(Section):
     preset: str | None = Field(None, description="train a new network of this size from scratch, instead of the pipeline's")
 
 
+class SourceOptions(Section):
+    """One of data.sources: exactly one of path, url and dataset."""
+
+    path: str | None = Field(None, description="a folder of pictures, parquet files, WebDataset shards, or a dataset saved to disk")
+    url: str | None = Field(None, description="the same anywhere fsspec reaches, as in s3://bucket/part-{000..012}.parquet")
+    dataset: str | None = Field(None, description="what datasets.load_dataset takes, as a name on the hub, or a dataset saved to disk")
+    subset: str | None = Field(None, description="of a dataset: its configuration")
+    split: str | None = Field(None, description="of a dataset: train if not given")
+    revision: str | None = Field(None, description="of a dataset on the hub")
+    streaming: bool = Field(False, description="read a dataset in order instead of downloading it whole")
+    kind: Literal["folder", "parquet", "webdataset", "datasets"] | None = Field(None, description="told by what is there if not given")
+    name: str | None = Field(None, description="stands before the ids of its samples; the last part of the path if not given")
+    image_column: str | None = None
+    caption_columns: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        None, description="a name, or {name: weight}: one caption is drawn each time, by weight"
+    )
+    mask_column: str | None = Field(None, description="pictures whose white counts in the loss")
+    repeats: int = Field(1, ge=1, description="draws of each sample an epoch, each with randomness of its own")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="times repeats: draws of each sample an epoch, in the mean")
+    regularisation: bool = Field(False, description="a prior-preservation set: its loss counts data.prior_weight")
+
+    @model_validator(mode="after")
+    def one_place(self) -> "SourceOptions":
+        if sum(bool(place) for place in (self.path, self.url, self.dataset)) != 1:
+            raise ValueError("give exactly one of path, url and dataset")
+        if self.dataset and self.kind not in (None, "datasets"):
+            raise ValueError(f"a dataset is of the kind datasets, not {self.kind}; leave kind out, or give its path or url instead")
+        if self.caption_columns == {}:
+            raise ValueError("caption_columns names no column; leave it out or name one")
+        return self
+
+
 class DataOptions(Section):
     """The pictures and captions."""
 
-    folder: str = Field(description="images with same-stem .txt captions, or with metadata.jsonl / metadata.csv")
+    folder: str | None = Field(None, description="images with same-stem .txt captions, or with metadata.jsonl / metadata.csv")
+    sources: list[SourceOptions] | None = Field(
+        None, min_length=1,
+        description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, mask_column, "
+        "repeats, weight, regularisation, subset, split, revision, streaming}",
+    )  # fmt: skip
     size: int | tuple[int, int] | None = Field(None, description="pixels, or [width, height]; the model's own size if not given")
+    prior_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="times the loss of the samples of regularisation sources")
     flip: bool = Field(False, description="mirror half of the draws left to right")
     t5_lengths: dict[int, float] | None = Field(
         None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
@@ -119,6 +157,14 @@ class RunConfig(Section):
     output: OutputOptions
 
     @model_validator(mode="after")
+    def data_is_given_once(self) -> "RunConfig":
+        if self.data.folder is None and self.data.sources is None:
+            raise ValueError("missing data.folder; set it in the configuration or as data.folder=VALUE, or list data.sources")
+        if self.data.folder is not None and self.data.sources is not None:
+            raise ValueError("data.folder and data.sources are both given; make the folder one of the sources, as in - path: pictures")
+        return self
+
+    @model_validator(mode="after")
     def batch_divides(self) -> "RunConfig":
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError(
@@ -200,7 +246,10 @@ def check_names(data: dict[str, Any]) -> None:
         for key, value in options.items():
             if key not in known:
                 raise InputError(f"unknown option '{section}.{key}'{nearest(str(key), known)}; there are {', '.join(known)}")
-            inner = next((kind.model_fields for kind in get_args(known[key].annotation) if hasattr(kind, "model_fields")), None)
-            for name in value if inner and isinstance(value, dict) else ():
-                if name not in inner:
-                    raise InputError(f"unknown option '{section}.{key}.{name}'{nearest(str(name), inner)}; there are {', '.join(inner)}")
+            kinds = [inner for kind in get_args(known[key].annotation) for inner in (kind, *get_args(kind))]  # X | None, list[X] | None
+            inner = next((kind.model_fields for kind in kinds if hasattr(kind, "model_fields")), None)
+            for part in value if isinstance(value, list) else [value]:
+                for name in part if inner and isinstance(part, dict) else ():
+                    if name not in inner:
+                        there = f"{nearest(str(name), inner)}; there are {', '.join(inner)}"
+                        raise InputError(f"unknown option '{section}.{key}.{name}'{there}")

@@ -129,16 +129,16 @@ def forward(models: dict[str, torch.nn.Module], config: dict, options: argparse.
             row(f"  {pixels} px, batch {batch}", found, repeats, work * batch, peak)
 
 
-def training(config: dict, options: argparse.Namespace, dtype: torch.dtype, compiled: bool) -> None:
-    """One optimizer step of plain regression; float32 weights with bf16 autocast where dtype is bfloat16, as the trainer does."""
+def training(config: dict, options: argparse.Namespace, weights: torch.dtype, dtype: torch.dtype, compiled: bool) -> None:
+    """One optimizer step of plain regression; float32 `weights` with bfloat16 `dtype` are autocast's."""
     peak = matmul_peak(options.device, dtype)
-    kind = f"{'compiled' if compiled else 'eager'}, {config['num_layers']} layers, {dtype} compute, float32 weights"
+    kind = f"{'compiled' if compiled else 'eager'}, {config['num_layers']} layers, {dtype} products, {weights} weights"
     print(f"\nforward + backward + AdamW, {kind}; matmul peak {peak:.3g} TFLOP/s")
     for pixels in options.pixels:
         work = flops(config, pixels, training=True)
         for batch in options.train_batch:
-            models = twins(config, options.device, torch.float32)
-            given = inputs(config, pixels, batch, options.device, torch.float32)
+            models = twins(config, options.device, weights)
+            given = inputs(config, pixels, batch, options.device, weights)
             calls = {}
             for name, model in models.items():
                 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, fused=True)
@@ -147,7 +147,7 @@ def training(config: dict, options: argparse.Namespace, dtype: torch.dtype, comp
                         block.compile()
 
                 def step(model=model, optimizer=optimizer, given=given) -> None:
-                    with torch.autocast(options.device, dtype, enabled=dtype != torch.float32):
+                    with torch.autocast(options.device, dtype, enabled=dtype != weights):
                         loss = model(**given).sample.float().square().mean()
                     loss.backward()
                     optimizer.step()
@@ -255,9 +255,9 @@ def main() -> None:
             forward(models, config, options, dtype, compiled=True)
         models.clear()
         if "training" in options.parts:
-            training(config, options, dtype, compiled=False)
-            if on_gpu:
-                training(config, options, dtype, compiled=True)
+            for weights in dict.fromkeys((torch.float32, dtype)):
+                for compiled in (False, True) if on_gpu else (False,):
+                    training(config, options, weights, dtype, compiled)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ OUT_OF_RANGE = [
     "train.t_density=normal", "train.t_shift=0", "train.t_shift=.inf", "train.dropout=1.1", "train.dropout=-0.1", "train.dropout_each=2",
     "train.seed=-1", "data.size=big", "data.size=[1, 2, 3]", "data.flip=7", "data.t5_lengths={}", "data.t5_lengths={0: 1}",
     "data.t5_lengths={16: 0}", "data.t5_lengths={16: .nan}", "data.t5_lengths={16: .inf}", "data.t5_lengths=16", "data.workers=-1",
-    "data.folder=null", "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
+    "data.folder=null", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
+    "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
     "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
 ]  # fmt: skip
 
@@ -130,6 +131,45 @@ def test_token_routing_has_options_of_its_own():
     assert (routing.keep, routing.first, routing.last) == (0.25, 2, -2)
     with pytest.raises(InputError, match=r"unknown option 'train\.token_routing\.kep' \(did you mean 'keep'\?\); there are keep, first"):
         config("train.token_routing={kep: 0.25}")
+
+
+def sources(text):
+    return load_config(None, ["output.folder=a", f"data.sources={text}"]).data.sources
+
+
+def test_sources_are_a_list_with_options_of_their_own():
+    first, second = sources("[{path: cats, caption_columns: {long: 2, short: 1}, repeats: 3}, {url: 's3://b/x.parquet', weight: 0.5}]")
+    assert (first.path, first.caption_columns, first.repeats, first.weight) == ("cats", {"long": 2, "short": 1}, 3, 1)
+    assert (second.url, second.weight, second.regularisation, second.kind) == ("s3://b/x.parquet", 0.5, False, None)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[{path: a, repeat: 3}]", r"unknown option 'data\.sources\.repeat' \(did you mean 'repeats'\?\); there are path, url"),
+        ("[{path: a}, {path: b, captoin_columns: x}]", r"unknown option 'data\.sources\.captoin_columns' \(did you mean 'caption_columns'"),
+        ("[{repeats: 2}]", r"data\.sources\.0: .*give exactly one of path, url and dataset"),
+        ("[{dataset: a, kind: parquet}]", r"data\.sources\.0: .*a dataset is of the kind datasets, not parquet"),
+        ("[{path: a, url: b}]", r"data\.sources\.0: .*give exactly one of path"),
+        ("[{path: a}, {path: b, repeats: 0}]", r"data\.sources\.1\.repeats: .* \(got 0\)"),
+        ("[{path: a, weight: .nan}]", r"data\.sources\.0\.weight"),
+        ("[{path: a, kind: folders}]", r"data\.sources\.0\.kind: .*'folder'"),
+        ("[{path: a, caption_columns: {}}]", "caption_columns names no column"),
+        ("[{path: a, caption_columns: {x: 0}}]", r"caption_columns.*greater than 0"),
+        ("cats", r"data\.sources: .*list"),
+    ],
+)  # fmt: skip
+def test_a_source_that_is_wrong_is_refused_by_name(text, message):
+    with pytest.raises(InputError, match=message) as error:
+        sources(text)
+    assert "\n" not in str(error.value)
+
+
+def test_the_data_are_given_once():
+    with pytest.raises(InputError, match=r"^data\.folder and data\.sources are both given; make the folder one of the sources"):
+        config("data.sources=[{path: cats}]")
+    with pytest.raises(InputError, match=r"^missing data\.folder; set it .*, or list data\.sources$"):
+        load_config(None, ["output.folder=a", "data.flip=true"])
 
 
 @pytest.mark.parametrize("option", ["train.master_weights=true", "train.moments=bfloat16"])

@@ -1,6 +1,7 @@
 """A picture file -> RGB -> exactly height x width pixels -> a tensor in [-1, 1]. One path for training and checking."""
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from latentfm.data.sources.base import Place
 from latentfm.errors import InputError
 
 # Only these decoders are tried, whatever the extension says: Pillow's EPS decoder, for one, would run Ghostscript.
@@ -55,8 +57,10 @@ def load(path: str | Path, transform: Transform) -> np.ndarray:
     return apply(open_rgb(path), transform)
 
 
-def open_rgb(path: str | Path) -> Image.Image:
+def open_rgb(path: str | Path | Place, data: bytes | None = None) -> Image.Image:
     """Returns the picture as 8-bit RGB, upright (EXIF orientation applied), transparency laid on white.
+
+    `data` are the bytes of `path` when they are in hand already; then `path` is only a name for messages.
 
     16-bit grey is scaled to 8 bits, not clipped; an animation or a multi-page file gives its first frame. Embedded ICC
     profiles are ignored: RGB values are taken as sRGB, CMYK is converted by the plain formula. Damaged EXIF is ignored.
@@ -64,8 +68,10 @@ def open_rgb(path: str | Path) -> Image.Image:
     Raises UnreadableImage when the file is missing, empty, truncated, corrupt, not a picture in FORMATS, or larger than
     Pillow's limit against decompression bombs (twice Image.MAX_IMAGE_PIXELS).
     """
+    if data is None and not isinstance(path, (str, Path)):
+        data = contents(path)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             return _to_rgb(_upright(image))
     except FileNotFoundError:
@@ -73,7 +79,8 @@ def open_rgb(path: str | Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"cannot read {path}: {error}; scale it down or remove it") from None
     except UnidentifiedImageError:
-        reason = "the file is empty" if os.path.getsize(path) == 0 else f"not a picture in {', '.join(FORMATS)}"
+        size = os.path.getsize(path) if data is None else len(data)
+        reason = "the file is empty" if size == 0 else f"not a picture in {', '.join(FORMATS)}"
         raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from None
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -97,6 +104,26 @@ def apply(image: Image.Image, transform: Transform) -> np.ndarray:
     return np.ascontiguousarray(array[:, ::-1]) if transform.flip else array
 
 
+def load_mask(
+    path: str | Path | Place, data: bytes | None, size: tuple[int, int], transform: Transform, factor: int
+) -> torch.Tensor:
+    """Returns a loss mask at latent resolution, float32 [1, height / factor, width / factor] in [0, 1]: 1 where the mask is white.
+
+    The mask goes through the picture's own transform, as grey, and each latent takes the mean of its factor x factor pixels.
+    `data` are the bytes of `path` when they are in hand; `size` is the picture's (width, height).
+
+    Raises UnreadableImage when the mask cannot be read, has not the picture's size, or leaves nothing of the crop to learn from.
+    """
+    mask = open_rgb(path, data)
+    if mask.size != size:
+        raise UnreadableImage(f"the mask {path} is {mask.width} x {mask.height}, its picture {size[0]} x {size[1]}: make them one size")
+    grey = torch.from_numpy(apply(mask, transform).astype(np.float32)).mean(-1)[None] / 255
+    reduced = torch.nn.functional.avg_pool2d(grey, factor)
+    if not reduced.any():
+        raise UnreadableImage(f"the mask {path} is black wherever the picture is not cropped away: nothing counts; remove it")
+    return reduced
+
+
 def to_tensor(array: np.ndarray) -> torch.Tensor:
     """Returns uint8 [H, W, 3] as float32 [3, H, W] in [-1, 1], a copy. Raises ValueError for another type or shape."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
@@ -104,8 +131,19 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.transpose(2, 0, 1).astype(np.float32, order="C")) / 127.5 - 1
 
 
-def digest(path: str | Path) -> str:
+def contents(path: str | Path | Place) -> bytes:
+    """Returns the bytes of a picture's file or place. Raises UnreadableImage when they cannot be had."""
+    try:
+        return Path(path).read_bytes() if isinstance(path, str) else path.read_bytes()
+    except Exception as error:  # a place may be on any storage, which raises errors of its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"cannot read {path}: {reason}; restore it or remove its caption") from None
+
+
+def digest(path: str | Path | Place) -> str:
     """Returns the SHA-256 of the file's bytes, in hexadecimal. Raises UnreadableImage."""
+    if isinstance(path, Place):
+        return path.sha256 or hashlib.sha256(contents(path)).hexdigest()
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:

@@ -1,8 +1,8 @@
 """From a dataset and its cache to training batches, each sample's randomness a function of (seed, epoch, id) alone.
 
-The run is one endless stream of positions: position p is sample permutation_e[p mod N] of epoch e = p div N. Optimizer step s
-covers positions [s G, (s + 1) G) for a global batch of G, whatever the number of processes; every sample comes once an
-epoch, and nothing but the step is needed to resume.
+The run is one endless stream of positions: position p is draw permutation_e[p mod N] of epoch e = p div N, of the N draws an epoch
+has (`latentfm.data.mixture`; without weights and repeats a draw is a sample). Optimizer step s covers positions [s G, (s + 1) G) for
+a global batch of G, whatever the number of processes, and nothing but the step is needed to resume.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from latentfm.data.cache import Cache
+from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Sample
 from latentfm.models.text import PromptParts
 
@@ -28,14 +29,14 @@ def generator_for(seed: int, epoch: int, name: str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Stream:
-    """The order of samples: `count` of them, in global batches of `batch_size`."""
+    """The order of an epoch's draws: `count` of them, in global batches of `batch_size`."""
 
     count: int
     batch_size: int
     seed: int
 
     def positions(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, sample index) of each member of the global batch of optimizer step `step`, counted from 0."""
+        """(epoch, draw) of each member of the global batch of optimizer step `step`, counted from 0."""
         found = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, place = divmod(position, self.count)
@@ -101,10 +102,21 @@ class Batch:
     t5_length: int
     ids: list[str]
     kept: Tensor | None = None  # [B, K] int64: the image tokens that routed blocks see; None without routing
+    mask: Tensor | None = None  # [B, 1, h, w] float32, the weight of each latent in the loss; None when no sample has one
+    prior: Tensor | None = None  # bool [B]: which samples are a regularisation set; None when none is
+
+
+def choose_caption(sample: Sample, u: float) -> str:
+    """The caption that u, uniform in [0, 1), chooses: each with its weight's share of the chance, or all with the same."""
+    last = len(sample.captions) - 1
+    if not sample.caption_weights:
+        return sample.captions[min(int(u * (last + 1)), last)]
+    bounds = np.cumsum(sample.caption_weights) / sum(sample.caption_weights)
+    return sample.captions[min(int(np.searchsorted(bounds, u, side="right")), last)]
 
 
 class CachedSamples(TorchDataset):
-    """Reads a micro-batch from the cache and makes its random draws; indexed by lists of (epoch, sample index), see `batches`."""
+    """Reads a micro-batch from the cache and makes its random draws; indexed by lists of (epoch, draw), see `batches`."""
 
     def __init__(
         self,
@@ -116,14 +128,22 @@ class CachedSamples(TorchDataset):
         dropout: Dropout,
         flip: bool,
         routing: Routing | None = None,
+        mixture: Mixture | None = None,
+        mask_key: Callable[[Sample, bool], str | None] | None = None,
     ):
         self.samples, self.cache, self.seed, self.dropout, self.flip = samples, cache, seed, dropout, flip
         self.routing = routing
-        self.image_key, self.caption_key = image_key, caption_key
+        self.mixture = mixture or Mixture.of(samples, seed)
+        self.image_key, self.caption_key, self.mask_key = image_key, caption_key, mask_key
 
     def __getitem__(self, request: tuple[list[tuple[int, int]], int]) -> Batch:
         members, t5_length = request
-        rows = [self.sample(epoch, index, t5_length) for epoch, index in members]
+        drawn = [self.mixture.draw(epoch, index) for epoch, index in members]
+        rows = [self.sample(epoch, index, t5_length, turn) for (epoch, _), (index, turn) in zip(members, drawn, strict=True)]
+        samples = [self.samples[index] for index, _ in drawn]
+        masks = [row["mask"] for row in rows]
+        masked = [torch.ones(1, *row["moments"].shape[1:]) if mask is None else mask for row, mask in zip(rows, masks, strict=True)]
+        prior = [sample.share.regularisation for sample in samples]
         names = [name for name, _ in rows[0]["parts"].items()]
         return Batch(
             moments=torch.stack([row["moments"] for row in rows]),
@@ -133,23 +153,27 @@ class CachedSamples(TorchDataset):
             vae_noise=torch.stack([row["vae_noise"] for row in rows]),
             eps=torch.stack([row["eps"] for row in rows]),
             t5_length=t5_length,
-            ids=[self.samples[index].id for _, index in members],
+            ids=[sample.id for sample in samples],
             kept=torch.stack([row["kept"] for row in rows]) if self.routing else None,
+            mask=torch.stack(masked) if any(mask is not None for mask in masks) else None,
+            prior=torch.tensor(prior) if any(prior) else None,
         )
 
-    def sample(self, epoch: int, index: int, t5_length: int) -> dict:
-        """One sample's tensors and draws. The order of the draws is part of what makes runs repeatable."""
+    def sample(self, epoch: int, index: int, t5_length: int, turn: int = 0) -> dict:
+        """One sample's tensors and draws, for the `turn`-th time this epoch, from 0. The order of the draws makes runs repeatable."""
         sample = self.samples[index]
-        generator = generator_for(self.seed, epoch, sample.id)
+        generator = generator_for(self.seed, epoch, f"{sample.id}\0{turn}" if turn else sample.id)
         uniform = torch.rand(7, generator=generator)
-        caption = sample.captions[min(int(uniform[0] * len(sample.captions)), len(sample.captions) - 1)]
+        caption = choose_caption(sample, uniform[0].item())
         flipped = self.flip and bool(uniform[1] < 0.5)
         joint = bool(uniform[2] < self.dropout.joint)
         dropped = {name: joint or bool(uniform[3 + i] < self.dropout.each) for i, name in enumerate(("clip_1", "clip_2", "t5"))}
         moments = self.cache.read(self.image_key(sample, flipped))["moments"]
+        mask_key = self.mask_key and self.mask_key(sample, flipped)
         shape = (moments.shape[0] // 2, *moments.shape[1:])
         draws = {
             "moments": moments,
+            "mask": None if mask_key is None else self.cache.read(mask_key)["mask"],
             "parts": PromptParts(**self.cache.read(self.caption_key(caption, t5_length))),
             "dropped": dropped,
             "u": uniform[6],

@@ -29,7 +29,7 @@ Weighting = Callable[[Tensor, Schedule], Tensor]
 _COND_OT = CondOT()
 
 
-def cfm_loss(prediction: Tensor, target: Tensor) -> Tensor:
+def cfm_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the mean squared error of each sample, [B] float32 (notes, eq. 31; Alg. 3 and, with labels, Alg. 5).
 
     The notes sum over the dimensions of x; the mean is that sum over their number, so that one learning rate serves
@@ -38,9 +38,12 @@ def cfm_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Args:
         prediction: the network's velocity u(x_t, t), [B, ...], any floating dtype.
         target: the conditional velocity `sample_path(...).velocity`, of the same shape.
+        mask: the weight of each element, >= 0, [B, 1, ...]: one for all channels; None is 1 everywhere. A sample's loss is the mean
+            under its own mask, sum(mask * error^2) / sum(mask), so that a small region counts as much as a large one; 0 where the mask
+            is 0 everywhere.
 
     Raises:
-        ValueError: the shapes differ (they are never broadcast) or have no batch dimension.
+        ValueError: the shapes differ (they are never broadcast, but for the mask's channel) or have no batch dimension.
     """
     if prediction.shape != target.shape or prediction.ndim == 0:
         raise ValueError(
@@ -48,6 +51,11 @@ def cfm_loss(prediction: Tensor, target: Tensor) -> Tensor:
             f"{tuple(target.shape)}"
         )
     squared = (prediction.float() - target.float()).square()
+    if mask is not None:
+        if mask.shape != (*target.shape[:1], 1, *target.shape[2:]):
+            raise ValueError(f"mask must be [B, 1, ...] of a target {tuple(target.shape)}, got {tuple(mask.shape)}")
+        weights = mask.float().expand_as(squared).flatten(1)
+        return (weights * squared.flatten(1)).sum(1) / weights.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     return squared.unsqueeze(-1).flatten(1).mean(1)
 
 

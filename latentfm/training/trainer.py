@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from latentfm import flow
 from latentfm.config import RunConfig, TokenRouting
 from latentfm.data.loader import Batch, CachedSamples, Dropout, Routing, Stream, batches
+from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
 from latentfm.files import whole_or_nothing
 from latentfm.models import vae as vae_room
@@ -64,7 +65,12 @@ def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, config: Ru
     route = None
     if batch.kept is not None:
         route = TokenRoute(batch.kept, *routed_blocks(config.train.token_routing, network_config(network).num_layers))
-    return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity)
+    return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity, batch.mask)
+
+
+def weighted(losses: Tensor, prior: Tensor | None, prior_weight: float) -> Tensor:
+    """The losses [B] with those of a regularisation set, where `prior` is true, times prior_weight (DreamBooth, Ruiz et al. 2023)."""
+    return losses if prior is None else torch.where(prior, prior_weight * losses, losses)
 
 
 def condition_widths(network: nn.Module) -> tuple[int, int]:
@@ -100,6 +106,7 @@ class Trainer:
             # bfloat16 weights need no autocast: everything the network does is in their precision
             mixed_precision="no" if config.train.weights == "bfloat16" else config.train.mixed_precision,
             log_with="tensorboard", project_dir=self.out,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
             cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
         )  # fmt: skip
         self.check_batch()
@@ -203,6 +210,7 @@ class Trainer:
             self.network.compile_repeated_blocks(dynamic=False)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.shift, self.scale = vae_room.shift_and_scale(self.models.vae)
+        self.has_prior = any(sample.share.regularisation for sample in self.data.samples)
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.json").write_text(json.dumps(self.identity["config"], indent=2) + "\n", "utf-8")
@@ -216,7 +224,7 @@ class Trainer:
         encoders = sum(e is not None for e in self.models.encoder.encoders)
         dropout = Dropout(config.train.dropout, config.train.dropout_each)
         parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
-        epochs = config.train.steps * config.train.batch_size / samples
+        epochs = config.train.steps * config.train.batch_size / Mixture.of(self.data.samples, config.train.seed).count
         self.accelerator.print(
             f"{parameters:.1f}M parameters in {config.train.weights}, {samples} pictures, "
             f"{config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
@@ -249,12 +257,13 @@ class Trainer:
 
     def micro_batches(self) -> Iterator[Batch]:
         config = self.config
+        mixture = Mixture.of(self.data.samples, config.train.seed)
         data = CachedSamples(
             self.data.samples, self.data.cache, self.data.image_key, self.data.caption_key, config.train.seed,
-            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip, self.routing,
+            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip, self.routing, mixture, self.data.mask_key,
         )  # fmt: skip
         return batches(
-            data, Stream(len(self.data.samples), config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
+            data, Stream(mixture.count, config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
             config.train.gradient_accumulation, self.accelerator.process_index, self.accelerator.num_processes, config.data.workers,
         )  # fmt: skip
 
@@ -264,21 +273,27 @@ class Trainer:
         rate = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total = torch.zeros((), device=accelerator.device)
+        total, prior = torch.zeros((), device=accelerator.device), torch.zeros(2, device=accelerator.device)
         for micro in range(options.gradient_accumulation):
             batch = to_device(next(stream), accelerator.device)
             with accelerator.no_sync(self.model) if micro + 1 < options.gradient_accumulation else nullcontext():
                 losses = cfm_losses(self.model, batch, self.models.null, self.config, self.shift, self.scale)
-                loss = losses.mean() / options.gradient_accumulation
+                loss = weighted(losses, batch.prior, self.config.data.prior_weight).mean() / options.gradient_accumulation
                 self.refuse_non_finite(losses, batch)
                 accelerator.backward(loss)
             total += loss.detach()
+            if batch.prior is not None:
+                prior += torch.stack([losses.detach()[batch.prior].sum(), batch.prior.sum()])
         norm = clip_gradient(self.network.parameters(), options.max_grad_norm)
         if not torch.isfinite(norm):
             raise InputError(
                 f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate"
             )
-        return {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
+        row = {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
+        if self.has_prior:
+            prior_sum, prior_count = accelerator.reduce(prior, "sum").tolist()
+            row |= {"prior_loss": prior_sum / prior_count} if prior_count else {}  # unweighted; no row where no such sample was drawn
+        return row
 
     def update(self) -> None:
         """Moves the weights by the gradient and the averages after them, and counts the step."""
@@ -357,7 +372,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         moments=batch.moments.to(device), parts=batch.parts.map(lambda value: value.to(device)),
         dropped={name: mask.to(device) for name, mask in batch.dropped.items()}, u=batch.u.to(device),
         vae_noise=batch.vae_noise.to(device), eps=batch.eps.to(device), t5_length=batch.t5_length, ids=batch.ids,
-        kept=None if batch.kept is None else batch.kept.to(device),
+        kept=None if batch.kept is None else batch.kept.to(device), mask=None if batch.mask is None else batch.mask.to(device),
+        prior=None if batch.prior is None else batch.prior.to(device),
     )  # fmt: skip
 
 

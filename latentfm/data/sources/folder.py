@@ -4,74 +4,59 @@ Two layouts are read; the first goes before the second:
 
     pictures/metadata.jsonl   {"file_name": "cat.png", "text": "a cat"}   (or .csv, as in Hugging Face imagefolder)
     pictures/cat.png          pictures/cat.txt                            (each non-empty line is one caption)
+
+In both, pictures/cat.mask.png is cat's loss mask, unless it has a caption itself.
 """
 
 import csv
 import io
 import json
 import os
-import posixpath
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from latentfm.data.sources.base import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    Columns,
+    Dataset,
+    Problem,
+    Sample,
+    Unusable,
+    captions_of,
+    count,
+    is_image,
+    is_text,
+    lines_of,
+    path_within,
+)
 from latentfm.errors import InputError, nearest
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".jxl", ".jp2", ".svg", ".psd", ".tga"})
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
+MASK_SUFFIX = ".mask.png"
 LAYOUT = (
     "put cat.png beside cat.txt, or write metadata.jsonl with lines like "
     '{"file_name": "cat.png", "text": "a cat"}'
 )
 METADATA_ELSEWHERE = f"metadata not read (only {' or '.join(METADATA_NAMES)} of the folder itself)"
-NAMES_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One picture and its captions (one is drawn each epoch).
-
-    `id` is the path relative to the folder, with `/`: the same on every machine, and never shared by two pictures.
-    """
-
-    path: Path
-    captions: tuple[str, ...]
-    id: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in the folder that is not used. `path` names it (a metadata row as "metadata.jsonl:3 cat.png").
-
-    `reason` is the same text for every problem of a kind, so problems can be counted by it.
-    """
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The usable samples of a folder, sorted by id, and what could not be used."""
-
-    folder: Path
-    samples: tuple[Sample, ...]
-    problems: tuple[Problem, ...]
-
-
-def read_folder(folder: str | Path) -> Dataset:
+def read_folder(folder: str | Path, columns: Columns | None = None) -> Dataset:
     """Returns the samples of `folder`, sorted by id, and the problems met on the way. No picture is opened.
 
     With metadata.jsonl or metadata.csv in the folder, each row gives `file_name` and the caption: the first of `text`,
     `caption`, `prompt` that is there; in jsonl it may be a list of captions. Otherwise every picture, at any depth,
     takes its captions from the .txt of the same stem. White space around a caption is removed; an empty caption is
-    allowed and is the null condition. Hidden files and folders are ignored.
+    allowed and is the null condition. Hidden files and folders are ignored. `columns` names other columns of the metadata: the
+    picture's file, the captions with their weights, and the file of the mask; where there are several caption columns, an empty
+    cell of a csv is no caption.
 
-    Raises InputError when the folder is missing, holds both metadata files or a malformed one, or has no usable sample.
+    Raises InputError when the folder is missing, holds both metadata files or a malformed one, has no usable sample, or when
+    `columns` names what the metadata does not have.
     """
+    columns = columns or Columns()
     name = os.path.expanduser(os.fspath(folder))
     if os.path.isfile(name):
         raise InputError(f"{name} is a file, not a folder: give the folder that holds the pictures, {LAYOUT}")
@@ -85,7 +70,9 @@ def read_folder(folder: str | Path) -> Dataset:
         raise InputError(f"{root} holds both {found[0]} and {found[1]}, which may disagree: keep one, remove the other")
 
     if found:
-        samples, more = _read_metadata(root, found[0], files)
+        samples, more = _read_metadata(root, found[0], files, columns)
+    elif columns != Columns():
+        raise InputError(f"{root} has no {' or '.join(METADATA_NAMES)} whose columns could be named; leave the columns out, or write one")
     else:
         samples, more = _read_sidecars(root, files)
     problems += more
@@ -93,19 +80,6 @@ def read_folder(folder: str | Path) -> Dataset:
     if not samples:
         raise InputError(_nothing_usable(root, files, found, problems))
     return Dataset(root, tuple(sorted(samples, key=lambda sample: sample.id)), tuple(problems))
-
-
-def summary(dataset: Dataset) -> str:
-    """Returns a line with the numbers of pictures and captions, then a line for each kind of problem, with names."""
-    captions = sum(len(sample.captions) for sample in dataset.samples)
-    lines = [f"{_count(len(dataset.samples), 'picture')}, {_count(captions, 'caption')} in {dataset.folder}"]
-    kinds = defaultdict(list)
-    for problem in dataset.problems:
-        kinds[problem.reason].append(problem.path)
-    for reason, paths in kinds.items():
-        rest = f" and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else ""
-        lines.append(f"not used, {reason}: {len(paths)} ({', '.join(paths[:NAMES_SHOWN])}{rest})")
-    return "\n".join(lines)
 
 
 def _list_files(root: Path) -> tuple[dict[str, Path], list[Problem]]:
@@ -130,7 +104,7 @@ def _list_files(root: Path) -> tuple[dict[str, Path], list[Problem]]:
             id = path.relative_to(root).as_posix()
             if name.startswith("."):
                 continue
-            if not _is_text(id):
+            if not is_text(id):
                 problems.append(Problem(id.encode("utf-8", "backslashreplace").decode(), "file name that is not UTF-8"))
             elif path.suffix.lower() in UNREAD_SUFFIXES:
                 problems.append(Problem(id, "picture in a format that is not read (save it as PNG or JPEG)"))
@@ -152,14 +126,16 @@ def _read_sidecars(root: Path, files: dict[str, Path]) -> tuple[list[Sample], li
         if id.lower().endswith(".txt") and texts.setdefault(_stem(id), id) != id:
             problems.append(Problem(id, "second caption file of the same name"))
 
-    images = [id for id in files if _is_image(id)]
+    masks = _masks(files, set(texts))
+    images = [id for id in files if is_image(id) and files[id] not in masks.values()]
     for id in images:
         text = texts.get(_stem(id))
         if text is None:
             problems.append(Problem(id, "picture without a caption"))
             continue
         try:
-            samples.append(Sample(files[id], _captions_in(files[text]), id))
+            captions = lines_of(files[text].read_text(encoding="utf-8-sig"))
+            samples.append(Sample(files[id], captions, id, mask=masks.get(_stem(id))))
         except UnicodeDecodeError:
             problems.append(Problem(text, "caption file that is not UTF-8"))
         except OSError:
@@ -170,21 +146,17 @@ def _read_sidecars(root: Path, files: dict[str, Path]) -> tuple[list[Sample], li
     return samples, problems
 
 
-def _captions_in(path: Path) -> tuple[str, ...]:
-    """Returns the non-empty lines of a .txt; ("",) when there is none."""
-    # Not splitlines(), which also cuts at U+2028 and other characters a caption may hold.
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
-    return tuple(line for line in lines if line) or ("",)
+def _masks(files: dict[str, Path], captioned: set[str]) -> dict[str, Path]:
+    """Returns the loss masks by the stem of their picture: name.mask.png beside name.png, unless the stem name.mask is `captioned`."""
+    pictures = {_stem(id) for id in files if is_image(id)}
+    stems = {id.removesuffix(MASK_SUFFIX): id for id in files if id.endswith(MASK_SUFFIX)}
+    return {stem: files[id] for stem, id in stems.items() if stem in pictures and _stem(id) not in captioned}
 
 
 # metadata.jsonl and metadata.csv
 
 
-class _UnusableRow(Exception):
-    """A metadata row that becomes a Problem: its reason."""
-
-
-def _read_metadata(root: Path, metadata: str, files: dict[str, Path]) -> tuple[list[Sample], list[Problem]]:
+def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: Columns) -> tuple[list[Sample], list[Problem]]:
     """Returns a sample for every usable row, and problems for the other rows and for pictures no row names."""
     try:
         text = files[metadata].read_text(encoding="utf-8-sig")
@@ -194,29 +166,45 @@ def _read_metadata(root: Path, metadata: str, files: dict[str, Path]) -> tuple[l
         raise InputError(f"cannot read {files[metadata]}: {error.strerror}; check its permissions") from None
 
     samples: dict[str, Sample] = {}
-    problems, named = [], set()
-    rows = _json_rows(text) if metadata.endswith(".jsonl") else _csv_rows(text, files[metadata])
+    masked: dict[str, str] = {}
+    problems, named, seen = [], set(), set()
+    rows = _json_rows(text) if metadata.endswith(".jsonl") else _csv_rows(text, files[metadata], columns)
     for line, row in rows:
         where = f"{metadata}:{line}"
         try:
-            id = _row_id(row)
+            if not isinstance(row, dict):
+                raise Unusable("malformed line (not a JSON object)")
+            seen |= row.keys()
+            id = path_within(row.get(columns.image or "file_name"), columns.image or "file_name")
             where = f"{where} {id}"
             named.add(id)
             if id in samples:
-                raise _UnusableRow("row with the file_name of an earlier row")
+                raise Unusable("row with the file_name of an earlier row")
             if not os.path.isfile(root / id):
-                raise _UnusableRow("row whose picture is missing")
-            samples[id] = Sample(root / id, _row_captions(row), id)
-        except _UnusableRow as error:
+                raise Unusable("row whose picture is missing")
+            captions, weights = _row_captions(row, columns)
+            if columns.mask and row.get(columns.mask):
+                masked[id] = path_within(row[columns.mask], columns.mask)
+                if not os.path.isfile(root / masked[id]):
+                    raise Unusable("row whose mask is missing")
+            samples[id] = Sample(root / id, captions, id, weights)
+        except Unusable as error:
             problems.append(Problem(where, str(error)))
+    for wanted in (columns.image, columns.mask, *columns.captions):
+        if wanted is not None and wanted not in seen:
+            names = sorted(name for name in seen if isinstance(name, str))
+            raise InputError(f"no row of {files[metadata]} has '{wanted}'{nearest(wanted, names)}; there are {', '.join(names)}")
 
-    pictures = {_stem(id) for id in files if _is_image(id)}
+    beside = _masks(files, {_stem(id) for id in named})
+    masks = {id: root / masked[id] if id in masked else beside.get(_stem(id)) for id in samples}
+    pictures = {_stem(id) for id in files if is_image(id)}
+    used = named | set(masked.values())
     for id in files:
-        if _is_image(id) and id not in named:
+        if is_image(id) and id not in used and files[id] not in beside.values():
             problems.append(Problem(id, f"picture without a caption in {metadata}"))
         elif id.lower().endswith(".txt") and _stem(id) in pictures:
             problems.append(Problem(id, f"caption file beside {metadata}, which is read instead"))
-    return list(samples.values()), problems
+    return [replace(sample, mask=masks[id]) for id, sample in samples.items()], problems
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, object]]:
@@ -229,48 +217,32 @@ def _json_rows(text: str) -> Iterator[tuple[int, object]]:
                 yield number, None
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict]]:
+def _csv_rows(text: str, path: Path, columns: Columns) -> Iterator[tuple[int, dict]]:
     """Yields (number of the line where the row ends, row). Raises InputError when a column is missing."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        columns = reader.fieldnames or []
-        for wanted in (("file_name",), CAPTION_COLUMNS):
-            if not set(wanted) & set(columns):
+        names = reader.fieldnames or []
+        for wanted in ((columns.image or "file_name",), tuple(columns.captions) or CAPTION_COLUMNS):
+            if not set(wanted) & set(names):
                 raise InputError(
-                    f"{path} has no column {' or '.join(wanted)}{nearest(wanted[0], columns)}, only "
-                    f"[{', '.join(columns)}]: its first line must name the columns, as in file_name,text"
+                    f"{path} has no column {' or '.join(wanted)}{nearest(wanted[0], names)}, only "
+                    f"[{', '.join(names)}]: its first line must name the columns, as in file_name,text"
                 )
         for row in reader:
+            if len(columns.captions) > 1:
+                row |= {name: None for name in columns.captions if row.get(name) == ""}
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num} is malformed CSV ({error}): correct that line") from None
 
 
-def _row_id(row: object) -> str:
-    """Returns the id that a row's file_name stands for."""
-    if not isinstance(row, dict):
-        raise _UnusableRow("malformed line (not a JSON object)")
-    name = row.get("file_name")
-    if not isinstance(name, str) or not name.strip() or not _is_text(name):
-        raise _UnusableRow("row without a file_name")
-    path = Path(name)
-    id = posixpath.normpath(path.as_posix())
-    if path.anchor or id.split("/")[0] == "..":
-        raise _UnusableRow("row whose file_name leads out of the folder")
-    return id
-
-
-def _row_captions(row: dict) -> tuple[str, ...]:
-    """Returns the captions of a row: the first caption column that is there, a string or a list of strings."""
+def _row_captions(row: dict, columns: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Returns the captions of a row and their weights: of the columns named, else of the first caption column that is there."""
     if any(row.get(None, ())):  # where csv.DictReader puts what is beyond the last column
-        raise _UnusableRow('row with more fields than columns (put "..." around a caption that holds a comma)')
-    value = next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
-    if value is None or value == []:
-        raise _UnusableRow("row without a caption")
-    captions = value if isinstance(value, list) else [value]
-    if not all(isinstance(caption, str) and _is_text(caption) for caption in captions):
-        raise _UnusableRow("row whose caption is not a text")
-    return tuple(caption.strip() for caption in captions)
+        raise Unusable('row with more fields than columns (put "..." around a caption that holds a comma)')
+    if columns.captions:
+        return captions_of(row, columns.captions)
+    return captions_of(row, {column: 1.0 for column in [c for c in CAPTION_COLUMNS if row.get(c) is not None][:1]})
 
 
 # Names and messages
@@ -281,34 +253,17 @@ def _stem(id: str) -> str:
     return str(PurePosixPath(id).with_suffix(""))
 
 
-def _is_image(id: str) -> bool:
-    return PurePosixPath(id).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _is_text(text: str) -> bool:
-    """Returns False for lone surrogates: undecodable file names, or half an emoji in JSON. No tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _nothing_usable(root: Path, files: dict[str, Path], metadata: list[str], problems: list[Problem]) -> str:
     """Returns the one-line message for a folder without a usable sample: what was found, and what to do."""
-    images = sum(map(_is_image, files))
+    images = sum(map(is_image, files))
     texts = sum(id.lower().endswith(".txt") for id in files)
     if metadata:
-        found = f"{_count(images, 'picture')} and {metadata[0]}, but no usable row"
+        found = f"{count(images, 'picture')} and {metadata[0]}, but no usable row"
     elif images and texts:
-        found = f"{_count(images, 'picture')} and {_count(texts, '.txt file')}, but none that can be paired"
+        found = f"{count(images, 'picture')} and {count(texts, '.txt file')}, but none that can be paired"
     elif images:
-        found = f"{_count(images, 'picture')} but no captions"
+        found = f"{count(images, 'picture')} but no captions"
     else:
-        found = f"no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), {_count(len(files), 'other file')}"
+        found = f"no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), {count(len(files), 'other file')}"
     first = f" (first problem: {problems[0].path}, {problems[0].reason})" if problems else ""
     return f"nothing to train on in {root}: {found}{first}; {LAYOUT}"
