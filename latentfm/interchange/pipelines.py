@@ -24,7 +24,7 @@ DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 
 
 
 class PipelineFiles(SD3LoraLoaderMixin):
-    """Loading and saving for a DiffusionPipeline of SD3's components with an `info` and a `null` condition; comes before it among the bases."""
+    """Loading and saving of a DiffusionPipeline that has SD3's components, an `info` and a `null` condition; the base before that class."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "PipelineFiles":
