@@ -79,15 +79,15 @@ def model_folder(model: Path | None) -> Path:
     return model
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """(width, height) in pixels of "512x768" or "512". Raises InputError."""
     found = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×*]\s*(\d{1,6})\s*)?", text)
     if not found:
-        raise InputError(f"--size {text!r} is no size; write WIDTHxHEIGHT, as in 512x768, or one number for a square")
+        raise InputError(f"{option} {text!r} is no size; write WIDTHxHEIGHT, as in 512x768, or one number for a square")
     return int(found[1]), int(found[2] or found[1])
 
 
-def check_size(width: int, height: int, multiple: int, largest: int) -> None:
+def check_size(width: int, height: int, multiple: int, largest: int, option: str = "--size") -> None:
     """Raises InputError, naming sizes that work, unless both sides are multiples of `multiple` and at most `largest`."""
     if all(0 < side <= largest and side % multiple == 0 for side in (width, height)):
         return
@@ -97,7 +97,7 @@ def check_size(width: int, height: int, multiple: int, largest: int) -> None:
         for rounding in (math.floor, math.ceil)
     )
     near = f"the nearest is {lower}" if lower == upper else f"the nearest are {lower} and {upper}"
-    raise InputError(f"--size {width}x{height} does not fit this model: multiples of {multiple} up to {top} a side do; {near}")
+    raise InputError(f"{option} {width}x{height} does not fit this model: multiples of {multiple} up to {top} a side do; {near}")
 
 
 def chosen_device(name: str) -> "torch.device":

@@ -172,11 +172,8 @@ def check_they_go_together(choices: Choices, gpus: int, guidance: float, peak: f
 def picture_size(model: Model, resolution: str | None) -> tuple[int, int]:
     """(width, height) in pixels. Raises InputError for what is no size, or does not fit the patches or the position table."""
     multiple = model.decoder.factor * model.network.patch
-    try:
-        width, height = parse_size(resolution) if resolution is not None else (model.side, model.side)
-        check_size(width, height, multiple, model.network.table * multiple)
-    except InputError as error:
-        raise InputError(str(error).replace("--size", "--resolution")) from None
+    width, height = parse_size(resolution, "--resolution") if resolution is not None else (model.side, model.side)
+    check_size(width, height, multiple, model.network.table * multiple, "--resolution")
     return width, height
 
 

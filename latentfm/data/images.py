@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from latentfm.data.sources.base import Place
+from latentfm.data.sources.base import Place, sha256
 from latentfm.errors import InputError
 
 # Only these decoders are tried, whatever the extension says: Pillow's EPS decoder, for one, would run Ghostscript.
@@ -143,7 +143,7 @@ def contents(path: str | Path | Place) -> bytes:
 def digest(path: str | Path | Place) -> str:
     """Returns the SHA-256 of the file's bytes, in hexadecimal. Raises UnreadableImage."""
     if isinstance(path, Place):
-        return path.sha256 or hashlib.sha256(contents(path)).hexdigest()
+        return path.sha256 or sha256(contents(path))
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:

@@ -50,9 +50,8 @@ def available_backends(device: torch.device, dtype: torch.dtype, head_dim: int =
     """The names of BACKENDS that compute attention on this device, in this dtype and head width: each is tried on eight tokens."""
     found = []
     for name in BACKENDS:
-        x = torch.zeros(1, 8, 2, head_dim, device=device, dtype=dtype)
         try:
-            attend(x, x, x, attention_backend(name))
+            check_backend(name, 2, head_dim, device, dtype)
         except (InputError, RuntimeError, ValueError):
             continue
         found.append(name)

@@ -116,6 +116,15 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(layer(x), approximate="tanh")
 
 
+def gradients_with_graph(
+    out: Tensor, values: tuple[Tensor, ...], needed: tuple[bool, ...], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients by `values` for `gradient` of the plain formula's `out`, None where not needed, to be differentiated once more."""
+    wanted = [value for value, need in zip(values, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True) if wanted else ())
+    return tuple(next(found) if need else None for need in needed)
+
+
 class GELULinear(torch.autograd.Function):
     """GELU(x) @ weight.T + bias, keeping x and not GELU(x), which is computed again in the backward pass. x [T, K], weight [N, K]."""
 
@@ -131,10 +140,8 @@ class GELULinear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         by_x = by_weight = None
         by_bias = gradient.sum(0) if to_bias else None
-        if torch.is_grad_enabled():  # someone differentiates this once more
-            wanted = [value for value, needed in ((x, to_x), (weight, to_weight)) if needed]
-            found = iter(torch.autograd.grad(F.linear(F.gelu(x, approximate="tanh"), weight), wanted, gradient, create_graph=True))
-            return next(found) if to_x else None, next(found) if to_weight else None, by_bias
+        if torch.is_grad_enabled():
+            return *gradients_with_graph(F.linear(F.gelu(x, approximate="tanh"), weight), (x, weight), (to_x, to_weight), gradient), by_bias
         gradient = gradient.contiguous()
         if to_weight:
             by_weight = ctx.multiply(gradient.t(), F.gelu(x, approximate="tanh").t())
@@ -173,18 +180,17 @@ class ModulatedNorm(torch.autograd.Function):
         x, mean, inverse_std, scale = ctx.saved_tensors
         to_x, to_scale, to_shift = ctx.needs_input_grad
         by_x = by_scale = None
-        if torch.is_grad_enabled() and (to_x or to_scale):  # someone differentiates this once more
-            wanted = [value for value, needed in ((x, to_x), (scale, to_scale)) if needed]
-            found = iter(torch.autograd.grad(F.layer_norm(x, x.shape[-1:], eps=EPS) * scale, wanted, gradient, create_graph=True))
-            by_x, by_scale = next(found) if to_x else None, next(found) if to_scale else None
-            return by_x, by_scale, gradient.sum_to_size(ctx.shift_shape) if to_shift else None
+        by_shift = gradient.sum_to_size(ctx.shift_shape) if to_shift else None
+        if torch.is_grad_enabled():
+            scaled = F.layer_norm(x, x.shape[-1:], eps=EPS) * scale
+            return *gradients_with_graph(scaled, (x, scale), (to_x, to_scale), gradient), by_shift
         if to_scale:
             normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
             by_scale = (gradient * normed).sum_to_size(scale.shape)
         if to_x:
             arguments = ((gradient * scale).to(x.dtype), x, x.shape[-1:], mean, inverse_std, None, None, [True, False, False])
             by_x = torch.ops.aten.native_layer_norm_backward(*arguments)[0]
-        return by_x, by_scale, gradient.sum_to_size(ctx.shift_shape) if to_shift else None
+        return by_x, by_scale, by_shift
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from latentfm.models.cost import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
-OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py and training/ema.py widen to float32 at one time
+OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py (on a GPU) and training/ema.py widen at one time
 
 
 @dataclass(frozen=True)

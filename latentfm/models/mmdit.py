@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from latentfm.errors import InputError, nearest
 from latentfm.models.attention import attention_backend
 from latentfm.models.block import Block, BlockModulation, Modulation, Packing
+from latentfm.models.cost import checkpointed
 from latentfm.models.embeddings import PatchEmbed, TimeTextEmbed
 from latentfm.models.layers import Linear, modulated_norm
+from latentfm.models.memory import MODULATIONS
 from latentfm.models.presets import PRESETS
 
 
@@ -43,7 +45,7 @@ class Precomputed:
     pictures), not at every step. Memory: at most 16 dim numbers a block and row (150 MB for SD3 medium in bf16).
     """
 
-    ROWS = 128  # prompts times steps in one product
+    ROWS = MODULATIONS  # prompts times steps in one product
 
     def __init__(self, timesteps: Tensor):
         self.timesteps, self.step, self.first = timesteps, 0, 0
@@ -174,8 +176,7 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
     def checkpointed(self, index: int) -> bool:
         """Whether block `index` is recomputed in the backward pass."""
-        share = self.checkpointed_fraction
-        return self.gradient_checkpointing and int((index + 1) * share) > int(index * share)
+        return self.gradient_checkpointing and checkpointed(index, self.checkpointed_fraction)
 
     def set_attention(self, name: str) -> None:
         """Has every attention computed by the backend `name` of attention.BACKENDS; "auto" leaves the choice to others.

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-PART = 1 << 24  # elements whose float32 copies exist at one time
+from latentfm.models.memory import EMA_PART
+
+PART = EMA_PART  # elements whose float32 copies exist at one time
 
 
 class EMA:

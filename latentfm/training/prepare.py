@@ -1,6 +1,5 @@
 """Everything a run needs before its first step: the models, the dataset, and a filled cache."""
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from latentfm.config import DataOptions, ModelOptions, SourceOptions
 from latentfm.data.cache import Cache, fingerprint, key_of, tokenizer_fingerprint
 from latentfm.data.images import Transform, UnreadableImage, apply, contents, digest, load_mask, open_rgb, to_tensor
 from latentfm.data.sources import Columns, Dataset, Place, Sample, Source, read_folder, read_sources, summary
+from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 from latentfm.interchange.weights import check_transformer
 from latentfm.models import vae as vae_room
@@ -186,7 +186,6 @@ class CachedDataset:
         if not self.samples:
             raise InputError(f"none of the {len(self.dataset.samples)} pictures in {self.dataset.folder} can be read")
 
-
     def usable(self, sample: Sample) -> bool:
         """Whether a sample's picture, and its mask if it has one, could be read when they were cached."""
         keys = [key for flip in self.flips for key in (self.image_key(sample, flip), self.mask_key(sample, flip)) if key]
@@ -209,7 +208,7 @@ def unchanged(path: Path | Place, digest: str) -> bytes:
         data = contents(path)
     except UnreadableImage as error:
         raise InputError(f"{error}; it was there when it was listed") from error
-    if hashlib.sha256(data).hexdigest() != digest:
+    if sha256(data) != digest:
         raise InputError(f"{path} changed while it was being cached; start again when nothing writes to it")
     return data
 

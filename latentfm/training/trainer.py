@@ -188,6 +188,7 @@ class Trainer:
         self.models.vae.to(device)
         self.models.encoder.to(device)
         self.data.fill(accelerator, self.progress)
+        self.mixture = Mixture.of(self.data.samples, config.train.seed)
         for length in self.lengths:
             self.models.null.parts(length)
         self.samples = SamplePictures(config.sample, self.models, self.data, self.out / "samples", device)
@@ -224,7 +225,7 @@ class Trainer:
         encoders = sum(e is not None for e in self.models.encoder.encoders)
         dropout = Dropout(config.train.dropout, config.train.dropout_each)
         parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
-        epochs = config.train.steps * config.train.batch_size / Mixture.of(self.data.samples, config.train.seed).count
+        epochs = config.train.steps * config.train.batch_size / self.mixture.count
         self.accelerator.print(
             f"{parameters:.1f}M parameters in {config.train.weights}, {samples} pictures, "
             f"{config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
@@ -257,13 +258,12 @@ class Trainer:
 
     def micro_batches(self) -> Iterator[Batch]:
         config = self.config
-        mixture = Mixture.of(self.data.samples, config.train.seed)
         data = CachedSamples(
             self.data.samples, self.data.cache, self.data.image_key, self.data.caption_key, config.train.seed,
-            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip, self.routing, mixture, self.data.mask_key,
+            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip, self.routing, self.mixture, self.data.mask_key,
         )  # fmt: skip
         return batches(
-            data, Stream(mixture.count, config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
+            data, Stream(self.mixture.count, config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
             config.train.gradient_accumulation, self.accelerator.process_index, self.accelerator.num_processes, config.data.workers,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from models.twins import TINY
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -24,11 +25,6 @@ from latentfm.models.cost import (
 )
 from latentfm.models.mmdit import MMDiT
 
-SMALL = {
-    "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
-    "num_attention_heads": 3, "joint_attention_dim": 40, "caption_projection_dim": 48, "pooled_projection_dim": 24,
-    "pos_embed_max_size": 12,
-}  # fmt: skip
 VARIANTS = {
     "sd3": {},
     "qk-norm": {"qk_norm": "rms_norm"},
@@ -43,7 +39,7 @@ BATCH, TEXT = 2, 7
 
 def small(variant: str, device: str = "cpu") -> MMDiT:
     with torch.device(device):
-        return MMDiT(**(SMALL | VARIANTS[variant])).train()
+        return MMDiT(**(TINY | VARIANTS[variant])).train()
 
 
 def counted(network: MMDiT, backward: bool) -> tuple[int, int]:
@@ -96,7 +92,7 @@ def test_training_flops_are_torchs_count(variant, rank, share):
 
 
 def test_training_is_about_three_times_the_forward_pass_and_lora_two():
-    net = Network.of(SMALL | {"num_layers": 20, "num_attention_heads": 12})
+    net = Network.of(TINY | {"num_layers": 20, "num_attention_heads": 12})
     once = sum(forward_flops(net, 64, 16).values())
     assert sum(training_flops(net, 64, 16).values()) / once == pytest.approx(3, rel=0.03)
     assert sum(training_flops(net, 64, 16, rank=1).values()) / once == pytest.approx(2, rel=0.1)
@@ -105,7 +101,7 @@ def test_training_is_about_three_times_the_forward_pass_and_lora_two():
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.34, 0.5, 0.8, 1.0])
 def test_the_checkpointed_blocks_are_the_networks(share):
-    network = MMDiT(**(SMALL | {"num_layers": 11}))
+    network = MMDiT(**(TINY | {"num_layers": 11}))
     network.set_gradient_checkpointing(share)
     assert [network.checkpointed(i) for i in range(11)] == [checkpointed(i, share) for i in range(11)]
 
