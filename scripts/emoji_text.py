@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latentfm.data.loader import Stream
+from latentfm.data.mixture import Mixture
+from latentfm.data.stream import Stream
 
 LENGTH = 16  # tokens of both CLIP encoders; the T5 encoder has no limit of its own
 CLIP_WIDTHS = (128, 192)
@@ -40,10 +41,10 @@ class Pairs:
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[tuple[list[int], list[str], random.Random]]:
         """Yields (indices, one drawn caption each, the step's generator); epochs are permutations."""
-        stream = Stream(len(self.captions), size, seed)
+        stream = Stream(Mixture.plain(len(self.captions)), size, seed)
         for step in range(steps):
             rng = random.Random(f"{seed}/{step}")
-            indices = [index for _, index in stream.positions(step)]
+            indices = [index for _, index, _ in stream.members(step)]
             yield indices, [rng.choice(self.captions[i]) for i in indices], rng
 
     def images(self, indices: list[int], rng: random.Random) -> Tensor:

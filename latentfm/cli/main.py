@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from latentfm.cli.cache import cache
 from latentfm.cli.convert import convert
+from latentfm.cli.data import app as data
 from latentfm.cli.generate import generate
 from latentfm.cli.plan import plan
 from latentfm.cli.train import train
@@ -69,6 +71,12 @@ app.command(
 app.command()(train)
 app.command(
     epilog="Examples\n\n"
+    "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
+    "torchrun --nproc_per_node 8 -m latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
+    "latentfm cache --verify --config configs/quickstart.yaml"
+)(cache)
+app.command(
+    epilog="Examples\n\n"
     "latentfm convert sd3.5_medium.safetensors sd35 --pipeline an/sd3/folder  (encoders and tokenizers from there)\n\n"
     "latentfm convert sd3_medium_incl_clips.safetensors sd3  (a folder without T5)\n\n"
     "latentfm convert runs/mine/model mine.safetensors --with transformer,vae --dtype float16  (for other programs)\n\n"
@@ -82,6 +90,8 @@ app.command(
     "latentfm plan --model runs/mine/model --resolution 512x768 --steps 20000\n\n"
     "latentfm plan --preset sd3.5-medium --mode generate --batch 4 --steps 40 --guidance 4.5"
 )(plan)
+
+app.add_typer(data, name="data")
 
 
 @app.callback()

@@ -3,8 +3,12 @@
 import hashlib
 import io
 import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 
 
 class UnreadableImage(InputError):
@@ -70,21 +75,26 @@ def open_rgb(path: str | Path | Place, data: bytes | None = None) -> Image.Image
     """
     if data is None and not isinstance(path, (str, Path)):
         data = contents(path)
-    try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            return _to_rgb(_upright(image))
-    except FileNotFoundError:
-        raise UnreadableImage(f"there is no picture {path}: restore it, or remove its caption") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(f"cannot read {path}: {error}; scale it down or remove it") from None
-    except UnidentifiedImageError:
-        size = os.path.getsize(path) if data is None else len(data)
-        reason = "the file is empty" if size == 0 else f"not a picture in {', '.join(FORMATS)}"
-        raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from None
-    except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from error
+    with _named(path, data), Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def upright_size(path: str | Path | Place, data: bytes | None = None) -> tuple[int, int]:
+    """Returns the picture's (width, height) in pixels, EXIF orientation applied, from its header: no pixel is decoded.
+
+    `data` are the bytes of `path` when they are in hand already. Raises UnreadableImage as open_rgb does, as far as a header tells: a file
+    that is truncated later on has a size.
+    """
+    if data is None and not isinstance(path, (str, Path)):
+        data = contents(path)
+    with _named(path, data), Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+        if image.format == "TIFF":  # Pillow turns a TIFF by itself
+            return image.size
+        # Pillow decodes a whole PNG for the EXIF that may follow its pixels
+        plain = image.format == "PNG" and not _metadata_after_pixels(image.fp)
+        orientation = _orientation(image, Image.Image.getexif if plain else type(image).getexif)
+        return image.size[::-1] if orientation in _SIDEWAYS else image.size
 
 
 def apply(image: Image.Image, transform: Transform) -> np.ndarray:
@@ -154,15 +164,54 @@ def digest(path: str | Path | Place) -> str:
         raise UnreadableImage(f"cannot read {path}: {error.strerror}; restore it or remove its caption") from None
 
 
+@contextmanager
+def _named(path: str | Path | Place, data: bytes | None) -> Iterator[None]:
+    """A context in which whatever Pillow raises becomes an UnreadableImage that names the file, the reason and the way out."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UnreadableImage(f"there is no picture {path}: restore it, or remove its caption") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(f"cannot read {path}: {error}; scale it down or remove it") from None
+    except UnidentifiedImageError:
+        size = os.path.getsize(path) if data is None else len(data)
+        reason = "the file is empty" if size == 0 else f"not a picture in {', '.join(FORMATS)}"
+        raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from None
+    except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from error
+
+
+def _orientation(image: Image.Image, getexif: Callable[[Image.Image], Image.Exif]) -> int | None:
+    """Returns what the EXIF tag says; None without one, or where the EXIF is damaged: the pixels may still be good."""
+    try:
+        return getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:
+        return None
+
+
+def _metadata_after_pixels(file: BinaryIO) -> bool:
+    """Returns whether a PNG has EXIF or text chunks behind its pixels. Leaves the file where it was."""
+    before, pixels = file.tell(), False
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            file.seek(size + 4, os.SEEK_CUR)  # the data and its checksum
+        return False
+    finally:
+        file.seek(before)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Returns the picture turned as its EXIF orientation says.
 
     Not ImageOps.exif_transpose: that writes the other EXIF tags anew, and fails on the odd ones real cameras leave.
     """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF; the pixels are already decoded and good
-        return image
+    orientation = _orientation(image, type(image).getexif)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

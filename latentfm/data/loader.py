@@ -1,13 +1,18 @@
 """From a dataset and its cache to training batches, each sample's randomness a function of (seed, epoch, id) alone.
 
-The run is one endless stream of positions: position p is draw permutation_e[p mod N] of epoch e = p div N, of the N draws an epoch
-has (`latentfm.data.mixture`; without weights and repeats a draw is a sample). Optimizer step s covers positions [s G, (s + 1) G) for
-a global batch of G, whatever the number of processes, and nothing but the step is needed to resume.
+A reader turns members of a batch, (epoch, sample index, how many times it was drawn before in this epoch), into a Batch; which
+members step s has is the stream's matter (latentfm.data.stream), whatever the number of processes. The Loader reads this
+process's share ahead.
 """
 
+import gc
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,48 +20,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from latentfm.data.cache import Cache
-from latentfm.data.mixture import Mixture
-from latentfm.data.sources import Sample
+from latentfm.data.cache import Entries
+from latentfm.data.images import Transform, apply, load_mask, open_rgb
+from latentfm.data.sources import Place, Sample
+from latentfm.data.stream import Member, Stream
+from latentfm.data.table import SampleTable, bounds_of, choose
+from latentfm.errors import InputError
 from latentfm.models.text import PromptParts
+
+ENCODERS = ("clip_1", "clip_2", "t5")
+AHEAD = 4  # batches that each loader process reads ahead
+
+Request = tuple[Sequence[Member], int]  # the members of a micro-batch, and how many T5 tokens it has
 
 
 def generator_for(seed: int, epoch: int, name: str) -> torch.Generator:
     """A CPU generator that depends on exactly these three."""
+    return torch.Generator().manual_seed(generator_seed(seed, epoch, name))
+
+
+def generator_seed(seed: int, epoch: int, name: str) -> int:
+    """The seed of `generator_for`, below 2^63."""
     digest = hashlib.blake2b(f"{seed}\0{epoch}\0{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The order of an epoch's draws: `count` of them, in global batches of `batch_size`."""
-
-    count: int
-    batch_size: int
-    seed: int
-
-    def positions(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, draw) of each member of the global batch of optimizer step `step`, counted from 0."""
-        found = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, self.count)
-            found.append((epoch, int(self.order(epoch)[place])))
-        return found
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of epoch `epoch`."""
-        cached = getattr(self, "_order", None)
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count))
-            object.__setattr__(self, "_order", cached)
-        return cached[1]
-
-    def choose(self, step: int, shares: dict[int, float]) -> int:
-        """One key of `shares` for the whole step, drawn with those probabilities from (seed, step)."""
-        keys = sorted(shares)
-        weights = np.array([shares[key] for key in keys], dtype=float)
-        draw = np.random.default_rng((self.seed, 7, step)).random()
-        return keys[min(int(np.searchsorted(np.cumsum(weights / weights.sum()), draw, side="right")), len(keys) - 1)]
+    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -91,10 +77,13 @@ class Routing:
 
 @dataclass
 class Batch:
-    """What one forward pass needs. moments [B, 2C, h, w]; draws as named, one row a sample; ids for error messages."""
+    """What one forward pass needs. moments [B, 2C, h, w] float32; draws as named, one row a sample; ids for error messages.
 
-    moments: Tensor
-    parts: PromptParts
+    A batch that is not encoded yet has pixels and captions instead of moments and parts.
+    """
+
+    moments: Tensor | None
+    parts: PromptParts | None
     dropped: dict[str, Tensor]  # encoder name -> bool [B]
     u: Tensor  # uniform in [0, 1): the draw of t
     vae_noise: Tensor  # [B, C, h, w]
@@ -104,104 +93,264 @@ class Batch:
     kept: Tensor | None = None  # [B, K] int64: the image tokens that routed blocks see; None without routing
     mask: Tensor | None = None  # [B, 1, h, w] float32, the weight of each latent in the loss; None when no sample has one
     prior: Tensor | None = None  # bool [B]: which samples are a regularisation set; None when none is
+    pixels: Tensor | None = None  # uint8 [B, 3, H, W]
+    captions: list[str] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with `function` applied to each of its tensors."""
+
+        def mapped(value: object) -> object:
+            if isinstance(value, Tensor):
+                return function(value)
+            if isinstance(value, dict):
+                return {name: function(tensor) for name, tensor in value.items()}
+            return value.map(function) if isinstance(value, PromptParts) else value
+
+        return replace(self, **{field.name: mapped(getattr(self, field.name)) for field in fields(self)})
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`; copies from pinned memory do not wait."""
+        return self.map(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in pinned memory."""
+        return self.map(Tensor.pin_memory)
 
 
 def choose_caption(sample: Sample, u: float) -> str:
     """The caption that u, uniform in [0, 1), chooses: each with its weight's share of the chance, or all with the same."""
-    last = len(sample.captions) - 1
-    if not sample.caption_weights:
-        return sample.captions[min(int(u * (last + 1)), last)]
-    bounds = np.cumsum(sample.caption_weights) / sum(sample.caption_weights)
-    return sample.captions[min(int(np.searchsorted(bounds, u, side="right")), last)]
+    return sample.captions[choose(u, len(sample.captions), bounds_of(sample) if sample.caption_weights else None)]
 
 
-class CachedSamples(TorchDataset):
-    """Reads a micro-batch from the cache and makes its random draws; indexed by lists of (epoch, draw), see `batches`."""
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for each member: the settings, all functions of (seed, epoch, id, turn)."""
+
+    seed: int
+    dropout: Dropout
+    flip: bool = False
+    routing: Routing | None = None
+
+    def make(self, table: SampleTable, members: Sequence[Member], shape: tuple[int, int, int]) -> tuple[Batch, list[int], list[bool]]:
+        """(a batch without pictures and prompts, the number of each one's caption, whether each is flipped) for latents of `shape`.
+
+        The order of a member's draws makes runs repeatable: seven uniform numbers (caption, flip, joint dropout, dropout of
+        three encoders, t), the VAE's noise, eps, and last the kept tokens, so that routing changes none of the others.
+        """
+        count = len(members)
+        uniform, vae_noise, eps = torch.empty(count, 7), torch.empty(count, *shape), torch.empty(count, *shape)
+        ids = [table.ids[index] for _, index, _ in members]
+        generator, kept = torch.Generator(), []
+        for row, ((epoch, _, turn), name) in enumerate(zip(members, ids, strict=True)):
+            generator.manual_seed(generator_seed(self.seed, epoch, f"{name}\0{turn}" if turn else name))
+            torch.rand(7, generator=generator, out=uniform[row])
+            torch.randn(shape, generator=generator, out=vae_noise[row])
+            torch.randn(shape, generator=generator, out=eps[row])
+            if self.routing:
+                kept.append(self.routing.draw(*shape[1:], generator))
+        joint = uniform[:, 2] < self.dropout.joint
+        prior = table.prior[[index for _, index, _ in members]]
+        batch = Batch(
+            moments=None,
+            parts=None,
+            dropped={name: joint | (uniform[:, 3 + i] < self.dropout.each) for i, name in enumerate(ENCODERS)},
+            u=uniform[:, 6].clone(),
+            vae_noise=vae_noise,
+            eps=eps,
+            t5_length=0,
+            ids=ids,
+            kept=torch.stack(kept) if self.routing else None,
+            prior=torch.from_numpy(prior) if prior.any() else None,
+        )
+        captions = [table.caption(index, u) for (_, index, _), u in zip(members, uniform[:, 0].tolist(), strict=True)]
+        flipped = (uniform[:, 1] < 0.5).tolist() if self.flip else [False] * count
+        return batch, captions, flipped
+
+
+class CachedReader(TorchDataset):
+    """Micro-batches out of the cache: reader[(members, t5_length)] is a Batch, its members all of one bucket.
+
+    `moments` has an entry for each sample as it is and, with flips, one for each mirrored, after one another; `prompts` has one
+    for each of the table's texts, by length; `masks` one for each that `mask_of` [N, flips] numbers, -1 where a sample has none.
+    """
 
     def __init__(
-        self,
-        samples: tuple[Sample, ...],
-        cache: Cache,
-        image_key: Callable[[Sample, bool], str],
-        caption_key: Callable[[str, int], str],
-        seed: int,
-        dropout: Dropout,
-        flip: bool,
-        routing: Routing | None = None,
-        mixture: Mixture | None = None,
-        mask_key: Callable[[Sample, bool], str | None] | None = None,
-    ):
-        self.samples, self.cache, self.seed, self.dropout, self.flip = samples, cache, seed, dropout, flip
-        self.routing = routing
-        self.mixture = mixture or Mixture.of(samples, seed)
-        self.image_key, self.caption_key, self.mask_key = image_key, caption_key, mask_key
+        self, table: SampleTable, draws: Draws, moments: Entries, prompts: dict[int, Entries], masks: Entries | None = None,
+        mask_of: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.table, self.draws = table, draws
+        self.moments, self.prompts, self.masks, self.mask_of = moments, prompts, masks, mask_of
 
-    def __getitem__(self, request: tuple[list[tuple[int, int]], int]) -> Batch:
+    def __getitem__(self, request: Request) -> Batch:
         members, t5_length = request
-        drawn = [self.mixture.draw(epoch, index) for epoch, index in members]
-        rows = [self.sample(epoch, index, t5_length, turn) for (epoch, _), (index, turn) in zip(members, drawn, strict=True)]
-        samples = [self.samples[index] for index, _ in drawn]
-        masks = [row["mask"] for row in rows]
-        masked = [torch.ones(1, *row["moments"].shape[1:]) if mask is None else mask for row, mask in zip(rows, masks, strict=True)]
-        prior = [sample.share.regularisation for sample in samples]
-        names = [name for name, _ in rows[0]["parts"].items()]
-        return Batch(
-            moments=torch.stack([row["moments"] for row in rows]),
-            parts=PromptParts(**{name: torch.stack([getattr(row["parts"], name) for row in rows]) for name in names}),
-            dropped={name: torch.tensor([row["dropped"][name] for row in rows]) for name in rows[0]["dropped"]},
-            u=torch.stack([row["u"] for row in rows]),
-            vae_noise=torch.stack([row["vae_noise"] for row in rows]),
-            eps=torch.stack([row["eps"] for row in rows]),
+        step = 2 if self.draws.flip else 1
+        channels, height, width = dict(self.moments.layout(members[0][1] * step).shapes)["moments"]
+        batch, captions, flipped = self.draws.make(self.table, members, (channels // 2, height, width))
+        places = [index * step + flip for (_, index, _), flip in zip(members, flipped, strict=True)]
+        return replace(
+            batch,
+            moments=self.moments.stack(places)["moments"].float(),
+            parts=PromptParts(**self.prompts[t5_length].stack(captions)),
+            mask=self.masked(members, flipped, height, width),
             t5_length=t5_length,
-            ids=[sample.id for sample in samples],
-            kept=torch.stack([row["kept"] for row in rows]) if self.routing else None,
-            mask=torch.stack(masked) if any(mask is not None for mask in masks) else None,
-            prior=torch.tensor(prior) if any(prior) else None,
         )
 
-    def sample(self, epoch: int, index: int, t5_length: int, turn: int = 0) -> dict:
-        """One sample's tensors and draws, for the `turn`-th time this epoch, from 0. The order of the draws makes runs repeatable."""
-        sample = self.samples[index]
-        generator = generator_for(self.seed, epoch, f"{sample.id}\0{turn}" if turn else sample.id)
-        uniform = torch.rand(7, generator=generator)
-        caption = choose_caption(sample, uniform[0].item())
-        flipped = self.flip and bool(uniform[1] < 0.5)
-        joint = bool(uniform[2] < self.dropout.joint)
-        dropped = {name: joint or bool(uniform[3 + i] < self.dropout.each) for i, name in enumerate(("clip_1", "clip_2", "t5"))}
-        moments = self.cache.read(self.image_key(sample, flipped))["moments"]
-        mask_key = self.mask_key and self.mask_key(sample, flipped)
-        shape = (moments.shape[0] // 2, *moments.shape[1:])
-        draws = {
-            "moments": moments,
-            "mask": None if mask_key is None else self.cache.read(mask_key)["mask"],
-            "parts": PromptParts(**self.cache.read(self.caption_key(caption, t5_length))),
-            "dropped": dropped,
-            "u": uniform[6],
-            "vae_noise": torch.randn(shape, generator=generator),
-            "eps": torch.randn(shape, generator=generator),
-        }
-        if self.routing:
-            draws["kept"] = self.routing.draw(*moments.shape[1:], generator)  # the last draw: routing changes none of the others
-        return draws
+    def masked(self, members: Sequence[Member], flipped: Sequence[bool], height: int, width: int) -> Tensor | None:
+        """The loss masks, ones for a sample without; None when none has one."""
+        if self.masks is None or self.mask_of is None:
+            return None
+        places = [int(self.mask_of[index, int(flip)]) for (_, index, _), flip in zip(members, flipped, strict=True)]
+        if max(places) < 0:
+            return None
+        ones = torch.ones(1, height, width)
+        return torch.stack([ones if place < 0 else self.masks.read(place)["mask"] for place in places])
 
 
-def batches(
-    data: CachedSamples, stream: Stream, shares: dict[int, float], start: int, stop: int,
-    accumulation: int, rank: int, world: int, workers: int,
-) -> Iterator[Batch]:  # fmt: skip
-    """Yields this rank's micro-batches of optimizer steps start ... stop - 1, `accumulation` of them a step.
+class PictureReader(TorchDataset):
+    """Micro-batches straight from the pictures: like CachedReader's with the same draws, but pixels and captions, to be encoded.
 
-    Rank r's micro-batch m of a step is the slice [m W + r, m W + r + 1) * G / (W accumulation) of the global batch.
+    `transforms` has for each bucket the one of pictures as they are and, with flips, the mirrored one; latents are `factor` times
+    smaller than pictures and have `channels`.
     """
-    micro = stream.batch_size // (world * accumulation)
 
-    def requests() -> Iterator[tuple[list[tuple[int, int]], int]]:
-        for step in range(start, stop):
-            members, length = stream.positions(step), stream.choose(step, shares)
-            for m in range(accumulation):
-                first = (m * world + rank) * micro
+    def __init__(
+        self, table: SampleTable, draws: Draws, samples: Sequence[Sample], digests: Sequence[str], bucket_of: np.ndarray,
+        transforms: Sequence[Sequence[Transform]], channels: int, factor: int, read: Callable[[Path | Place, str], bytes],
+    ):  # fmt: skip
+        self.table, self.draws, self.samples, self.digests, self.bucket_of = table, draws, samples, digests, bucket_of
+        self.transforms, self.channels, self.factor, self.read = transforms, channels, factor, read
+
+    def __getitem__(self, request: Request) -> Batch:
+        members, t5_length = request
+        plain = self.transforms[self.bucket_of[members[0][1]]][0]
+        shape = (self.channels, plain.height // self.factor, plain.width // self.factor)
+        batch, captions, flipped = self.draws.make(self.table, members, shape)
+        pixels, masks = [], []
+        for (_, index, _), flip in zip(members, flipped, strict=True):
+            sample, transform = self.samples[index], self.transforms[self.bucket_of[index]][int(flip)]
+            picture = open_rgb(sample.path, self.read(sample.path, self.digests[index]))
+            pixels.append(torch.from_numpy(apply(picture, transform)).permute(2, 0, 1))
+            masks.append(load_mask(sample.mask, None, picture.size, transform, self.factor) if sample.mask else None)
+        ones = torch.ones(1, *shape[1:])
+        return replace(
+            batch,
+            pixels=torch.stack(pixels),
+            captions=[self.table.texts[number] for number in captions],
+            mask=torch.stack([ones if mask is None else mask for mask in masks]) if any(mask is not None for mask in masks) else None,
+            t5_length=t5_length,
+        )
+
+
+Reader = CachedReader | PictureReader
+
+
+class Guarded(TorchDataset):
+    """A reader whose bad input comes back as a value: a DataLoader wraps what its workers raise in their traceback."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+
+    def __getitem__(self, request: Request) -> Batch | InputError:
+        try:
+            return self.reader[request]
+        except InputError as error:
+            return error
+
+
+class Loader:
+    """This process's micro-batches of the steps up to `stop`, from its position on, read ahead by `workers` processes.
+
+    Every rank's share of a step is of the same size: the m-th micro-batch of all ranks together is a stretch of the global batch.
+    `shares` are the numbers of T5 tokens and how often each is drawn; a step has one. Its position is a step: state_dict() is where the
+    batches handed out so far end, and iterating goes on from there.
+
+    Raises ValueError when the global batch does not divide by world x accumulation; while iterating InputError for what cannot be
+    read, and for a loader process that died.
+    """
+
+    def __init__(
+        self, reader: Reader, stream: Stream, shares: dict[int, float], stop: int, accumulation: int = 1, rank: int = 0, world: int = 1,
+        workers: int = 0, pin: bool = False,
+    ):  # fmt: skip
+        if stream.batch_size % (world * accumulation):
+            raise ValueError(f"a batch of {stream.batch_size} does not divide by {world} processes x {accumulation} micro-batches")
+        self.reader, self.stream, self.shares, self.stop = reader, stream, shares, stop
+        self.accumulation, self.rank, self.world, self.workers, self.pin = accumulation, rank, world, workers, pin
+        self.step = 0
+
+    @cached_property
+    def identity(self) -> dict[str, int | str]:
+        """What a state of this loader holds beside its place: another batch size or other samples are another run."""
+        return {"batch_size": self.stream.batch_size, "samples": self.reader.table.digest()}
+
+    def state_dict(self) -> dict[str, int | str]:
+        """{"seed", "epoch", "cursor", "step"} of the first step whose batches have not all been handed out, and `identity`."""
+        return self.stream.state(self.step) | self.identity
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Goes to where `state`, a state_dict() or a Stream.state(), was taken. Raises InputError when it is of another run."""
+        for name, mine in self.identity.items():
+            if state.get(name, mine) != mine:
+                raise InputError(f"the data of this run are not the checkpoint's: {name} was {state[name]}, is {mine}; restore it")
+        self.step = self.stream.step_of(state)
+
+    def requests(self) -> Iterator[Request]:
+        """What each micro-batch of this rank holds, from the position on."""
+        micro = self.stream.batch_size // (self.world * self.accumulation)
+        for step in range(self.step, self.stop):
+            members, length = self.stream.members(step), self.stream.choose(step, self.shares)
+            for m in range(self.accumulation):
+                first = (m * self.world + self.rank) * micro
                 yield members[first : first + micro], length
 
-    yield from DataLoader(
-        data, sampler=requests(), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None, persistent_workers=False
+    def __iter__(self) -> Iterator[Batch]:
+        source = DataLoader(
+            Guarded(self.reader), sampler=self.requests(), batch_size=None, num_workers=self.workers, pin_memory=self.pin,
+            prefetch_factor=AHEAD if self.workers else None, worker_init_fn=settle,
+        )  # fmt: skip
+        found = started(source)
+        for _ in range(self.step, self.stop):
+            for m in range(self.accumulation):
+                try:
+                    batch = next(found)
+                except RuntimeError as error:
+                    ended = how_they_ended(found)
+                    if not ended:
+                        raise
+                    raise InputError(
+                        f"a process that reads batches ahead died ({ended}); if the machine ran out of memory, "
+                        f"lower data.workers (now {self.workers}); the run goes on with --resume"
+                    ) from error
+                if isinstance(batch, InputError):
+                    raise batch
+                self.step += m + 1 == self.accumulation
+                yield batch
+
+
+def started(source: DataLoader) -> Iterator[Batch | InputError]:
+    """The iterator of a DataLoader, without its handler of SIGCHLD.
+
+    That one raises the death of a process wherever the main thread happens to be, in the middle of an update or of a save. Without
+    it a dead process is noticed by the next batch that waits for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(source)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(source)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def how_they_ended(found: Iterator) -> str:
+    """Which processes of a DataLoader's iterator have ended, and how."""
+    ended = [process for process in getattr(found, "_workers", ()) if process.exitcode is not None]
+    return ", ".join(
+        f"pid {process.pid}, " + (f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}")
+        for process in ended
     )
+
+
+def settle(worker: int) -> None:
+    """Keeps the garbage collector of a loader process from the objects it shares with its parent: looking at them copies their pages."""
+    gc.freeze()

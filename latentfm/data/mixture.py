@@ -1,81 +1,116 @@
 """How often each sample is drawn in an epoch, when sources have repeats and weights: a pure function of (seed, epoch).
 
-A source of n samples with rate r = repeats x weight has D = max(1, round(n r)) draws an epoch. Each of its samples comes
-floor(D / n) times; the D mod n draws left over go round: epoch after epoch they take the next stretch of a random order of the
-samples, and begin another order when it is used up. So with r >= 1 every sample comes at least once an epoch, a whole r is exactly
-r times, and with r < 1 every sample comes once in a round of n / D epochs. Draws of one sample in one epoch are numbered, and the
-number is part of their randomness.
+The samples of one source and one bucket are a group. In a group of n samples with rate r = repeats x weight every sample is drawn
+floor(r) times an epoch. Of what is left, f = r - floor(r) of a draw a sample, epoch e has floor((e + 1) n f) - floor(e n f) draws;
+they are the next stretch of an endless sequence of permutations of the group. So E epochs have floor(E n r) draws of the group, with
+no minimum, and the counts of two of its samples differ by at most one. Draws of one sample in one epoch are numbered, and the number,
+its turn, is part of their randomness.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from latentfm.data.sources.base import Sample
 
 
-@dataclass(frozen=True)
-class Part:
-    """A source's samples: their indices, its rate, and the seed of its rounds."""
+def exact(rate: float) -> Fraction:
+    """The rate as it was written: 3 x 0.1 in floating point is 3/10, and not a little more."""
+    return Fraction(rate).limit_denominator(10**9) or Fraction(rate)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The samples of one source and one bucket: their indices [n], their rate, and the seed of their rounds."""
 
     indices: np.ndarray
-    rate: float
+    rate: Fraction
     seed: tuple[int, ...]
+    bucket: int = 0
 
-    @property
-    def draws(self) -> int:
-        """Draws an epoch."""
-        return max(1, round(len(self.indices) * self.rate))
+    def before(self, epoch: int) -> int:
+        """Draws in all epochs before `epoch`."""
+        return epoch * len(self.indices) * self.rate.numerator // self.rate.denominator
 
-    def members(self, epoch: int) -> list[int]:
-        """The sample index of each draw of `epoch`."""
-        n = len(self.indices)
-        whole, rest = divmod(self.draws, n)
-        first, place = divmod(epoch * rest, n)
-        rounds = [np.random.default_rng((*self.seed, turn)).permutation(n) for turn in (first, first + 1)]
-        places = np.concatenate([np.tile(np.arange(n), whole), np.concatenate(rounds)[place : place + rest]])
-        return self.indices[places.astype(int)].tolist()
+    def left_over(self, epoch: int) -> int:
+        """Those of them that are not one of the floor(rate) of each sample."""
+        return self.before(epoch) - epoch * len(self.indices) * int(self.rate)
+
+    def draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sample index, turn) of each draw of `epoch`, two arrays of int32."""
+        n, whole = len(self.indices), int(self.rate)
+        first, last = self.left_over(epoch), self.left_over(epoch + 1)
+        turn, place = divmod(first, n)
+        rest = self.round(turn)[place : place + last - first] if last > first else np.empty(0, dtype=np.int64)
+        more = self.round(turn + 1)[: last - first - len(rest)] if last - first > len(rest) else rest[:0]
+        places = np.concatenate([np.tile(np.arange(n), whole), rest, more])
+        # a sample that ends one round and begins the next has both draws in this epoch
+        turns = [np.repeat(np.arange(whole), n), np.full(len(rest), whole), whole + np.isin(more, rest)]
+        return self.indices[places].astype(np.int32), np.concatenate(turns).astype(np.int32)
+
+    def round(self, number: int) -> np.ndarray:
+        """The order in which round `number` draws the group."""
+        return np.random.default_rng((*self.seed, number)).permutation(len(self.indices))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
-    """The draws of each epoch, from parts that do not overlap."""
+    """The draws of each epoch, by bucket. `Mixture.of` makes it of samples, `Mixture.plain` of their number."""
 
-    parts: tuple[Part, ...]
-    plain: bool  # every sample exactly once: draw i is sample i
-    _made: dict[int, list[tuple[int, int]]] = field(default_factory=dict, compare=False, repr=False)
+    groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], seed: int) -> "Mixture":
-        """The mixture of samples by the share of their source."""
-        groups: dict[str, list[int]] = {}
+    def of(cls, samples: Sequence[Sample], seed: int, buckets: Sequence[int] | np.ndarray | None = None) -> "Mixture":
+        """The mixture of samples by the share of their source, and by bucket: one index a sample, None is one bucket for all.
+
+        A sample in a bucket below 0 is never drawn: it is held out.
+        Where every rate is 1, draw i of an epoch is sample i, or of a bucket its i-th sample.
+        """
+        if buckets is not None and len(buckets) != len(samples):
+            raise ValueError(f"{len(samples)} samples and {len(buckets)} buckets: give one bucket a sample")
+        if all(sample.share.rate == 1 for sample in samples):
+            return cls.plain(len(samples), buckets)
+        names: dict[str, int] = {}
+        rates: list[Fraction] = []
+        sources = np.empty(len(samples), dtype=np.int32)
         for index, sample in enumerate(samples):
-            groups.setdefault(sample.share.source, []).append(index)
-        rates = [samples[indices[0]].share.rate for indices in groups.values()]
-        parts = tuple(
-            Part(np.array(indices), rate, (seed, 11, *name.encode()))
-            for (name, indices), rate in zip(groups.items(), rates, strict=True)
-        )
-        return cls(parts, all(rate == 1 for rate in rates))
+            sources[index] = names.setdefault(sample.share.source, len(names))
+            if len(rates) < len(names):
+                rates.append(exact(sample.share.rate))
+        labels = np.zeros(len(samples), dtype=np.int32) if buckets is None else np.asarray(buckets, dtype=np.int32)
+        groups = []
+        for bucket in np.unique(labels[labels >= 0]).tolist():
+            for (name, source), rate in zip(names.items(), rates, strict=True):
+                indices = np.flatnonzero((labels == bucket) & (sources == source)).astype(np.int32)
+                if len(indices):
+                    text = name.encode()
+                    groups.append(Group(indices, rate, (seed, 11, len(text), *text, bucket), bucket))
+        return cls(tuple(groups))
+
+    @classmethod
+    def plain(cls, count: int, buckets: Sequence[int] | np.ndarray | None = None) -> "Mixture":
+        """`count` samples, each once an epoch; those in a bucket below 0 never."""
+        labels = np.zeros(count, dtype=np.int32) if buckets is None else np.asarray(buckets, dtype=np.int32)
+        found = [(bucket, np.flatnonzero(labels == bucket).astype(np.int32)) for bucket in np.unique(labels[labels >= 0]).tolist()]
+        return cls(tuple(Group(indices, Fraction(1), (), bucket) for bucket, indices in found))
 
     @property
-    def count(self) -> int:
-        """Draws an epoch, of all parts."""
-        return sum(part.draws for part in self.parts)
+    def buckets(self) -> list[int]:
+        """The buckets that have samples, ascending."""
+        return sorted({group.bucket for group in self.groups})
 
-    def draw(self, epoch: int, number: int) -> tuple[int, int]:
-        """(sample index, how many times it was drawn before in this epoch) of draw `number` of `epoch`."""
-        if self.plain:
-            return number, 0
-        if epoch not in self._made:
-            if len(self._made) > 1:  # a batch may lie across two epochs
-                self._made.pop(min(self._made))
-            turns: Counter[int] = Counter()
-            made = []
-            for index in [index for part in self.parts for index in part.members(epoch)]:
-                made.append((index, turns[index]))
-                turns[index] += 1
-            self._made[epoch] = made
-        return self._made[epoch][number]
+    @property
+    def per_epoch(self) -> float:
+        """Draws an epoch, in the mean over many."""
+        return float(sum(len(group.indices) * group.rate for group in self.groups))
+
+    def before(self, epoch: int, bucket: int) -> int:
+        """Draws of a bucket in all epochs before `epoch`."""
+        return sum(group.before(epoch) for group in self.groups if group.bucket == bucket)
+
+    def draws(self, epoch: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sample index, turn) of each draw of a bucket in `epoch`, two arrays of int32, group by group."""
+        found = [group.draws(epoch) for group in self.groups if group.bucket == bucket]
+        return np.concatenate([indices for indices, _ in found]), np.concatenate([turns for _, turns in found])

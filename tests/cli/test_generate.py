@@ -108,6 +108,31 @@ def test_every_option_changes_the_picture(draw, change):
     assert differing == {change[0].removeprefix("--").replace("negative", "negative_prompt")}
 
 
+def test_loras_are_merged_into_the_network(run, draw, tiny_folder, tmp_path):
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    for number, name in enumerate(("first", "second")):
+        stock = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
+        torch.manual_seed(number)
+        stock.transformer.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        stock.save_lora_weights(tmp_path / name, transformer_lora_layers=get_peft_model_state_dict(stock.transformer))
+    base = draw("a cat", "--seed", 3)[0]
+    path = draw("a cat", "--seed", 3, "--lora", "first", "--lora", "second/pytorch_lora_weights.safetensors")[0]
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
+    for name in ("first", "second"):
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+    pipe.set_adapters(["first", "second"])
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32, "max_sequence_length": 256}
+    expected = pipe("a cat", generator=torch.Generator().manual_seed(3), **settings).images[0]
+    assert abs(pixels(path) - np.asarray(expected).astype(int)).max() <= 1 < abs(pixels(path) - pixels(base)).max()
+    assert read_settings(path)["lora"] == ["first", "second/pytorch_lora_weights.safetensors"]
+    (tmp_path / "third").mkdir()
+    refused(run("generate", "a cat", "--model", tiny_folder, "--seed", 1, "--lora", "third"), "third")
+
+
 def test_the_attention_asked_for_computes_the_picture(run, draw, tiny_folder):
     auto, math = (draw("a cat", "--seed", 3, "--attention", name)[0] for name in ("auto", "math"))
     assert abs(pixels(auto) - pixels(math)).max() <= 1 and read_settings(math)["attention"] == "math"
@@ -195,6 +220,7 @@ EARLY = [
     (("cat", "--dtype", "bfloat"), ["'bfloat'", "did you mean 'bfloat16'"]),
     (("cat", "--attention", "flesh"), ["'flesh'", "did you mean 'flash'"]),
     (("cat", "--model", "missing"), ["missing does not exist"]),
+    (("cat", "--lora", "missing"), ["--lora missing does not exist"]),
     (("cat", "--model", "blank.txt"), ["blank.txt is a file"]),
     (("cat", "--model", "run"), ["did you mean run/step-2?"]),
     (("b\udce4r",), ["not valid UTF-8"]),

@@ -155,6 +155,46 @@ def test_what_is_wrong_with_the_configuration_is_said(arguments, tmp_path):
     assert "No such option" in refused(*arguments, "--resum")
 
 
+def test_a_dry_run_says_what_a_run_would_take_and_leaves_nothing(arguments, tmp_path):
+    done = CliRunner().invoke(app, ["train", *arguments, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    for part in (
+        "* train.steps = 2   (default 1000)", "3 pictures, 3 captions", "32 x 32", "2 steps of 2 pictures", "1.333 epochs",
+        "P(no condition) = 0.1000", "2 pictures a step = 1 process x 1 pass x 2 pictures", "every weight", "optimizer", "in all",
+        "fits", str(tmp_path / "run" / "model"),
+    ):  # fmt: skip
+        assert part in done.stdout, part
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_in_json_is_the_same_as_tables(arguments):
+    done = CliRunner().invoke(app, ["train", *arguments, "--dry-run", "--json", "--gpu", "A100", "--gpus", "2", "--shard", "full"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["data"]["pictures"] == 3 and found["batch"]["processes"] == found["batch"]["processes a copy of the weights"] == 2
+    assert found["memory"]["device"] == "A100" and found["time"]["hours"] > 0
+
+
+def test_a_dry_run_refuses_what_a_run_would(arguments, tmp_path):
+    line = refused(*arguments, "data.size=33", "train.blocks=7", "--dry-run")
+    assert "2 things are wrong" in line and "data.size 33" in line and "train.blocks '7'" in line
+    assert "2 does not divide by 3 processes" in refused(*arguments, "--dry-run", "--gpus", "3")
+    assert "--gpu goes with --dry-run" in refused(*arguments, "--gpu", "h100")
+    assert "--json goes with --dry-run" in refused(*arguments, "--json")
+    assert "did you mean 'h100'" in refused(*arguments, "--dry-run", "--gpu", "h10")
+    assert "--shard 'ful' does not exist" in refused(*arguments, "--dry-run", "--shard", "ful")
+    assert "--gpus 0 must be at least 1" in refused(*arguments, "--dry-run", "--gpus", "0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_speaks_once_over_all_processes(arguments, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, spoken in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        done = CliRunner().invoke(app, ["train", *arguments, "--dry-run"])
+        assert done.exit_code == 0 and bool(done.stdout) is spoken
+
+
 @pytest.mark.parametrize("where", ["output.folder", "data.cache"])
 def test_a_place_that_cannot_be_written_is_named(arguments, tmp_path, where):
     (tmp_path / "file").write_text("")

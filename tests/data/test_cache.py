@@ -1,29 +1,30 @@
-"""The cache: a changed input is a miss, an unchanged one a hit, a damaged entry is made again, and nothing is half-written."""
+"""The cache: what is written comes back to the bit or not at all, whoever writes beside, and nothing damaged is ever taken for good."""
 
-import copy
 import multiprocessing
-import shutil
+import os
+import pickle
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from faults import files_no_larger_than
-from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from latentfm.config import DataOptions, ModelOptions
-from latentfm.data.cache import Cache, checksum, fingerprint, key_of, tokenizer_fingerprint
-from latentfm.data.sources import read_folder
+from latentfm.data import cache as cache_module
+from latentfm.data.cache import Cache, fingerprint, key_of
+from latentfm.data.cache_file import Damaged, Layout, read_shard, write_shard
 from latentfm.errors import InputError
-from latentfm.training.prepare import CachedDataset, load_models
 
-KEY, OTHER = key_of("one"), key_of("two")
+KEY, OTHER, THIRD = key_of("one"), key_of("two"), key_of("three")
 
 
-def entry(seed=0):
+def entry(seed=0, shape=(4, 3, 3)):
     generator = torch.Generator().manual_seed(seed)
-    return {"moments": torch.randn(4, 3, 3, generator=generator), "half": torch.randn(5, generator=generator).to(torch.bfloat16)}
+    return {"moments": torch.randn(shape, generator=generator), "more": torch.randn(5, generator=generator)}
 
 
 def same(first, second):
@@ -34,130 +35,239 @@ def files_in(folder):
     return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
 
+def flip(path, place, bit=0x10):
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ bit]))
+
+
+def place_of(path, key):
+    """The first byte of an entry in its shard."""
+    (row,) = [row for row in read_shard(path).rows if row["key"].ljust(32, b"\0").hex() == key]
+    return int(row["offset"])
+
+
 # Entries
 
 
-def test_an_entry_comes_back_to_the_bit(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_an_entry_comes_back_to_the_bit(tmp_path, dtype):
     cache = Cache(tmp_path)
-    tensors = entry() | {"scalar": torch.tensor(3.0), "empty": torch.zeros(0), "turned": torch.arange(6.0).view(2, 3).T}
+    tensors = {"a": torch.arange(12).view(3, 4).T, "scalar": torch.tensor(3), "empty": torch.zeros(0), "wide": torch.arange(7)}
+    tensors = {name: value.to(dtype) for name, value in tensors.items()}
     assert not cache.whole(KEY)
     with pytest.raises(KeyError):
         cache.read(KEY)
-    cache.write(KEY, tensors)
-    assert cache.whole(KEY) and same(cache.read(KEY), tensors)
-    assert cache.path(KEY) == tmp_path / KEY[:2] / f"{KEY}.safetensors"
-    cache.write(KEY, entry(1))
-    assert same(cache.read(KEY), entry(1)) and files_in(tmp_path) == [f"{KEY}.safetensors"]
+    path = cache.write("prompts", {KEY: tensors, OTHER: {"unreadable": torch.zeros(0, dtype=dtype)}})
+    for reading in (cache, Cache(tmp_path)):
+        assert reading.whole(KEY) and same(reading.read(KEY), tensors)
+        assert same(reading.read(OTHER), {"unreadable": torch.zeros(0, dtype=dtype)})
+    assert path.parent == tmp_path / "prompts" and len(path.stem) == 32 and files_in(tmp_path) == [path.name]
 
 
-def test_every_changed_byte_of_an_entry_is_noticed(tmp_path):
-    cache = Cache(tmp_path)
-    cache.write(KEY, entry())
-    good = cache.path(KEY).read_bytes()
-    data = len(good) - sum(value.numel() * value.element_size() for value in entry().values())
-    for place in (*range(0, data, 7), *range(data, len(good))):
-        bad = bytearray(good)
-        bad[place] ^= 0x10
-        cache.path(KEY).write_bytes(bad)
-        try:
-            got = cache.read(KEY)
-        except InputError as error:
-            assert str(cache.path(KEY)) in str(error) and "made anew" in str(error)
-        else:
-            assert place < data and same(got, entry())  # white space of the header; no value can differ
-    cache.path(KEY).write_bytes(good)
-    assert cache.whole(KEY)
+def test_a_shard_is_a_safetensors_file_that_names_its_entries(tmp_path):
+    made = {KEY: entry(0), OTHER: entry(1, (2, 2, 7)), THIRD: {"unreadable": torch.zeros(0)}}
+    path = Cache(tmp_path).write("moments", made)
+    loaded = load_file(path)
+    assert loaded.pop("table").dtype == torch.uint8
+    assert same(loaded, {f"{key}/{name}": value for key, tensors in made.items() for name, value in tensors.items()})
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor(f"{OTHER}/more"), made[OTHER]["more"])
 
 
-@pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
-def test_a_truncated_entry_is_noticed_and_repaired(tmp_path, keep):
-    cache = Cache(tmp_path)
-    cache.write(KEY, entry())
-    cache.write(OTHER, entry(1))
-    good = cache.path(KEY).read_bytes()
-    cache.path(KEY).write_bytes(good[: int(len(good) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(InputError, match="damaged"):
-        cache.read(KEY)
-    assert not cache.whole(KEY)
-    asked = []
-    assert cache.fill([(KEY, 0), (OTHER, 1)], lambda items: asked.extend(items) or [entry(i) for i in items], batch_size=4) == 1
-    assert asked == [0] and same(cache.read(KEY), entry()) and cache.path(KEY).read_bytes() == good
-
-
-def test_an_entry_without_a_checksum_is_not_trusted(tmp_path):
-    from safetensors.torch import save_file
-
-    cache = Cache(tmp_path)
-    cache.path(KEY).parent.mkdir()
-    save_file(entry(), cache.path(KEY))
-    with pytest.raises(InputError, match="checksum"):
-        cache.read(KEY)
-
-
-def test_the_checksum_covers_names_types_shapes_and_values():
-    base = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
-    others = [
-        {"a": torch.zeros(3, 2), "b": torch.ones(2)}, {"c": torch.zeros(2, 3), "b": torch.ones(2)}, {"a": torch.zeros(2, 3)},
-        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(2)}, {"a": torch.zeros(2, 3), "b": torch.tensor([1.0, 2.0])},
-    ]  # fmt: skip
-    assert len({checksum(tensors) for tensors in (base, *others)}) == 6
-    assert checksum(dict(reversed(base.items()))) == checksum(base)
-
-
-def test_a_full_disk_leaves_no_half_entry_and_the_old_one(tmp_path):
-    cache = Cache(tmp_path)
-    cache.write(KEY, entry())
-    for key in (KEY, OTHER):
-        with files_no_larger_than(10_000), pytest.raises(OSError, match=f"{cache.path(key)}.*free some space"):
-            cache.write(key, {"moments": torch.zeros(100_000)})
-    assert files_in(tmp_path) == [f"{KEY}.safetensors"] and same(cache.read(KEY), entry())
-
-
-def test_an_entry_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
-    cache = Cache(tmp_path)
-    (cache.path(KEY) / "in the way").mkdir(parents=True)
-    with pytest.raises(OSError, match="could not write the cache entry"):
-        cache.write(KEY, entry())
+@pytest.mark.parametrize("tensors", [
+    {"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.int64)}, {"a": torch.zeros(1, dtype=torch.float64)}, {},
+])  # fmt: skip
+def test_an_entry_has_one_dtype_that_the_cache_keeps(tmp_path, tensors):
+    with pytest.raises(ValueError, match="one dtype of F32, BF16"):
+        Cache(tmp_path).write("moments", {KEY: tensors})
     assert files_in(tmp_path) == []
 
 
-def write_often(folder, seed, barrier):
-    cache = Cache(folder)
-    barrier.wait()
-    for _ in range(60):
-        cache.write(KEY, entry(seed))
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_a_batch_is_the_entries_in_the_order_asked_for(tmp_path, monkeypatch, system):
+    if system == "macOS":
+        monkeypatch.delattr(os, "preadv")
+    cache, keys = Cache(tmp_path), [key_of(str(i)) for i in range(40)]
+    for part in range(4):
+        cache.write("moments", {key: entry(i) for i, key in enumerate(keys) if i % 4 == part})
+    entries = cache.entries(keys)
+    batch = entries.stack([7, 0, 39, 7])
+    for row, i in enumerate([7, 0, 39, 7]):
+        assert same({name: value[row] for name, value in batch.items()}, entry(i))
+    assert same(pickle.loads(pickle.dumps(entries)).read(5), entry(5))
+    with pytest.raises(KeyError, match=key_of("none")):
+        cache.entries([*keys, key_of("none")])
+    cache.write("moments", {KEY: entry(0, (1, 2, 2))})
+    with pytest.raises(ValueError, match="one layout"):
+        cache.entries([keys[0], KEY]).stack([0, 1])
 
 
-def test_writers_of_one_entry_at_once_do_not_disturb_each_other(tmp_path):
-    """Three threads and two processes; a reader meanwhile sees nothing, or one whole version."""
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(5)
-    failed = []
+def test_few_files_are_open_however_many_shards_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "OPEN_FILES", 3)
+    cache, keys = Cache(tmp_path), [key_of(str(i)) for i in range(20)]
+    for i, key in enumerate(keys):
+        cache.write("moments", {key: entry(i)})
+    entries, before = cache.entries(keys), len(os.listdir("/proc/self/fd"))
+    for i in [*range(20), *range(20)]:
+        assert same(entries.read(i), entry(i))
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    del entries
+    assert len(os.listdir("/proc/self/fd")) == before
 
-    def thread(seed):
-        try:
-            write_often(tmp_path, seed, barrier)
-        except Exception as error:
-            failed.append(error)
 
-    workers = [context.Process(target=write_often, args=(tmp_path, seed, barrier)) for seed in (0, 1)]
-    for worker in workers:
-        worker.start()
-    workers += [threading.Thread(target=thread, args=(seed,)) for seed in (2, 3, 4)]
-    for worker in workers[2:]:
-        worker.start()
-    cache, seen = Cache(tmp_path), set()
-    while any(worker.is_alive() for worker in workers):
-        try:
-            got = cache.read(KEY)
-        except KeyError:
-            continue
-        (version,) = [seed for seed in range(5) if same(got, entry(seed))]
-        seen.add(version)
-    for worker in workers:
-        worker.join()
-    assert not failed and all(worker.exitcode == 0 for worker in workers[:2])
-    assert seen and files_in(tmp_path) == [f"{KEY}.safetensors"]
+def test_keys_that_end_in_zeros_or_share_their_beginning_are_kept_apart(tmp_path):
+    cache = Cache(tmp_path)
+    keys = ["00" * 32, "ab" + "00" * 31, "ab00" + "00" * 29 + "01", "ab" * 32, "ab" * 31 + "00", "ff" * 32]
+    cache.write("moments", {key: entry(i) for i, key in enumerate(keys)})
+    for i, key in enumerate(keys):
+        assert same(cache.read(key), entry(i))
+        assert cache.entries([key]).key(0).hex() == key
+    assert cache.find(["ab" * 30 + "0000", "00" * 31 + "01"]).tolist() == [-1, -1]
+
+
+# Damage
+
+
+def test_every_changed_byte_of_a_shard_is_noticed_or_changes_nothing(tmp_path):
+    made = {KEY: entry(0, (2, 2, 2)), OTHER: entry(1, (2, 2, 2))}
+    path = Cache(tmp_path).write("moments", made)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    data = min(place_of(path, key) for key in made)
+    for place in (*range(8), *range(8, header, 11), *range(header, len(good))):
+        for leftover in path.parent.iterdir():
+            leftover.unlink()
+        path.write_bytes(good)
+        flip(path, place)
+        cache = Cache(tmp_path)
+        for key, tensors in made.items():
+            try:
+                assert same(cache.read(key), tensors)
+            except (KeyError, InputError):
+                assert not cache.whole(key) and place not in range(8, header)  # the names are for other readers, ours are in the table
+            else:
+                inside = place_of(path, key)
+                assert not inside <= place < inside + 52 and not header <= place < data
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, 0.5, -1])
+def test_a_truncated_shard_is_set_aside_by_name_and_its_entries_are_made_again(tmp_path, keep, caplog):
+    cache = Cache(tmp_path)
+    path = cache.write("moments", {KEY: entry(), OTHER: entry(1)})
+    kept = cache.write("moments", {THIRD: entry(2)})
+    good = path.read_bytes()
+    path.write_bytes(good[: int(len(good) * keep) if isinstance(keep, float) else keep])
+    again, asked = Cache(tmp_path), []
+    wanted = [(KEY, 0), (OTHER, 1), (THIRD, 2)]
+    assert again.fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], batch_size=4) == 2
+    assert asked == [0, 1] and str(path) in caplog.text and "set aside" in caplog.text
+    assert all(same(again.read(key), entry(i)) for key, i in wanted)
+    assert {f"{path.name}.damaged", kept.name} < set(files_in(tmp_path)) and len(files_in(tmp_path)) == 3
+    assert again.leftovers() == [path.with_name(f"{path.name}.damaged")]
+
+
+def test_a_longer_shard_is_not_trusted(tmp_path):
+    path = Cache(tmp_path).write("moments", {KEY: entry()})
+    with path.open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(Damaged, match="1 bytes follow its end"):
+        read_shard(path)
+    assert not Cache(tmp_path).whole(KEY)
+
+
+def test_a_damaged_entry_is_made_again_and_the_new_one_wins_whatever_the_clock_says(tmp_path, caplog):
+    cache = Cache(tmp_path)
+    path = cache.write("moments", {KEY: entry(0), OTHER: entry(1)})
+    flip(path, place_of(path, OTHER) + 7)
+    os.utime(path, (2**31, 2**31))  # written in the future
+    asked, wanted = [], [(KEY, 0), (OTHER, 1)]
+    for run, made in enumerate((1, 0)):
+        again = Cache(tmp_path)
+        assert again.fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == made, run
+        for new in set((tmp_path / "moments").glob("*.safetensors")) - {path}:
+            os.utime(new, (0, 0))
+    assert asked == [1] and same(Cache(tmp_path).read(OTHER), entry(1)) and same(Cache(tmp_path).read(KEY), entry(0))
+    assert path.with_suffix(".lost").read_text().split() == [OTHER] and OTHER in caplog.text and str(path) in caplog.text
+
+
+def test_an_entry_with_another_good_copy_is_read_from_there(tmp_path):
+    cache = Cache(tmp_path)
+    paths = [cache.write("moments", {KEY: entry()}) for _ in range(3)]
+    entries = cache.entries([KEY])
+    for path in paths[:2]:
+        flip(path, place_of(path, KEY))
+    assert same(entries.read(0), entry()) and same(entries.read(0), entry())
+    assert same(cache.read(KEY), entry())
+    flip(paths[2], place_of(paths[2], KEY))
+    with pytest.raises(InputError, match=f"{KEY} in .* is damaged .*made anew"):
+        Cache(tmp_path).read(KEY)
+
+
+def test_damage_on_a_disk_that_cannot_be_written_is_still_damage(tmp_path, monkeypatch, caplog):
+    cache = Cache(tmp_path)
+    path = cache.write("moments", {KEY: entry()})
+    flip(path, place_of(path, KEY))
+    path.with_suffix(".lost").mkdir()  # in the way of the note
+    with pytest.raises(InputError, match="damaged"):
+        cache.read(KEY)
+    assert Cache(tmp_path).fill("moments", [(KEY, 0)], lambda items: [entry(i) for i in items], 1) == 1
+    assert same(cache.read(KEY), entry()) and "could not note" in caplog.text
+
+
+def test_a_shard_that_went_while_it_was_used_is_an_error_that_names_it(tmp_path):
+    cache = Cache(tmp_path)
+    path = cache.write("moments", {KEY: entry()})
+    entries = cache.entries([KEY])
+    path.unlink()
+    with pytest.raises(InputError, match=f"{path} is damaged .No such file"):
+        entries.read(0)
+
+
+def test_without_verify_only_presence_and_size_are_looked_at(tmp_path):
+    cache = Cache(tmp_path)
+    path = cache.write("moments", {KEY: entry(), OTHER: entry(1)})
+    flip(path, place_of(path, KEY))
+    wanted = [(KEY, 0), (OTHER, 1)]
+    assert Cache(tmp_path).fill("moments", wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 0
+    with pytest.raises(InputError, match="damaged"):
+        Cache(tmp_path).read(KEY)
+    assert Cache(tmp_path).fill("moments", wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 1
+
+
+def test_no_entry_is_taken_for_another(tmp_path):
+    """A table whose rows point to each other's bytes, with a good checksum of its own."""
+    path = tmp_path / "moments" / f"{'0' * 32}.safetensors"
+    write_shard(path, {KEY: entry(0), OTHER: entry(1)})
+    shard = read_shard(path)
+    entries = Cache(tmp_path).entries([KEY, OTHER])
+    entries.rows["offset"] = entries.rows["offset"][::-1].copy()
+    for number in (0, 1):
+        assert entries.check(number) == "it fails its checksum"
+    entries.rows["crc"] = entries.rows["crc"][::-1].copy()  # the bytes' own checksum: the key is part of it
+    for number in (0, 1):
+        assert entries.check(number) == "it fails its checksum"
+    assert len(shard.layouts) == 1
+
+
+def test_the_checksum_covers_key_names_types_shapes_and_values():
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.ones(2)}, {"c": torch.zeros(2, 3), "b": torch.ones(2)}, {"a": torch.zeros(2, 3)},
+        {name: value.to(torch.bfloat16) for name, value in base.items()}, {"a": torch.zeros(2, 3), "b": torch.tensor([1.0, 2.0])},
+    ]  # fmt: skip
+
+    def crc(tensors, key=KEY):
+        layout = Layout.of(tensors)
+        return layout.crc(bytes.fromhex(key), *(tensors[name].view(torch.uint8).numpy().tobytes() for name, _ in layout.shapes))
+
+    assert len({*map(crc, (base, *others)), crc(base, OTHER)}) == 7
+    assert crc(dict(reversed(base.items()))) == crc(base)
+
+
+# Filling
 
 
 def test_fill_makes_what_is_missing_in_batches_and_reports_all(tmp_path):
@@ -168,11 +278,46 @@ def test_fill_makes_what_is_missing_in_batches_and_reports_all(tmp_path):
         calls.append(list(items))
         return [entry(i) for i in items]
 
-    cache.write(wanted[3][0], entry(3))
-    assert cache.fill(wanted, make, 4, settled.append) == 9
+    cache.write("moments", {wanted[3][0]: entry(3)})
+    assert cache.fill("moments", wanted, make, 4, settled.append) == 9
     assert calls == [[0, 1, 2, 4], [5, 6, 7, 8], [9]] and sum(settled) == 10
     assert all(same(cache.read(key), entry(i)) for key, i in wanted)
-    assert cache.fill(wanted, make, 4) == 0 and len(calls) == 3
+    assert cache.fill("moments", wanted, make, 4) == 0 and len(calls) == 3
+    assert len(files_in(tmp_path)) == 2
+
+
+def test_items_are_loaded_ahead_in_order_and_only_the_missing_ones(tmp_path):
+    cache, loaded = Cache(tmp_path), []
+    wanted = [(key_of(str(i)), i) for i in range(30)]
+    cache.write("moments", {key: entry(i) for key, i in wanted[::2]})
+
+    def load(i):
+        time.sleep(0.01 * (i % 5))
+        loaded.append(i)
+        return i
+
+    assert cache.fill("moments", wanted, lambda items: [entry(i) for i in items], 4, load=load, threads=3) == 15
+    assert sorted(loaded) == list(range(1, 30, 2)) and all(same(cache.read(key), entry(i)) for key, i in wanted)
+
+
+def test_shards_are_bounded_in_size_and_in_the_work_they_hold(tmp_path, monkeypatch):
+    wanted = [(key_of(str(i)), i) for i in range(12)]
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 3 * 41 * 4)
+    Cache(tmp_path / "size").fill("moments", wanted, lambda items: [entry(i) for i in items], 12)
+    shards = [read_shard(path) for path in (tmp_path / "size").rglob("*.safetensors")]
+    assert [len(shard.rows) for shard in shards] == [3] * 4
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 2**30)
+    monkeypatch.setattr(cache_module, "SHARD_SECONDS", 0.05)
+
+    def slowly(items):
+        time.sleep(0.03)
+        return [entry(i) for i in items]
+
+    Cache(tmp_path / "time").fill("moments", wanted, slowly, 1)
+    assert all(len(read_shard(path).rows) <= 4 for path in (tmp_path / "time").rglob("*.safetensors"))
+    mixed = [(key_of(str(i)), torch.float32 if i % 2 else torch.bfloat16) for i in range(4)]
+    Cache(tmp_path / "types").fill("moments", mixed, lambda items: [{"a": torch.zeros(1, dtype=dtype)} for dtype in items], 4)
+    assert all(len(read_shard(path).layouts) == 1 for path in (tmp_path / "types").rglob("*.safetensors"))
 
 
 def test_a_fill_that_fails_keeps_what_was_made(tmp_path):
@@ -184,8 +329,126 @@ def test_a_fill_that_fails_keeps_what_was_made(tmp_path):
         return [entry(i) for i in items]
 
     with pytest.raises(RuntimeError, match="stop"):
-        cache.fill([(key_of(str(i)), i) for i in range(4)], make, 2)
+        cache.fill("moments", [(key_of(str(i)), i) for i in range(4)], make, 2)
     assert [cache.whole(key_of(str(i))) for i in range(4)] == [True, True, False, False]
+
+
+def test_a_full_disk_leaves_no_half_shard_and_what_was_there(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    before = cache.write("moments", {KEY: entry()})
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 200_000)
+    wanted = [(key_of(f"large {i}"), i) for i in range(4)]
+    with files_no_larger_than(300_000), pytest.raises(InputError, match=f"could not write {tmp_path}.*free some space"):
+        cache.fill("moments", [(OTHER, 0), *wanted], lambda items: [{"a": torch.zeros(60_000 if i < 3 else 200_000)} for i in items], 1)
+    assert sum(cache.whole(key) for key, _ in [(OTHER, 0), *wanted]) == 4  # those in shards that fitted
+    assert same(cache.read(KEY), entry()) and before.name in files_in(tmp_path)
+    assert all(name.endswith(".safetensors") for name in files_in(tmp_path)) and cache.leftovers() == []
+
+
+def fill_slowly(folder, started, seconds):
+    cache_module.SHARD_BYTES = 5 * 41 * 4  # five entries a shard
+
+    def make(items):
+        started.set()
+        time.sleep(seconds)
+        return [entry(i) for i in items]
+
+    Cache(folder).fill("moments", [(key_of(str(i)), i) for i in range(40)], make, 2)
+
+
+def test_a_fill_that_is_killed_loses_its_last_shard_alone(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    worker = context.Process(target=fill_slowly, args=(tmp_path, started, 0.02))
+    worker.start()
+    started.wait()
+    while len(list(tmp_path.rglob("*.safetensors"))) < 3:
+        time.sleep(0.005)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    kept = sum(len(read_shard(path).rows) for path in tmp_path.rglob("*.safetensors"))
+    assert 15 <= kept < 40
+    asked, wanted = [], [(key_of(str(i)), i) for i in range(40)]
+    assert Cache(tmp_path).fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == 40 - kept
+    assert asked == list(range(kept, 40)) and all(Cache(tmp_path).whole(key) for key, _ in wanted)
+
+
+def write_often(folder, seed, barrier):
+    cache = Cache(folder)
+    barrier.wait()
+    for number in range(20):
+        cache.write("moments", {key_of(f"{seed} {number}"): entry(seed), KEY: entry(9)})
+
+
+def test_writers_of_one_folder_at_once_do_not_disturb_each_other(tmp_path):
+    """Three threads and two processes; a reader meanwhile sees whole entries only."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(5)
+    workers = [context.Process(target=write_often, args=(tmp_path, seed, barrier)) for seed in (0, 1)]
+    for worker in workers:
+        worker.start()
+    workers += [threading.Thread(target=write_often, args=(tmp_path, seed, barrier)) for seed in (2, 3, 4)]
+    for worker in workers[2:]:
+        worker.start()
+    cache, seen = Cache(tmp_path), 0
+    while any(worker.is_alive() for worker in workers):
+        cache.refresh()
+        for place in range(0, len(cache.index), 7):
+            assert cache.at(np.array([place])).check(0) is None
+            seen += 1
+    for worker in workers:
+        worker.join()
+    assert seen and all(worker.exitcode == 0 for worker in workers[:2])
+    assert all(same(cache.read(key_of(f"{seed} {number}")), entry(seed)) for seed in range(5) for number in (0, 19))
+    assert len(files_in(tmp_path)) == 100 and same(cache.read(KEY), entry(9))
+
+
+def read_all(folder, entries, order, failed):
+    if not all(same(entries.read(i), entry(i)) for i in order):
+        failed.set()
+
+
+def test_forked_processes_read_the_same_entries_at_once(tmp_path):
+    cache, keys = Cache(tmp_path), [key_of(str(i)) for i in range(60)]
+    for part in range(3):
+        cache.write("moments", {key: entry(i) for i, key in enumerate(keys) if i % 3 == part})
+    entries = cache.entries(keys)
+    assert same(entries.read(0), entry(0))  # its file is open before the fork
+    context = multiprocessing.get_context("fork")
+    failed = context.Event()
+    orders = [np.random.default_rng(seed).permutation(60).tolist() * 5 for seed in range(4)]
+    workers = [context.Process(target=read_all, args=(tmp_path, entries, order, failed)) for order in orders]
+    for worker in workers:
+        worker.start()
+    read_all(tmp_path, entries, orders[0], failed)
+    for worker in workers:
+        worker.join()
+    assert not failed.is_set() and all(worker.exitcode == 0 for worker in workers)
+
+
+# What is not the cache's
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    cache = Cache(tmp_path)
+    (tmp_path / "moments").mkdir()
+    mine = tmp_path / "moments" / "my weights.safetensors"
+    save_file({"a": torch.zeros(3)}, mine)
+    (tmp_path / "notes.txt").write_text("mine")
+    cache.write("moments", {KEY: entry()})
+    cache.drop(KEY)
+    assert not cache.whole(KEY) and cache.fill("moments", [(KEY, 0)], lambda items: [entry(0)], 1) == 1
+    assert mine.exists() and (tmp_path / "notes.txt").read_text() == "mine" and cache.leftovers() == []
+
+
+def test_entries_of_the_first_layout_are_noticed_and_left_alone(tmp_path):
+    cache = Cache(tmp_path)
+    cache.write("moments", {KEY: entry()})
+    assert not cache.old_entries()
+    old = tmp_path / KEY[:2] / f"{KEY}.safetensors"
+    old.parent.mkdir()
+    save_file(entry(), old)
+    assert cache.old_entries() and old.exists()
 
 
 # Keys
@@ -196,160 +459,7 @@ def test_a_key_keeps_its_parts_apart():
     assert key_of("é", "x") == key_of("é", "x") and len(key_of("x")) == 64
 
 
-@pytest.fixture(scope="module")
-def models(tiny_folder):
-    return load_models(ModelOptions(pipeline=str(tiny_folder)))
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for index, caption in enumerate(("a red apple", "a blue car\ntwo cars")):
-        rng = np.random.default_rng(index)
-        Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(caption)
-    return folder
-
-
-def cached(pictures, models, lengths=(8,), **options):
-    given = DataOptions(folder=str(pictures), cache=str(pictures.parent / "cache"), **options)
-    return CachedDataset(read_folder(pictures), models, given, lengths)
-
-
-def keys(data):
-    """Every key of a dataset, by what it is for."""
-    images = {(sample.id, flip): data.image_key(sample, flip) for sample in data.dataset.samples for flip in data.flips}
-    texts = {(c, n): data.caption_key(c, n) for sample in data.dataset.samples for c in sample.captions for n in data.lengths}
-    return images | texts
-
-
-class Quiet:
-    def __getattr__(self, name):
-        return lambda *arguments, **more: 0
-
-
-def fill(data):
-    """Fills the cache; returns how many entries were made."""
-    before = {p: p.stat().st_mtime_ns for p in data.cache.folder.rglob("*.safetensors")}
-    data.fill(Accelerator(cpu=True), Quiet())
-    return sum(before.get(p) != p.stat().st_mtime_ns for p in data.cache.folder.rglob("*.safetensors"))
-
-
-def test_nothing_changed_is_a_hit(pictures, models):
-    assert fill(cached(pictures, models)) == 5  # two pictures, three captions
-    assert fill(cached(pictures, models)) == 0
-    moved = pictures.parent / "moved" / "deeper"
-    shutil.copytree(pictures, moved)
-    (moved / "0.png").rename(moved / "renamed.png")
-    (moved / "0.txt").rename(moved / "renamed.txt")
-    again = CachedDataset(read_folder(moved), models, DataOptions(folder=str(moved), cache=str(pictures.parent / "cache")), (8,))
-    assert fill(again) == 0  # paths and names are no part of a key
-
-
-def test_a_changed_byte_of_a_picture_is_a_miss_and_only_its_own(pictures, models):
-    before = keys(cached(pictures, models))
-    fill(cached(pictures, models))
-    with (pictures / "0.png").open("ab") as file:
-        file.write(b"\0")
-    after = keys(cached(pictures, models))
-    assert {name for name in before if before[name] != after[name]} == {("0.png", False)}
-    assert fill(cached(pictures, models)) == 1
-
-
-def test_two_pictures_of_one_stem_or_swapped_names_never_share(pictures, models):
-    before = keys(cached(pictures, models))
-    (pictures / "0.png").rename(pictures / "x.png")
-    (pictures / "1.png").rename(pictures / "0.png")
-    (pictures / "x.png").rename(pictures / "1.png")
-    after = keys(cached(pictures, models))
-    assert after[("0.png", False)] == before[("1.png", False)] != before[("0.png", False)]
-
-
-@pytest.mark.parametrize("options", [{"size": 24}, {"size": (32, 24)}, {"size": (24, 32)}])
-def test_another_transform_is_a_miss_for_pictures_alone(pictures, models, options):
-    before, after = keys(cached(pictures, models)), keys(cached(pictures, models, **options))
-    assert {name for name in before if before[name] != after[name]} == {("0.png", False), ("1.png", False)}
-
-
-def test_flips_have_their_own_entries_of_the_mirrored_picture(pictures, models):
-    data = cached(pictures, models, flip=True)
-    assert len(set(keys(data).values())) == 2 * 2 + 3
-    assert fill(data) == 7
-    sample = data.dataset.samples[0]
-    plain, flipped = (data.cache.read(data.image_key(sample, flip))["moments"] for flip in (False, True))
-    with Image.open(pictures / "0.png") as picture:
-        picture.crop((0, 4, 32, 36)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pictures / "0.png")
-    mirrored = cached(pictures, models)
-    fill(mirrored)
-    torch.testing.assert_close(mirrored.cache.read(mirrored.image_key(sample, False))["moments"], flipped)
-    assert (plain - flipped).abs().max() > 0.1
-
-
-def test_another_caption_or_length_is_a_miss_of_its_own(pictures, models):
-    before = keys(cached(pictures, models))
-    (pictures / "1.txt").write_text("a blue car\ntwo cars ")  # white space at the end is removed by the reader
-    assert keys(cached(pictures, models)) == before
-    (pictures / "1.txt").write_text("a blue car\nTwo cars")
-    after = keys(cached(pictures, models))
-    assert set(before) ^ set(after) == {("two cars", 8), ("Two cars", 8)}
-    assert after[("Two cars", 8)] not in before.values()
-    longer = keys(cached(pictures, models, lengths=(8, 9)))
-    assert longer[("a blue car", 9)] != longer[("a blue car", 8)] == before[("a blue car", 8)]
-
-
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_another_weight_of_an_encoder_is_a_miss_for_captions_alone(pictures, models, which):
-    before = keys(cached(pictures, models))
-    changed = copy.copy(models)
-    changed.encoder = copy.copy(models.encoder)
-    encoders = [copy.deepcopy(e) for e in models.encoder.encoders]
-    changed.encoder.encoders = tuple(encoders)
-    assert keys(cached(pictures, changed)) == before
-    with torch.no_grad():
-        parameter = list(encoders[which].parameters())[-1]
-        parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0))  # the last bit of one weight
-    after = keys(cached(pictures, changed))
-    assert {name for name in before if before[name] == after[name]} == {("0.png", False), ("1.png", False)}
-
-
-def test_another_vae_is_a_miss_for_pictures_alone(pictures, models):
-    before = keys(cached(pictures, models))
-    changed = copy.copy(models)
-    changed.vae = copy.deepcopy(models.vae)
-    with torch.no_grad():
-        changed.vae.encoder.conv_in.bias[0] += 1e-6
-    after = keys(cached(pictures, changed))
-    assert {name for name in before if before[name] != after[name]} == {("0.png", False), ("1.png", False)}
-
-
-@pytest.mark.parametrize("change", ["vocabulary", "padding", "length", "absent"])
-def test_another_tokenizer_is_a_miss_for_captions_alone(pictures, models, change):
-    before = keys(cached(pictures, models))
-    tokenizer = copy.deepcopy(models.encoder.tokenizers[1])
-    if change == "vocabulary":
-        tokenizer.add_tokens(["apple-like"])
-    elif change == "padding":
-        tokenizer.pad_token = "a"
-    elif change == "length":
-        tokenizer.model_max_length = 15
-    changed = copy.copy(models)
-    changed.encoder = copy.copy(models.encoder)
-    changed.encoder.tokenizers = (models.encoder.tokenizers[0], None if change == "absent" else tokenizer, models.encoder.tokenizers[2])
-    after = keys(cached(pictures, changed))
-    assert {name for name in before if before[name] == after[name]} == {("0.png", False), ("1.png", False)}
-
-
-def test_using_a_tokenizer_does_not_change_its_fingerprint(models):
-    for tokenizer in models.encoder.tokenizers:
-        before = tokenizer_fingerprint(tokenizer)
-        tokenizer(["a red apple"], padding="max_length", max_length=5, truncation=True)
-        assert tokenizer_fingerprint(tokenizer) == before
-    assert len({tokenizer_fingerprint(t) for t in models.encoder.tokenizers}) == 3
-    assert tokenizer_fingerprint(None) == fingerprint(None) == "absent"
-
-
-def test_a_fingerprint_sees_configuration_names_types_and_scalars(models):
+def test_a_fingerprint_sees_configuration_names_types_and_scalars():
     class Module(torch.nn.Module):
         def __init__(self, config, **buffers):
             super().__init__()
@@ -363,40 +473,5 @@ def test_a_fingerprint_sees_configuration_names_types_and_scalars(models):
     ]  # fmt: skip
     assert len({fingerprint(module) for module in made}) == 6
     assert fingerprint(Module({"a": 1, "_name_or_path": "here"}, x=torch.zeros(2))) == fingerprint(made[0])
-    assert fingerprint(models.vae) == fingerprint(copy.deepcopy(models.vae))
 
 
-def test_entries_are_what_the_encoders_give(pictures, models):
-    data = cached(pictures, models, lengths=(8, 5))
-    fill(data)
-    for sample in data.dataset.samples:
-        with Image.open(sample.path) as picture:
-            pixels = torch.from_numpy(np.array(picture.crop((0, 4, 32, 36)))).permute(2, 0, 1)[None] / 127.5 - 1
-        with torch.no_grad():
-            posterior = models.vae.encode(pixels).latent_dist
-        moments = data.cache.read(data.image_key(sample, False))["moments"]
-        torch.testing.assert_close(moments[None], torch.cat([posterior.mean, posterior.logvar], dim=1), rtol=1e-4, atol=1e-5)
-        for caption in sample.captions:
-            for length in (8, 5):
-                parts = models.encoder.encode([caption], length)
-                got = data.cache.read(data.caption_key(caption, length))
-                assert got.keys() == {name for name, _ in parts.items()}
-                for name, value in parts.items():
-                    torch.testing.assert_close(got[name].float(), value[0], rtol=1e-2, atol=1e-3)  # kept in bfloat16
-                    assert got[name].dtype == torch.bfloat16
-
-
-def test_a_damaged_entry_of_a_dataset_is_repaired_by_the_next_run(pictures, models):
-    data = cached(pictures, models)
-    fill(data)
-    good = {p: p.read_bytes() for p in data.cache.folder.rglob("*.safetensors")}
-    image, text = data.image_key(data.dataset.samples[1], False), data.caption_key("two cars", 8)
-    for key in (image, text):
-        bad = bytearray(good[data.cache.path(key)])
-        bad[-1] ^= 1
-        data.cache.path(key).write_bytes(bad)
-    assert fill(cached(pictures, models)) == 2
-    assert same(data.cache.read(image), cached(pictures, models).cache.read(image))
-    repaired = {p: p.read_bytes() for p in data.cache.folder.rglob("*.safetensors")}
-    assert repaired[data.cache.path(text)] == good[data.cache.path(text)] and repaired.keys() == good.keys()
-    assert {p.name for p in pictures.iterdir()} == {"0.png", "0.txt", "1.png", "1.txt"}  # the user's files are not touched

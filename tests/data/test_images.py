@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image
 
 from latentfm.data import images
-from latentfm.data.images import Transform, UnreadableImage, apply, digest, load, open_rgb, to_tensor
+from latentfm.data.images import Transform, UnreadableImage, apply, digest, load, open_rgb, to_tensor, upright_size
 from latentfm.errors import InputError
 
 
@@ -71,6 +71,51 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
     stored = np.ascontiguousarray(STORED[orientation](upright))
     Image.fromarray(stored).save(tmp_path / f"a.{suffix}", exif=exif)
     assert np.array_equal(opened(tmp_path / f"a.{suffix}"), upright)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "webp", "avif"])
+@pytest.mark.parametrize("orientation", [None, *STORED, 9])
+def test_the_upright_size_is_that_of_the_upright_picture(tmp_path, orientation, suffix):
+    exif, path = Image.Exif(), tmp_path / f"a.{suffix}"
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(noise(24, 40)).save(path, exif=exif)
+    assert upright_size(path) == open_rgb(path).size
+    assert upright_size(tmp_path / "no file", path.read_bytes()) == open_rgb(path).size
+
+
+def test_the_upright_size_of_a_png_knows_the_exif_behind_its_pixels(tmp_path):
+    exif, path = Image.Exif(), tmp_path / "a.png"
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(noise(3, 5)).save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    assert start < data.index(b"IDAT")
+    path.write_bytes(data.replace(chunk, b"").replace(data[-12:], chunk + data[-12:]))
+    assert upright_size(path) == open_rgb(path).size == (3, 5)
+
+
+def test_the_upright_size_decodes_nothing(tmp_path, monkeypatch):
+    for suffix in ("png", "jpg"):
+        Image.fromarray(noise(30, 20)).save(tmp_path / f"a.{suffix}")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    monkeypatch.setattr(images.Image.Image, "load", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert {upright_size(tmp_path / name) for name in ("a.png", "a.jpg", "cut.png")} == {(20, 30)}
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", "the file is empty"), (b"no picture", "not a picture in PNG"), (b"\x89PNG\r\n\x1a\n", ""),
+])  # fmt: skip
+def test_what_has_no_header_has_no_size(tmp_path, content, reason):
+    (tmp_path / "a.png").write_bytes(content)
+    for data in (None, content):
+        with pytest.raises(UnreadableImage, match=rf"cannot read .*a\.png: {reason}"):
+            upright_size(tmp_path / "a.png", data)
+    with pytest.raises(UnreadableImage, match="there is no picture .*b.png"):
+        upright_size(tmp_path / "b.png")
 
 
 def test_jpeg_orientation_is_applied(tmp_path):

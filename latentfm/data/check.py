@@ -1,0 +1,252 @@
+"""What a run would make of a dataset, before it starts: every finding as plain data, and the crops as they will be trained."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentfm.data.buckets import Buckets
+from latentfm.data.check_captions import empty_captions, shared_captions, token_report
+from latentfm.data.check_duplicates import exact_groups, near_groups
+from latentfm.data.check_pictures import ODD, Survey, survey
+from latentfm.data.images import Transform, apply, open_rgb
+from latentfm.data.mixture import Mixture
+from latentfm.data.sources.base import Dataset, Sample
+from latentfm.models.text import PromptEncoder
+
+TINY = 2.0  # a picture whose sides must be scaled up more than this is called tiny
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a run's options decides what becomes of its pictures. `factor` pixels a side are one latent."""
+
+    buckets: Buckets
+    factor: int
+    max_crop: float
+    batch_size: int
+    t5_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A picture as it will be trained: RGB, of its bucket's shape, with the share of it that is lost and how it was scaled."""
+
+    name: str
+    caption: str
+    image: Image.Image
+    size: tuple[int, int]
+    lost: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings, as JSON can hold them, and what the contact sheet is made of."""
+
+    findings: dict[str, Any]
+    survey: Survey
+    used: np.ndarray  # [N] bool: which samples a run would train on
+
+
+def check(
+    dataset: Dataset,
+    plan: Plan,
+    encoder: PromptEncoder,
+    progress: Callable[[str, int], Callable[[int], None]] | None = None,
+    hold_out: Callable[[Sequence[Sample]], Sequence[int]] = lambda samples: (),
+) -> Report:
+    """The findings of a dataset under a plan. Nothing is written.
+
+    `encoder` holds the tokenizers (`check_captions.load_tokenizers`). `progress(what, total)` gives a function that is told of each
+    count done. `hold_out` names, among the samples that can be used, those that a run keeps for its validation: they are never drawn.
+    """
+    start = progress or (lambda what, total: lambda count: None)
+    samples = dataset.samples
+    advance = start("reading pictures", len(samples))
+    seen = survey(samples, plan.buckets, plan.factor, lambda: advance(1))
+    kept = np.flatnonzero(seen.usable)
+    bucket_of, lost = np.zeros(len(samples), np.int64), np.zeros(len(samples))
+    bucket_of[kept] = plan.buckets.of_all(seen.sizes[kept])
+    lost[kept] = lost_of(plan.buckets, seen.sizes[kept], bucket_of[kept])
+    used = seen.usable & (lost <= plan.max_crop)
+    trained = used.copy()
+    trained[np.flatnonzero(used)[list(hold_out([samples[index] for index in np.flatnonzero(used)]))]] = False
+    captions = {caption for sample in samples for caption in sample.captions}
+    tokens = token_report(samples, encoder, plan.t5_lengths, start("counting tokens", tokenizations(encoder, len(captions))))
+    duplicates, alike = duplicate_names(samples, seen)
+    empty, (several, most) = empty_captions(samples), shared_captions(samples)
+    left_out = [index for index in kept[np.argsort(-lost[kept], kind="stable")].tolist() if not used[index]]
+    table = bucket_table(samples, seen, plan, bucket_of, lost, used, trained)
+    dropped = len(samples) - int(used.sum()) + len(dataset.problems)
+    findings = {
+        "place": str(dataset.folder),
+        "pictures": len(samples),
+        "used": int(used.sum()),
+        "held_out": int((used & ~trained).sum()),
+        "captions": sum(len(sample.captions) for sample in samples),
+        "distinct_captions": len(captions),
+        "sources": source_table(samples, trained),
+        "problems": [
+            {"reason": reason, "names": [problem.path for problem in dataset.problems if problem.reason == reason]}
+            for reason in dict.fromkeys(problem.reason for problem in dataset.problems)
+        ],
+        "unusable": [{"name": samples[index].id, "reason": reason} for index, reason in seen.reasons.items()],
+        "max_crop": plan.max_crop,
+        "left_out": [{"name": samples[index].id, "crop": round(float(lost[index]), 4)} for index in left_out],
+        "odd": odd_table(samples, seen, np.array(plan.buckets.shapes)[bucket_of]),
+        "sizes": size_table(seen.sizes[kept]),
+        "aspects": aspect_histogram(seen.sizes[kept]),
+        "buckets": table,
+        "batch_size": plan.batch_size,
+        "steps_an_epoch": round(sum(row["steps_an_epoch"] for row in table), 2),
+        "tokens": tokens,
+        "empty_captions": empty,
+        "shared_captions": {"captions": several, "most": most},
+        "exact_duplicates": duplicates,
+        "near_duplicates": alike,
+        "dropped": dropped,
+        "truncated": max((row["truncated"] for row in tokens), default=0),
+    }
+    return Report(findings, seen, used)
+
+
+def lost_of(buckets: Buckets, sizes: np.ndarray, bucket_of: np.ndarray) -> np.ndarray:
+    """The share of each picture [N] that its bucket crops away, of sizes [N, 2]."""
+    shapes = np.array(buckets.shapes)[bucket_of]
+    across, down = (sizes.astype(np.int64) * shapes[:, ::-1]).T
+    return 1 - np.minimum(across, down) / np.maximum(across, down)
+
+
+def tokenizations(encoder: PromptEncoder, captions: int) -> int:
+    """How many captions are counted in all, over the encoders."""
+    return captions * sum(tokenizer is not None for tokenizer in encoder.tokenizers)
+
+
+def source_table(samples: Sequence[Sample], trained: np.ndarray) -> list[dict[str, Any]]:
+    """A row for each source: its pictures and captions, and how often it is drawn."""
+    rows: dict[str, dict[str, Any]] = {}
+    for sample, drawn in zip(samples, trained.tolist(), strict=True):
+        share = sample.share
+        new = {"name": share.source, "pictures": 0, "captions": 0, "masks": 0, "rate": share.rate, "draws_an_epoch": 0.0}
+        row = rows.setdefault(share.source, new | {"regularisation": share.regularisation})
+        row["pictures"] += 1
+        row["captions"] += len(sample.captions)
+        row["masks"] += sample.mask is not None
+        row["draws_an_epoch"] += share.rate * drawn
+    return [row | {"draws_an_epoch": round(row["draws_an_epoch"], 6)} for row in rows.values()]
+
+
+def odd_table(samples: Sequence[Sample], seen: Survey, shapes: np.ndarray) -> list[dict[str, Any]]:
+    """A row for each kind of oddity that occurs: {"kind", "meaning", "names"}; shapes [N, 2] are those of the pictures' buckets."""
+    found = {kind: (meaning, seen.odd[kind]) for kind, meaning in ODD.items()}
+    kept = np.flatnonzero(seen.usable)
+    scales = (shapes[kept] / seen.sizes[kept]).max(axis=1, initial=0)
+    tiny, enlarged = kept[scales > TINY], kept[(scales > 1) & (scales <= TINY)]
+    found["tiny"] = (f"scaled up more than {TINY:g} times: soft, better left out", tiny.tolist())
+    found["enlarged"] = (f"scaled up, at most {TINY:g} times", enlarged.tolist())
+    return [
+        {"kind": kind, "meaning": meaning, "names": [samples[index].id for index in indices]}
+        for kind, (meaning, indices) in found.items()
+        if indices
+    ]
+
+
+def size_table(sizes: np.ndarray) -> dict[str, Any]:
+    """The smallest, median and largest width, height and area, and the ten most common sizes; {} without a picture."""
+    if not len(sizes):
+        return {}
+    columns = {"width": sizes[:, 0], "height": sizes[:, 1], "megapixels": sizes.astype(np.int64).prod(axis=1) / 1e6}
+    common = Counter(map(tuple, sizes.tolist())).most_common(10)
+    spread = {
+        name: {word: round(float(f(values)), 4) for word, f in (("min", np.min), ("median", np.median), ("max", np.max))}
+        for name, values in columns.items()
+    }
+    return spread | {"distinct": len(np.unique(sizes, axis=0)), "common": [[*size, count] for size, count in common]}
+
+
+def aspect_histogram(sizes: np.ndarray) -> list[dict[str, Any]]:
+    """How many pictures have a width to height in each of 17 intervals of a quarter octave, the outer two open."""
+    edges = 2.0 ** ((np.arange(1, 17) - 8.5) / 4)  # 1:1 lies in the middle of an interval
+    places = np.searchsorted(edges, sizes[:, 0] / sizes[:, 1], side="right") if len(sizes) else np.zeros(0, int)
+    counts = np.bincount(places, minlength=17).tolist()
+    bounds = [None, *np.round(edges, 3).tolist(), None]
+    return [{"from": bounds[i], "to": bounds[i + 1], "pictures": count} for i, count in enumerate(counts)]
+
+
+def bucket_table(
+    samples: Sequence[Sample],
+    seen: Survey,
+    plan: Plan,
+    bucket_of: np.ndarray,
+    lost: np.ndarray,
+    used: np.ndarray,
+    trained: np.ndarray,
+) -> list[dict[str, Any]]:
+    """A row for each bucket. Steps an epoch are in the mean: no draw is dropped or padded, what is over waits for the next epoch."""
+    mixture = Mixture.of(samples, 0, np.where(trained, bucket_of, -1))
+    rows = []
+    for bucket, (width, height) in enumerate(plan.buckets.shapes):
+        mine = np.flatnonzero(used & (bucket_of == bucket))
+        draws = float(sum(len(group.indices) * group.rate for group in mixture.groups if group.bucket == bucket))
+        worst = mine[np.argmax(lost[mine])] if len(mine) else None
+        sizes = seen.sizes[mine]
+        rows.append({
+            "width": width, "height": height, "pictures": len(mine), "share": round(len(mine) / max(1, used.sum()), 4),
+            "mean_crop": round(float(lost[mine].mean()), 4) if len(mine) else 0.0,
+            "worst_crop": 0.0 if worst is None else round(float(lost[worst]), 4),
+            "worst": None if worst is None else samples[worst].id,
+            "enlarged": int(((sizes[:, 0] < width) | (sizes[:, 1] < height)).sum()),
+            "draws_an_epoch": round(draws, 6), "steps_an_epoch": round(draws / plan.batch_size, 2),
+            "left_out": int((seen.usable & ~used & (bucket_of == bucket)).sum()),
+        })  # fmt: skip
+    return rows
+
+
+def duplicate_names(samples: Sequence[Sample], seen: Survey) -> tuple[list[list[str]], list[list[str]]]:
+    """The ids of pictures that are equal byte for byte, group by group, and of those that look alike, one of each equal group."""
+    kept = np.flatnonzero(seen.usable)
+    equal = exact_groups(seen.digests[kept])
+    rest = np.ones(len(kept), bool)
+    for group in equal:
+        rest[group[1:]] = False
+    single = kept[rest]
+    alike = near_groups(seen.hashes[single], seen.colours[single])
+    return [[samples[kept[i]].id for i in group] for group in equal], [[samples[single[i]].id for i in group] for group in alike]
+
+
+def contact_sheet(
+    samples: Sequence[Sample], report: Report, plan: Plan, count: int, advance: Callable[[int], None] = lambda count: None
+) -> list[list[Crop]]:
+    """For each bucket some of its pictures as they will be trained, worst crops first: `count` in all, as evenly as the buckets allow."""
+    drawn = np.flatnonzero(report.used)
+    bucket_of = plan.buckets.of_all(report.survey.sizes[drawn])
+    lost = lost_of(plan.buckets, report.survey.sizes[drawn], bucket_of)
+    order = np.lexsort((drawn, -lost))
+    queues = [order[bucket_of[order] == bucket].tolist() for bucket in range(len(plan.buckets.shapes))]
+    quota = quotas([len(queue) for queue in queues], count)
+    chosen = {place: bucket for bucket, queue in enumerate(queues) for place in queue[: quota[bucket]]}
+    made = {}
+    for place in sorted(chosen):  # in the order of the source, which may be read in order only
+        sample = samples[drawn[place]]
+        width, height = plan.buckets.shapes[chosen[place]]
+        image = open_rgb(sample.path)
+        crop = Image.fromarray(apply(image, Transform(height, width)))
+        crop.thumbnail((192, 192))
+        scale = max(width / image.width, height / image.height)
+        made[place] = Crop(sample.id, sample.captions[0], crop, image.size, float(lost[place]), scale)
+        advance(1)
+    return [[made[place] for place in queue[: quota[bucket]]] for bucket, queue in enumerate(queues)]
+
+
+def quotas(sizes: Sequence[int], count: int) -> list[int]:
+    """`count` places given to buckets of these sizes in turn, none more than it has."""
+    given = [0] * len(sizes)
+    while sum(given) < min(count, sum(sizes)):
+        for bucket, size in enumerate(sizes):
+            if given[bucket] < size and sum(given) < count:
+                given[bucket] += 1
+    return given

@@ -1,0 +1,109 @@
+"""What is to be known of the captions: their lengths in each encoder's tokens, what is cut off, and which are empty or shared."""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentfm.data.sources.base import Sample
+from latentfm.errors import InputError
+from latentfm.models.text import PromptEncoder, encoder_name
+
+AT_ONCE = 1024
+SHOWN = 20  # of the worst truncations and the most shared captions
+
+
+def load_tokenizers(folder: Path) -> PromptEncoder:
+    """The tokenizers of a pipeline folder beside no encoder. Raises InputError when the folder has none, or one cannot be read."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    found = []
+    for suffix, kind in (("", CLIPTokenizer), ("_2", CLIPTokenizer), ("_3", T5Tokenizer)):
+        place = folder / f"tokenizer{suffix}"
+        if not (folder / f"text_encoder{suffix}").is_dir():
+            found.append(None)
+            continue
+        try:
+            found.append(kind.from_pretrained(place, local_files_only=True))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{place} cannot be read: {' '.join(str(error).split())}; copy the folder again") from error
+    if not any(found):
+        raise InputError(f"{folder} has no text_encoder; it is not an SD3-style pipeline, or its copy is not complete")
+    return PromptEncoder(found, (None, None, None), 0, 0)
+
+
+def limits_of(encoder: PromptEncoder, t5_lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(encoder, tokens it reads) of the tokenizers there are; T5 once for each of the run's lengths."""
+    clip_length = next((tokenizer.model_max_length for tokenizer in encoder.tokenizers[:2] if tokenizer), 77)
+    limits = [(0, clip_length), (1, clip_length), *((2, length) for length in sorted(t5_lengths))]
+    return [(index, length) for index, length in limits if encoder.tokenizers[index]]
+
+
+def first_users(samples: Sequence[Sample]) -> dict[str, int]:
+    """Each distinct caption and the first sample that has it."""
+    users: dict[str, int] = {}
+    for index, sample in enumerate(samples):
+        for caption in sample.captions:
+            users.setdefault(caption, index)
+    return users
+
+
+def token_report(
+    samples: Sequence[Sample], encoder: PromptEncoder, t5_lengths: Sequence[int], advance: Callable[[int], None] = lambda count: None
+) -> list[dict[str, Any]]:
+    """For each encoder and length: how many tokens the distinct captions have, start and end included, and what of them is cut off.
+
+    A row is {"encoder", "limit", "captions", "lengths": {"min", "median", "mean", "p95", "max"}, "truncated": count,
+    "worst": [{"name", "caption", "tokens", "lost"}]}, the worst first, at most SHOWN.
+    """
+    users = first_users(samples)
+    captions = list(users)
+    limits, rows = limits_of(encoder, t5_lengths), []
+    lengths: dict[int, np.ndarray] = {}
+    for index in dict.fromkeys(index for index, _ in limits):
+        lengths[index] = np.zeros(len(captions), np.int32)
+        for start in range(0, len(captions), AT_ONCE):
+            part = captions[start : start + AT_ONCE]
+            ids = encoder.tokenizers[index](part, verbose=False).input_ids
+            lengths[index][start : start + len(part)] = [len(row) for row in ids]
+            advance(len(part))
+    for index, limit in limits:
+        mine = lengths[index]
+        over = np.flatnonzero(mine > limit)
+        worst = heapq.nlargest(SHOWN, over.tolist(), key=lambda place, mine=mine: (mine[place], -place))
+        lost = dict(encoder.lost_text(index, [captions[place] for place in worst], limit)) if worst else {}
+        rows.append({
+            "encoder": encoder_name(index), "limit": limit, "captions": len(captions),
+            "lengths": {
+                "min": int(mine.min()), "median": float(np.median(mine)), "mean": round(float(mine.mean()), 1),
+                "p95": float(np.quantile(mine, 0.95, method="higher")), "max": int(mine.max()),
+            },
+            "truncated": len(over),
+            "worst": [
+                {"name": samples[users[captions[place]]].id, "caption": captions[place], "tokens": int(mine[place]),
+                 "lost": lost[captions[place]]}
+                for place in worst
+            ],
+        })  # fmt: skip
+    return rows
+
+
+def empty_captions(samples: Sequence[Sample]) -> list[str]:
+    """The ids of samples with an empty caption: such a draw is trained without a condition."""
+    return [sample.id for sample in samples if "" in sample.captions]
+
+
+def shared_captions(samples: Sequence[Sample]) -> tuple[int, list[dict[str, Any]]]:
+    """How many captions, empty ones aside, several pictures have, and the SHOWN most shared: [{"caption", "pictures", "names"}]."""
+    counts = Counter(caption for sample in samples for caption in set(sample.captions) if caption)
+    several = sum(number > 1 for number in counts.values())
+    most = {caption: [] for caption, number in heapq.nsmallest(SHOWN, counts.items(), key=lambda item: (-item[1], item[0])) if number > 1}
+    for sample in samples:
+        for caption in dict.fromkeys(sample.captions):
+            if caption in most and len(most[caption]) < 5:
+                most[caption].append(sample.id)
+    return several, [{"caption": caption, "pictures": counts[caption], "names": names} for caption, names in most.items()]
+
