@@ -126,19 +126,21 @@ def train(case: dict, network, dtype) -> None:
 
     from latentfm.config import TrainOptions
     from latentfm.training.ema import EMA
-    from latentfm.training.optim import clip_gradient, make_optimizer
+    from latentfm.training.optim import clip_gradient
+    from latentfm.training.optimizers import make_optimizer
 
     network.train()
-    ema = EMA(network)
-    optimizer = make_optimizer(network, TrainOptions(weights="bfloat16" if dtype == torch.bfloat16 else "float32"))
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    ema = EMA(trained)
+    optimizer = make_optimizer(trained, TrainOptions(weights="bfloat16" if dtype == torch.bfloat16 else "float32"))
     for step in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16) if case["precision"] == "autocast" else nullcontext():
             out = network(**inputs(case, dtype), return_dict=False)[0]
         (out.float() - 1).square().mean().backward()
-        clip_gradient((p for p in network.parameters() if p.requires_grad), 1.0)
+        clip_gradient(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(network, step + 1)
+        ema.update(trained, step + 1)
         if step == 0:
             Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,41 +1,171 @@
-"""The result of a run as a stock pipeline folder."""
+"""The result of a run as a stock pipeline folder, and an adapter as the file that diffusers loads."""
 
+import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as ADAPTER_FILE
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
 
 from latentfm.config import RunConfig
 from latentfm.files import whole_or_nothing
+from latentfm.interchange.lora import Adapter, diffusers_adapter
+from latentfm.interchange.tensors import Held, Stored, read_folder, write_file
 from latentfm.models.folder import INFO_FILE, write_stock_names
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
-from latentfm.training.prepare import Models
+from latentfm.training.models import Models
+from latentfm.training.parallel import Gathering, Late, whole_of
+
+ADAPTER_FOLDER = "lora"  # beside the pipeline
+NETWORK_FILE = "diffusion_pytorch_model"
 
 
 def write_pipeline(
-    target: Path, models: Models, network: MMDiT, averages: Mapping[str, Tensor], config: RunConfig, lengths: list[int]
-) -> None:
-    """Writes `target`: the frozen components copied from the base folder, the network, the null condition; all of it or nothing.
+    target: Path, models: Models, network: MMDiT, averages: Mapping[str, Late], config: RunConfig, lengths: list[int],
+    gathering: Gathering, link: bool = False,
+) -> None:  # fmt: skip
+    """Writes `target`: the frozen components of the base folder, the network, the null condition; all of it or nothing.
 
-    The network's weights are its float32 `averages`, and its own where there is none.
+    All processes call it, the main one writes. The network's weights are its float32 `averages` by name, and its own where there is none.
+    An adapter is merged, in float32, into the weights of the base folder, whatever the training held these in, and is also written to
+    lora/ beside `target` (`write_adapter`). Frozen blocks are the base folder's too. With `link` the components' files are the base
+    folder's own under a second name where the file system allows it, copies elsewhere, so that a checkpoint can be a pipeline without the
+    space of text encoders; JSON is copied.
     """
     dtype = getattr(torch, config.output.dtype)
-    weights = {name: value.detach().to("cpu", dtype) for name, value in (network.state_dict() | dict(averages)).items()}
-    copy = MMDiT.from_config(network.config).to(dtype)
-    copy.load_state_dict(weights, assign=True)
-    trained = {"steps": config.train.steps, "batch_size": config.train.batch_size, "seed": config.train.seed, "t5_lengths": lengths}
+    if config.train.adapter:
+        values = write_adapter_of(target.parent, network, averages, config, gathering)
+        if not gathering.main:
+            return
+        weights: Mapping[str, Stored] = merged(models, network, values)
+    else:
+        weights = trained_weights(models, network, averages, config)
+    if not gathering.main:
+        return gathering.write(target, NETWORK_FILE, weights, dtype)
     with whole_or_nothing(target) as folder:
-        folder.mkdir()
-        for name in sorted(p.name for p in models.folder.iterdir()):
-            if name not in ("transformer", NULL_FILE, INFO_FILE, "README.md") and not name.startswith("."):
-                source = models.folder / name
-                shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
-        copy.save_pretrained(folder / "transformer", safe_serialization=True)
-        models.null.save(folder)
-        info = {"format": 1, **models.info, "trained": trained}
-        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")
-        write_stock_names(folder)
+        with gathering.careful():
+            (folder / "transformer").mkdir(parents=True)
+            network.save_config(folder / "transformer")
+            write_around(folder, models, config, lengths, link)
+        gathering.write(folder / "transformer", NETWORK_FILE, weights, dtype)
+        gathering.raise_error()
+
+
+def write_adapter_of(
+    folder: Path, network: MMDiT, averages: Mapping[str, Late], config: RunConfig, gathering: Gathering
+) -> dict[str, Tensor]:
+    """Writes folder/lora, the adapter in its `averages`, and returns these whole. All processes call it, the main one writes."""
+    values = {name: late.value() for name, late in averages.items()}
+    if gathering.main:
+        with gathering.careful():
+            write_adapter(folder / ADAPTER_FOLDER, network, values, getattr(torch, config.output.dtype))
+    return values
+
+
+def write_around(folder: Path, models: Models, config: RunConfig, lengths: list[int], link: bool) -> None:
+    """Makes `folder`, which holds the network in transformer/, a pipeline folder: frozen components, null condition, what was trained."""
+    put = linked if link else shutil.copy
+    for source in sorted(models.folder.iterdir()):
+        if source.name not in ("transformer", NULL_FILE, INFO_FILE, "README.md") and not source.name.startswith("."):
+            shutil.copytree(source, folder / source.name, copy_function=put) if source.is_dir() else put(source, folder / source.name)
+    models.null.save(folder)
+    train = config.train
+    trained: dict[str, Any] = {"steps": train.steps, "batch_size": train.batch_size, "seed": train.seed, "t5_lengths": lengths}
+    trained |= {"adapter": train.adapter.model_dump(mode="json")} if train.adapter else {}
+    (folder / INFO_FILE).write_text(json.dumps({"format": 1, **models.info, "trained": trained}, indent=2) + "\n", "utf-8")
+    write_stock_names(folder)
+
+
+def trained_weights(models: Models, network: MMDiT, averages: Mapping[str, Late], config: RunConfig) -> dict[str, Stored]:
+    """The state dict of the trained network, each tensor made or read when it is written; frozen blocks from the base folder.
+
+    The training may have rounded what was frozen to bfloat16.
+    """
+    if config.train.blocks is None or config.model.preset:
+        frozen: Mapping[str, Stored] = held(network.state_dict())
+    else:
+        frozen, _ = read_folder(models.folder / "transformer")
+    return {name: averages.get(name, stored) for name, stored in frozen.items()}
+
+
+def held(state: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Tensors as they are written; those split over the processes are made whole only then."""
+    return {name: Late.of(value.dtype, value.shape, partial(whole_of, value.detach())) for name, value in state.items()}
+
+
+def merged(models: Models, network: MMDiT, values: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """The base folder's network with the adapter of `network`, in the given values, merged into it in float32, a linear at a time."""
+    found, _ = read_folder(models.folder / "transformer")
+    by_module: dict[str, dict[str, Tensor]] = {}
+    for name, value in own_weights(network, values).items():
+        module, _, rest = name.partition(".lora_")
+        by_module.setdefault(module, {})[f"linear.lora_{rest}"] = value.to("cpu", torch.float32)
+    for module, own in by_module.items():
+        weight = found.get(f"{module}.weight")
+        if weight is None or weight.shape[::-1] != linear_size(own):
+            raise ValueError(f"the adapter does not fit the network in {models.folder}: {module}")
+        merge = partial(merged_weight, weight, network.peft_config["default"], own)
+        found[f"{module}.weight"] = Late.of(torch.float32, weight.shape, merge)
+    return found
+
+
+def linear_size(own: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(numbers in, numbers out) of the linear that an adapter's matrices belong to."""
+    return own["linear.lora_A.default.weight"].shape[1], own["linear.lora_B.default.weight"].shape[0]
+
+
+def merged_weight(weight: Stored, config: LoraConfig, own: Mapping[str, Tensor]) -> Tensor:
+    """A linear's weight with its adapter merged, by peft."""
+    holder = nn.Module()
+    holder.linear = nn.Linear(*linear_size(own), bias=False, device="meta")
+    holder.linear.weight = nn.Parameter(weight.load(torch.float32), requires_grad=False)
+    config = copy.deepcopy(config)
+    config.target_modules = {"linear"}
+    with torch.random.fork_rng(devices=[]):  # peft draws a start that the trained values replace
+        inject_adapter_in_model(config, holder)
+    holder.load_state_dict(own, strict=False)
+    holder.linear.merge(safe_merge=True)
+    return holder.linear.get_base_layer().weight
+
+
+def own_weights(network: MMDiT, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained parameters by name: their averages, and the parameter itself where there is none."""
+    return {name: averages.get(name, parameter.detach()) for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def write_adapter(
+    folder: Path, network: MMDiT, averages: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes `folder`/pytorch_lora_weights.safetensors, the adapter "default" as load_lora_weights takes it; all of it or nothing.
+
+    Its values are the `averages` by the parameters' names, and the network's own where there is none, in `dtype`. Rank, alpha and
+    targets are in the file's metadata, and `metadata` beside them.
+    """
+    tensors = get_peft_model_state_dict(network, state_dict=own_weights(network, averages))
+    held = {name: Held(value.dtype, tuple(value.shape), (), value.detach().cpu().contiguous()) for name, value in tensors.items()}
+    with whole_or_nothing(folder) as partial:
+        partial.mkdir()
+        path = partial / ADAPTER_FILE
+        adapter = Adapter(path, "diffusers LoRA file", network.peft_config["default"].to_dict(), held, {})
+        named, described = diffusers_adapter(adapter)
+        write_file(path, named, dict(metadata or {}) | described, dtype)
+
+
+def linked(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Gives the file `source` a second name `target`; a copy where the file system refuses, and of JSON, which is changed in place."""
+    real = Path(source).resolve()  # a hub's cache holds links to its files
+    if real.suffix != ".json" and Path(target).suffix != ".json":
+        try:
+            return os.link(real, target)
+        except OSError:
+            pass
+    shutil.copy(real, target)

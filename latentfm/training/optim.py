@@ -1,14 +1,12 @@
-"""The optimizer, the bound on its gradient, and the learning rate's course."""
+"""AdamW for bfloat16 weights, and the bound on a gradient."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentfm.config import TrainOptions
 from latentfm.models.memory import OPTIMIZER_CHUNK
 
 CPU_CHUNK, GPU_CHUNK = 1 << 20, OPTIMIZER_CHUNK  # elements whose float32 copies exist at one time: a CPU's cache, a GPU's launches
@@ -156,45 +154,22 @@ def generator_at(seed: int, step: int, number: int, device: torch.device) -> tor
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def make_optimizer(network: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of `network`; weight decay on matrices only (biases and norms have none).
-
-    torch's fused AdamW for float32 weights. For bfloat16 weights ours: make it while the network is still float32 (see AdamW).
-    """
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if options.weights == "float32":
-        return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
-    return AdamW(
-        groups, options.learning_rate, options.betas, master_weights=options.master_weights,
-        moments=getattr(torch, options.moments), seed=options.seed,
-    )  # fmt: skip
-
-
 def masters_of(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
     """The float32 master weights of `optimizer` by name, none where it keeps none; `names` maps id(parameter) to its name."""
     return {names[id(parameter)]: state["master"] for parameter, state in optimizer.state.items() if "master" in state}
 
 
 @torch.no_grad()
-def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradient(
+    parameters: Iterable[nn.Parameter], max_norm: float, over_parts: Callable[[Tensor], Tensor] = lambda squares: squares
+) -> Tensor:
     """The 2-norm of the whole gradient, a float32 scalar; a gradient longer than `max_norm` is scaled down to it.
 
-    torch.nn.utils.clip_grad_norm_ keeps the norm in the gradient's own dtype: three digits of it in bfloat16.
+    Where the parameters are parts (`parallel.Parts`), over_parts sums the squares of all of them. torch.nn.utils.clip_grad_norm_ keeps the
+    norm in the gradient's own dtype: three digits of it in bfloat16.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+    norm = over_parts(squares).sqrt()
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def learning_rate(step: int, options: TrainOptions) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up over warmup_steps, then the decay to 0 at `steps`."""
-    if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return options.learning_rate * factor[options.decay]
