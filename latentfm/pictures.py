@@ -25,21 +25,27 @@ def save_png(image: Image.Image, folder: Path, stem: str, settings: dict) -> Pat
     and in words in the chunk "parameters", where other programs look. An existing file is never overwritten, and the name
     appears only once the file is whole: an interrupt or a full disk leaves nothing behind. Creates `folder`. Raises OSError.
     """
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
-    text.add_itxt("parameters", in_words(settings))
-    encoded = io.BytesIO()
-    image.save(encoded, format="PNG", pnginfo=text)
+    encoded = png_bytes(image, settings)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{uuid.uuid4().hex}.part"
     try:
         with unfinished.open("xb") as file:
-            file.write(encoded.getbuffer())
+            file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         return move_to_free_name(unfinished, folder, stem)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def png_bytes(image: Image.Image, settings: dict) -> bytes:
+    """The PNG of `image` that holds `settings` as `save_png` writes them; the same bytes for the same arguments."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
+    text.add_itxt("parameters", in_words(settings))
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=text)
+    return encoded.getvalue()
 
 
 def move_to_free_name(file: Path, folder: Path, stem: str) -> Path:
@@ -137,6 +143,38 @@ def grid(images: list[Image.Image], columns: int | None = None, labels: list[str
         sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
         for number, text in enumerate(texts[index] if texts else []):
             draw.text((left, top + height + number * line), text, fill=INK, font=font)
+    return sheet
+
+
+def table(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], padding: int = 8) -> Image.Image:
+    """The pictures of `rows` one under the other, each row's label at its left and each column's above it.
+
+    Every picture passes through `cell`; pictures of different sizes are centred in cells of the largest. Raises ValueError for no
+    picture, or for labels that are not one a row and one a column.
+    """
+    if not rows or not rows[0]:
+        raise ValueError("a table needs at least one picture")
+    if len(row_labels) != len(rows) or any(len(row) != len(column_labels) for row in rows):
+        raise ValueError(f"{len(row_labels)} and {len(column_labels)} labels for rows of {[len(row) for row in rows]} pictures")
+    cells = [[cell(image) for image in row] for row in rows]
+    width, height = (max(getattr(c, side) for row in cells for c in row) for side in ("width", "height"))
+    font = ImageFont.load_default(13)
+    texts = [wrapped(unaccented(label), font, width) for label in column_labels]
+    line = sum(font.getmetrics())
+    left = padding + round(max(font.getlength(label) for label in row_labels)) + padding
+    top = padding + line * max(len(text) for text in texts) + padding
+
+    sheet = Image.new("RGB", (left + len(texts) * (width + padding), top + len(rows) * (height + padding)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(texts):
+        for number, part in enumerate(text):
+            draw.text((left + column * (width + padding), padding + number * line), part, fill=INK, font=font)
+    for number, (label, row) in enumerate(zip(row_labels, cells, strict=True)):
+        above = top + number * (height + padding)
+        draw.text((padding, above + (height - line) // 2), label, fill=INK, font=font)
+        for column, picture in enumerate(row):
+            across = left + column * (width + padding)
+            sheet.paste(picture, (across + (width - picture.width) // 2, above + (height - picture.height) // 2))
     return sheet
 
 

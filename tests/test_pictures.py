@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from latentfm.errors import InputError
-from latentfm.pictures import LARGEST, PAPER, SMALLEST, cell, grid, read_settings, save_png, shortened, unaccented, wrapped
+from latentfm.pictures import LARGEST, PAPER, SMALLEST, cell, grid, read_settings, save_png, shortened, table, unaccented, wrapped
 
 SETTINGS = {
     "prompt": "ein Bär, 熊 🐻\nsecond line", "seed": 2**63 - 1, "negative_prompt": "blur", "steps": 28, "guidance": 3.5,
@@ -158,3 +158,25 @@ def test_sheets_that_cannot_be_made_are_refused():
         grid([noise(8, 8)], columns=0)
     with pytest.raises(ValueError, match="1 labels for 2 pictures"):
         grid([noise(8, 8)] * 2, labels=["one"])
+
+
+def test_a_table_has_each_picture_in_its_row_and_column():
+    rows = [[noise(192, 96, 3 * row + column) for column in range(3)] for row in range(2)]
+    sheet = table(rows, ["step 0", "step 1,000"], ["a red apple", "b", "the moon and seven stars above a dark sea " * 3])
+    right, low = sheet.width - 8, sheet.height - 8
+    for row in range(2):
+        for column in range(3):
+            corner = (right - (3 - column) * 200 + 8, low - (2 - row) * 104 + 8)
+            assert (pixels(sheet.crop((*corner, corner[0] + 192, corner[1] + 96))) == pixels(rows[row][column])).all()
+    left = right - 3 * 200 + 8
+    assert (pixels(sheet)[-212:-8, :8] == PAPER[0]).all()
+    for row in range(2):  # a label at the left of each row, one above each column
+        assert (pixels(sheet)[sheet.height - (2 - row) * 104 :, 8 : left - 8][:96] < 200).any()
+    above = sheet.height - 2 * 104
+    assert all((pixels(sheet)[: above - 8, left + column * 200 :][:, :192] < 200).any() for column in range(3))
+
+
+@pytest.mark.parametrize("rows, columns, error", [(2, 3, "labels"), (1, 2, "labels"), (0, 0, "at least one")])
+def test_a_table_wants_a_label_a_row_and_a_column(rows, columns, error):
+    with pytest.raises(ValueError, match=error):
+        table([[noise(8, 8)] * 3] * min(rows, 1), ["a"] * rows, ["b"] * columns)

@@ -1,56 +1,106 @@
 """Pictures drawn while training, from the averaged weights, for fixed prompts and seeds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch.distributed.tensor import DTensor
 
 from latentfm.config import SampleOptions
+from latentfm.data.sources import Sample
+from latentfm.models import vae as vae_room
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.text import Condition, assemble
-from latentfm.pictures import grid
+from latentfm.models.text import Condition, PromptParts, assemble
 from latentfm.pipeline import LatentFMPipeline
-from latentfm.training.prepare import CachedDataset, Models
+from latentfm.training.models import Models
+from latentfm.training.parallel import together
+from latentfm.training.sample_files import write_step
+from latentfm.training.validation import evaluating
 
 DEFAULT_PROMPTS = 8
 
 
 class SamplePictures:
-    """Draws the same prompts with the same seeds each time it is asked; the text encoders are used once, here."""
+    """Draws the same prompts with the same seeds each time it is asked; the text encoders are used once, here.
 
-    def __init__(self, options: SampleOptions, models: Models, data: CachedDataset, folder: Path, device: torch.device):
-        self.options, self.models, self.folder, self.device = options, models, folder, device
-        spread = data.samples[:: max(1, len(data.samples) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]
+    samples: whose first captions are the prompts where the options have none, spread over all of them.
+    size: (width, height) of the pictures in pixels.
+    folder: where they are written, see `latentfm.training.sample_files`.
+    """
+
+    def __init__(
+        self, options: SampleOptions, models: Models, samples: Sequence[Sample], size: tuple[int, int], folder: Path, device: torch.device
+    ):
+        self.options, self.models, self.size, self.folder, self.device = options, models, size, folder, device
+        spread = samples[:: max(1, len(samples) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]
         self.prompts = options.prompts or [sample.captions[0] for sample in spread]
-        self.size = data.transform[False]
         length = t5_length(models.info)
         self.condition = self.assembled(models.encoder.encode(self.prompts, length))
-        null = models.null.parts(length).map(lambda value: value.expand(len(self.prompts), *value.shape[1:]).to(device))
-        self.negative = self.assembled(null)
+        self.negative = self.assembled(models.null.parts(length).map(lambda value: value.expand(len(self.prompts), *value.shape[1:])))
 
-    def assembled(self, parts) -> Condition:
+    def assembled(self, parts: PromptParts) -> Condition:
+        """The condition in float32, whose precision the noise of the pictures takes on, whatever the encoders run in."""
+        parts = parts.map(lambda value: value.to(self.device, torch.float32))
         return assemble(parts, self.models.encoder.joint_dim, self.models.encoder.pooled_dim)
 
-    def draw(self, network: MMDiT, step: int) -> Path:
-        """Writes samples/step-<step, 8 digits>.png, a grid with a picture a prompt, and returns its path."""
+    def draw(self, network: MMDiT, step: int, accelerator: Accelerator) -> Path | None:
+        """Writes the pictures of `step`, and returns the path of samples/step-<step, 8 digits>.png on the main process.
+
+        Call it on every process, within EMA.applied_to: each draws its share of the prompts, all in as many forward passes of as many
+        rows. A picture depends on its prompt and seed alone, whatever the number of processes. Memory that runs out is told and
+        leaves this step without pictures (the answer is None everywhere), unless the weights are split over the processes, which
+        then wait for each other: there it is raised. Raises InputError, on every process, when the disk does not take the pictures.
+        """
+        rank, world = accelerator.process_index, accelerator.num_processes
+        own = list(range(rank, len(self.prompts), world))
+        padded = own + [0] * (-(-len(self.prompts) // world) - len(own))
+        problem, images = None, []
+        try:
+            images = self.pictures(network, padded)[: len(own)]
+        except torch.OutOfMemoryError as error:
+            if world > 1 and any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+                raise
+            problem = str(error).split("\n")[0]
+        if problem is not None:  # out here the error no longer holds on to what had been allocated
+            clear_device_cache(garbage_collection=True)
+        gathered = gather_object([(own, images, problem)])
+        problems = [problem for _, _, problem in gathered if problem is not None]
+        if problems:
+            accelerator.print(f"no pictures at step {step}, the training goes on: {problems[0]}. Take fewer sample.prompts")
+            return None
+        path = None
+        with together(accelerator):
+            if accelerator.is_main_process:
+                numbered = [pair for indices, images, _ in gathered for pair in zip(indices, images, strict=True)]
+                images = [image for _, image in sorted(numbered, key=lambda pair: pair[0])]
+                options = self.options
+                settings = {"seed": options.seed, "steps": options.steps, "guidance": options.guidance}
+                path = write_step(self.folder, step, images, self.prompts, settings)
+        return path
+
+    def pictures(self, network: MMDiT, indices: list[int]) -> list[Image.Image]:
+        """The pictures of the prompts `indices`; the network is afterwards as it was before. The VAE runs in float32, autocast or not."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.models.folder, subfolder="scheduler")
         pipe = LatentFMPipeline(network, scheduler, self.models.vae)
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.enable_slicing()  # decoding all of them at once would be the peak of the run's memory
-        training, checkpointing = network.training, network.gradient_checkpointing
-        network.eval()
-        with torch.compiler.set_stance("force_eager"):
-            images = pipe(
-                prompt_embeds=self.condition.embeds, pooled_prompt_embeds=self.condition.pooled,
-                negative_prompt_embeds=self.negative.embeds, negative_pooled_prompt_embeds=self.negative.pooled,
-                height=self.size.height, width=self.size.width, num_inference_steps=self.options.steps,
-                guidance_scale=self.options.guidance,
-                generator=[torch.Generator().manual_seed(self.options.seed + i) for i in range(len(self.prompts))],
-            ).images  # fmt: skip
-        network.train(training)
-        network.gradient_checkpointing = checkpointing
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:08d}.png"
-        grid(images, labels=self.prompts).save(path)
-        return path
+        checkpointing = network.gradient_checkpointing
+        try:
+            with self.models.vae_on(self.device), evaluating(network):
+                latents = pipe(
+                    prompt_embeds=self.condition.embeds[indices], pooled_prompt_embeds=self.condition.pooled[indices],
+                    negative_prompt_embeds=self.negative.embeds[indices], negative_pooled_prompt_embeds=self.negative.pooled[indices],
+                    width=self.size[0], height=self.size[1], num_inference_steps=self.options.steps,
+                    guidance_scale=self.options.guidance,
+                    generator=[torch.Generator().manual_seed(self.options.seed + index) for index in indices], output_type="latent",
+                ).images  # fmt: skip
+            with torch.autocast(latents.device.type, enabled=False):
+                return pipe.image_processor.postprocess(vae_room.decode(self.models.vae, latents), output_type="pil")
+        finally:
+            network.gradient_checkpointing = checkpointing

@@ -1,0 +1,238 @@
+"""The page of a run: OUTPUT/run.html, one file that opens by a double click and needs neither a server nor a network.
+
+It is made of what the run writes: metrics.jsonl and validation.jsonl (a row a step), events.jsonl, config.json, run.json and samples/. Any
+of them may be absent, and a row may lack what an older version did not write. The look is in run_page.html.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from latentfm.config import RunConfig
+from latentfm.files import whole_or_nothing
+from latentfm.training.curves import POINTS, Log, curves, number, parsed
+from latentfm.training.sample_files import COLUMNS, cells_of, settings_of, step_of, steps, thinned
+
+LARGEST = 4 * 10**6  # bytes of pictures in the page
+WHOLE_GRIDS = 8  # pictures of steps whose small pictures are not there: each is read and made smaller anew
+EVENTS = 200  # shown, the latest
+UNMARKED = ("started", "saved", "finished")  # how events begin that every run has
+ENDINGS = ("stopped", "ended")  # how events begin after which a run does not go on by itself
+
+
+def write_run_page(folder: Path) -> Path:
+    """The path of folder/run.html, the page of the run in `folder`, written anew, whole or not at all.
+
+    Raises InputError when the disk does not take it. Where the page of one run is written often, keep a `RunPage`.
+    """
+    return RunPage(folder).write()
+
+
+class RunPage:
+    """The page of the run in `folder`; it reads the log on from where the last `write` stopped."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.metrics, self.validation = Log(folder / "metrics.jsonl"), folder / "validation.jsonl"
+
+    def write(self) -> Path:
+        """The path of the page, written anew; see `write_run_page`."""
+        target = self.folder / "run.html"
+        before, after = files("latentfm.training").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
+        data = json.dumps(self.data(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        for letter in "<>&\u2028\u2029":  # nothing in the data can end the script that holds it
+            data = data.replace(letter, f"\\u{ord(letter):04x}")
+        page = before.replace("{{title}}", html.escape(f"{self.name()} - latentfm")) + data + after
+        with whole_or_nothing(target) as partial:
+            partial.write_text(page, "utf-8")
+        return target
+
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def data(self) -> dict[str, Any]:
+        """What the page shows, as run_page.html reads it."""
+        config, facts = load_json(self.folder / "config.json"), load_json(self.folder / "run.json")
+        columns = self.metrics.read()
+        events = [row for row in load_rows(self.folder / "events.jsonl")[0] if "what" in row]
+        damaged = {"metrics.jsonl": self.metrics.damaged}
+        held_out, damaged["validation.jsonl"] = load_rows(self.validation)
+        state = state_of(columns, config, (self.folder / "model").exists(), str(events[-1]["what"]) if events else "")
+        return {
+            "name": self.name(),
+            "written": time.time(),
+            "state": state,
+            "epochs": facts["epochs"] * state["step"] / state["steps"] if number(facts.get("epochs")) and state["steps"] else None,
+            "facts": facts,
+            "curves": curves(columns),
+            "validation": validation(held_out),
+            "pictures": pictures_of(self.folder / "samples"),
+            "options": options(config),
+            "events": [event_of(row) for row in events[-EVENTS:]],
+            "notes": [f"{count} rows of {name} are damaged and not shown" for name, count in damaged.items() if count],
+        }
+
+
+def validation(rows: list[dict]) -> dict[str, Any]:
+    """The validation's curves: "step", "loss", "stderr" and "by_t", a list for each t."""
+    by_step = {row["step"]: row for row in rows if number(row.get("step")) is not None}
+    rows = thinned([by_step[step] for step in sorted(by_step)], 2 * POINTS)
+    by_t = [values if isinstance(values := row.get("by_t"), dict) else {} for row in rows]
+    times = sorted({t for values in by_t for t in values if number(as_float(t)) is not None}, key=float)
+    return {
+        "step": [int(row["step"]) for row in rows],
+        "loss": [number(row.get("validation_loss")) for row in rows],
+        "stderr": [number(row.get("stderr")) for row in rows],
+        "by_t": {t: [number(values.get(t)) for values in by_t] for t in times},
+    }
+
+
+def as_float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def state_of(columns: dict[str, np.ndarray], config: dict, exported: bool, latest: str) -> dict[str, Any]:
+    """How far the run is: step of steps, seconds of training so far, a step and left, and whether it is finished or has stopped.
+
+    `exported` says whether the trained model is there, and `latest` what happened last.
+    """
+    train = config.get("train") if isinstance(config.get("train"), dict) else {}
+    total, batch = number(train.get("steps")), number(train.get("batch_size"))
+    rows = len(columns["step"])
+    step = int(columns["step"][-1]) if rows else 0
+    pace, seconds = None, None
+    timed = np.flatnonzero(np.isfinite(columns["seconds"]))
+    if len(timed):
+        seconds = float(columns["seconds"][timed[-1]])
+        recent = timed[-min(len(timed), 200)]
+        if timed[-1] > recent:
+            pace = (seconds - columns["seconds"][recent]) / (columns["step"][timed[-1]] - columns["step"][recent])
+    elif rows and batch and columns["images_per_second"][-1] > 0:
+        pace = batch / columns["images_per_second"][-1]
+    pace = float(pace) if pace is not None and pace > 0 else None
+    return {
+        "step": step, "steps": total, "rows": rows, "batch_size": batch, "seconds": seconds, "seconds_a_step": pace,
+        "left": pace * max(0, total - step) if pace and total else None,
+        "finished": exported and total is not None and step >= total, "stopped": latest.startswith(ENDINGS),
+    }  # fmt: skip
+
+
+def pictures_of(folder: Path) -> dict[str, Any]:
+    """The pictures drawn while training as the latest were, of as many steps as LARGEST allows, the first and the last among them."""
+    there = steps(folder)
+    none = {"steps": [], "prompts": [], "tile": [1, 1], "total": 0, "hidden": 0, "progress": False}
+    if not there:
+        return none
+    settings = {path: settings_of(path) for path in there}
+    newest = settings[there[-1]]
+    same = [path for path in there if alike(settings[path], newest) and cells_of(path).is_file()]
+    if newest is None or not same:
+        return none | whole_grids(there)
+    prompts = [str(prompt) for prompt in newest.get("prompts", [])]
+    most = 32
+    shown = thinned(same, most)
+    while len(shown) > 1 and sum(cells_of(path).stat().st_size for path in shown) * 4 / 3 > LARGEST:
+        most //= 2
+        shown = thinned(same, most) if most > 1 else same[-1:]
+    with Image.open(cells_of(shown[-1])) as sheet:
+        tile = [sheet.width // min(COLUMNS, len(prompts)), sheet.height]
+    return {
+        "steps": [{"step": step_of(path), "src": source("webp", cells_of(path).read_bytes())} for path in shown],
+        "prompts": prompts[:COLUMNS], "tile": tile, "total": len(same), "hidden": max(0, len(prompts) - COLUMNS),
+        "progress": (folder / "progress.png").is_file(),
+    }  # fmt: skip
+
+
+def whole_grids(there: list[Path]) -> dict[str, Any]:
+    """The pictures of steps, each grid made smaller as one: what there is of runs that kept no small pictures."""
+    found, tile = [], [1, 1]
+    for path in thinned(there, WHOLE_GRIDS):
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except (OSError, UnidentifiedImageError):
+            continue
+        image.thumbnail((800, 800))
+        tile, encoded = list(image.size), io.BytesIO()
+        image.save(encoded, format="JPEG", quality=80)
+        found.append({"step": step_of(path), "src": source("jpeg", encoded.getvalue())})
+    return {"steps": found, "prompts": ["all prompts"] if found else [], "tile": tile, "total": len(there)}
+
+
+def alike(settings: dict | None, others: dict | None) -> bool:
+    """Whether two pictures were drawn alike, but for the step."""
+    return settings is not None and others is not None and settings | {"training_step": 0} == others | {"training_step": 0}
+
+
+def source(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def options(config: dict) -> list[dict[str, Any]]:
+    """Each option of a configuration: its name, value, default, meaning, and whether the value is another than the default."""
+    found = []
+    for section, values in config.items():
+        fields = RunConfig.model_fields[section].annotation.model_fields if section in RunConfig.model_fields else {}
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = fields.get(key)
+            required = field is None or field.is_required()
+            default = "" if required else written(field.get_default(call_default_factory=True))
+            meaning = field.description if field is not None else "an option of another version"
+            found.append(
+                {"name": f"{section}.{key}", "value": written(value), "default": default, "changed": written(value) != default}
+                | ({"meaning": meaning} if meaning else {})
+            )
+    return found
+
+
+def written(value: Any) -> str:
+    """An option's value as it would be written in a configuration."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=lambda other: other.model_dump(mode="json"))
+
+
+def event_of(row: dict) -> dict[str, Any]:
+    """An event as the page shows it; `marked` are those with a line in the curves."""
+    what = str(row["what"])
+    timestamp = number(row.get("time"))
+    when = timestamp if timestamp is not None else None if row.get("time") is None else str(row["time"])
+    return {"step": number(row.get("step")), "time": when, "what": what, "marked": not what.startswith(UNMARKED)}
+
+
+def load_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one where there is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return clean(value) if isinstance(value, dict) else {}
+
+
+def load_rows(path: Path) -> tuple[list[dict], int]:
+    """(the rows of a JSON-lines file, how many were damaged); none where there is no file."""
+    try:
+        return parsed(path.read_bytes().split(b"\n"))
+    except OSError:
+        return [], 0
+
+
+def clean(value: Any) -> Any:
+    """`value` without the numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {str(key): clean(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [clean(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
