@@ -66,6 +66,10 @@ def generate(
     model: Annotated[
         Path | None, typer.Option(help="Pipeline folder, ours or a stock SD3 / SD3.5 one. Default: the bundled model.", show_default=False)
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(help="A LoRA upon the model: a file or folder of ours, diffusers' or peft's. Several add up.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing. No file in it is overwritten.")] = Path("outputs"),
     grid: Annotated[
         bool | None,
@@ -98,6 +102,10 @@ def generate(
     check_name("--attention", attention, ATTENTION)
     check_folder_can_be_written(out)
     folder = model_folder(model)
+    adapters = lora or []
+    for path in adapters:
+        if not path.exists():
+            raise InputError(f"--lora {path} does not exist; a training writes one to OUTPUT/lora")
 
     from latentfm.pictures import cell
 
@@ -107,6 +115,7 @@ def generate(
         chosen = chosen_device(device)
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
         pipe = load(folder, kind)
+        add_adapters(pipe, adapters)
         choose_attention(pipe, attention, chosen)
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         check_size(width, height, pipe.size_multiple, pipe.max_side)
@@ -125,6 +134,7 @@ def generate(
             "height": height,
             "model": str(model) if model else "bundled",
             "model_fingerprint": fingerprint(folder),
+            **({"lora": [str(path) for path in adapters]} if adapters else {}),
             "device": str(chosen),
             "dtype": kind,
             "attention": attention,
@@ -167,6 +177,23 @@ def load(folder: Path, dtype: str) -> "LatentFMPipeline":
         raise InputError(f"--model {folder} cannot be loaded; its copy may be incomplete or damaged: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def add_adapters(pipe: "LatentFMPipeline", paths: list[Path]) -> None:
+    """Merges LoRA adapters into the network's weights. Raises InputError for one that is none, or of another network."""
+    names = [f"adapter_{number}" for number in range(len(paths))]
+    for name, path in zip(names, paths, strict=True):
+        try:
+            pipe.load_lora_weights(path, adapter_name=name)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise InputError(f"--lora {path} does not fit this model: {reason}") from error
+    if paths:
+        pipe.set_adapters(names)
+        pipe.fuse_lora(adapter_names=names)
+        pipe.unload_lora_weights()
 
 
 def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device") -> None:

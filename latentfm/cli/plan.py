@@ -13,31 +13,10 @@ from latentfm.cli.checks import check_at_least_one, check_name, check_size, pars
 from latentfm.errors import InputError
 from latentfm.models.cost import forward_flops, lora_parameters, parameters, training_flops
 from latentfm.models.described import Model, preset_model, read_model
-from latentfm.models.memory import Moment, Training, drawing_moments, highest, training_moments
+from latentfm.models.gpus import EFFICIENCY, GIB, GPU, GPUS, RESERVE
+from latentfm.models.memory import Moment, Training, by_name, drawing_moments, highest, training_moments
 from latentfm.models.presets import PRESETS
 
-GIB = 2**30
-# left free of a GPU's memory: its context, the libraries' workspaces, and what the allocator cannot use
-RESERVE = 3 * GIB // 2
-
-
-class GPU(NamedTuple):
-    """A GPU as its data sheet has it."""
-
-    name: str
-    tflops: float  # bfloat16, dense
-    gib: float
-
-
-GPUS = {
-    "h100": GPU("H100 SXM", 989, 80),
-    "h200": GPU("H200", 989, 141),
-    "b200": GPU("B200", 2250, 180),
-    "a100": GPU("A100", 312, 80),
-    "a100-40": GPU("A100 40 GB", 312, 40),
-    "l40s": GPU("L40S", 362, 48),
-    "4090": GPU("RTX 4090", 165, 24),
-}
 MODES, WEIGHTS, SHARDS = ("full", "lora", "generate"), ("float32", "bfloat16"), ("none", "full")
 TRAINING, LORA, DRAWING = MODES[:2], MODES[1:2], MODES[2:]
 
@@ -94,7 +73,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help=f"Which GPU: {', '.join(GPUS)}.")] = "h100",
     peak: Annotated[float | None, typer.Option(help="Another GPU's peak in bfloat16, TFLOP/s.", show_default=False)] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="Another GPU's memory, in GiB.", show_default=False)] = None,
-    efficiency: Annotated[float, typer.Option(help="The share of the peak that is reached, above 0 up to 1.")] = 0.4,
+    efficiency: Annotated[float, typer.Option(help="The share of the peak that is reached, above 0 up to 1.")] = EFFICIENCY,
     tokens: Annotated[int | None, typer.Option(help="Text tokens. Default: the model's, SD3's 77 + 256.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps [1000], or the sampler's [28].", show_default=False)] = None,
     weights: Annotated[
@@ -256,12 +235,9 @@ def in_common(model: Model, run: Run, mode: str) -> dict[str, Any]:
 
 def of_memory(moments: list[Moment], run: Run, out: list[str]) -> dict[str, Any]:
     """The answer's part on memory: the fullest moment by part, each moment's sum, whether it fits, and the ways out."""
-    fullest, totals = highest(moments), {}
-    for moment in moments:  # of the backward pass the highest block alone
-        name = "backward pass" if moment.name.startswith("backward pass") else moment.name
-        totals[name] = max(moment.total, totals.get(name, 0))
+    fullest = highest(moments)
     return {
-        "memory": {part: size for part, size in fullest.parts.items() if size}, "fullest at": fullest.name, "memory at": totals,
+        "memory": {part: size for part, size in fullest.parts.items() if size}, "fullest at": fullest.name, "memory at": by_name(moments),
         "reserve": RESERVE, "fits": run.fits(moments), "ways out": out,
     }  # fmt: skip
 

@@ -1,9 +1,13 @@
-"""`latentfm train`: a configuration and overrides to a finished pipeline folder."""
+"""`latentfm train`: a configuration and overrides to a finished pipeline folder, or to what the run would take."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from latentfm.config import RunConfig
 
 
 def train(
@@ -13,32 +17,91 @@ def train(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of options; see configs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder.")] = False,
     options: Annotated[bool, typer.Option("--options", help="List every option with its meaning and default, and leave.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do and take, and what is wrong with it; load and write nothing.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="--dry-run: as if on this GPU, a name of `latentfm plan`; default: what is here.", show_default=False)
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="--dry-run: as if on so many; default: what the launcher says.", show_default=False)
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="--dry-run: none (DDP) or full (FSDP); default: what the launcher says.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object instead of tables.")] = False,
 ) -> None:
     """Train on a folder of captioned pictures: fine-tune a pipeline's network, or train a new one.
 
     The folder holds pictures with same-stem .txt captions, or a metadata.jsonl / metadata.csv with the columns file_name and text.
     The result is OUTPUT/model, a pipeline folder for `latentfm generate --model` and for diffusers; OUTPUT/samples shows
     the pictures along the way. Runs under `accelerate launch -m latentfm train ...` on many processes, same options, same result.
+
+    SIGTERM and SIGUSR1 end it after the step under way, saved, with exit code 0 and no path printed; --resume goes on.
     """
     from latentfm.config import load_config
+    from latentfm.errors import InputError
 
     if options:
         print(option_table())
         return
+    for option, given in (("--gpu", gpu), ("--gpus", gpus), ("--shard", shard), ("--json", as_json)):
+        if given and not dry_run:
+            raise InputError(f"{option} goes with --dry-run; give that too, or leave {option} out")
     run = load_config(config, overrides)
 
     from latentfm.cli.terminal import quiet_libraries
-    from latentfm.errors import InputError
+    from latentfm.training.stop import Stopped
 
     quiet_libraries()
-    from latentfm.training.trainer import train as run_training
-
     try:
+        if dry_run:
+            say_what_it_takes(run, resume, gpu, gpus, shard, as_json)
+            return
+        from latentfm.training.trainer import train as run_training
+
         target = run_training(run, resume)
     except OSError as error:  # a full disk, a folder that may not be written: the message names it
         raise InputError(" ".join(str(error).split())) from error
+    except Stopped as stopped:  # code 0: a launcher would take another for a failure, and end the other processes
+        typer.echo(str(stopped), err=True)
+        return
     typer.echo(f"finished: {target}", err=True)
     print(target)
+
+
+def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int | None, shard: str | None, as_json: bool) -> None:
+    """Prints the dry run of `run`, once over all processes. Raises InputError for what is wrong with it."""
+    import json
+
+    from latentfm.cli.checks import check_at_least_one, check_name
+    from latentfm.cli.dry_run import show
+    from latentfm.cli.terminal import progress_bar
+    from latentfm.models.gpus import GPUS
+    from latentfm.training.checks import Launch
+    from latentfm.training.dry_run import Device, dry_run
+
+    launch = Launch.here()
+    if gpu is not None:
+        check_name("--gpu", gpu.lower(), tuple(GPUS))
+    if gpus is not None:
+        check_at_least_one({"--gpus": gpus})
+        launch = Launch(gpus)
+    if shard is not None:
+        check_name("--shard", shard, ("none", "full"))
+        launch = Launch(launch.processes, launch.machines, launch.processes if shard == "full" else 1)
+    with progress_bar() as bar:
+        task = bar.add_task("reading the headers of pictures", total=None)
+        found = dry_run(
+            run, resume, launch, None if gpu is None else Device.of(GPUS[gpu.lower()]),
+            lambda done, of: bar.update(task, completed=done, total=of),
+        )  # fmt: skip
+    if int(os.environ.get("RANK", 0)):
+        return
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
 
 
 def option_table() -> str:

@@ -102,6 +102,13 @@ def block_parameters(net: Network, block: int) -> int:
     return stream_parameters(net) + text + dual * 4 * linear_parameters(dim, dim) + modulation + norms
 
 
+def block_matrices(net: Network, block: int) -> int:
+    """Of a block's parameters, those in matrices: all but biases and query-key norms."""
+    dim, dual = net.dim, block in net.dual
+    linears = 12 + (3 if net.last(block) else 12) + 4 * dual + sum(net.modulations(block))
+    return linears * dim**2
+
+
 def position_table(net: Network) -> int:
     """Numbers in the position table, which is stored and not trained."""
     return net.table**2 * net.dim
@@ -211,6 +218,10 @@ class Decoder:
     def numbers(self, pixels: int) -> int:
         """Numbers in memory at the peak of decoding one picture: its widest layer's input, what normalises it, and its output."""
         return 3 * self.channels[1] * pixels
+
+    def encoder_numbers(self, pixels: int) -> int:
+        """The same of the encoder beside it, encoding one picture: five times its first layer's output."""
+        return 5 * self.channels[0] * pixels
 
 
 def checkpointed(block: int, share: float) -> bool:

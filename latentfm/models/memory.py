@@ -4,12 +4,13 @@ What a block keeps for its backward pass follows models/block.py line by line, a
 precision on the CPU and on a traced GPU. Left out: the GPU's context and what its allocator cannot use (together about 1 GB).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from latentfm.models.cost import (
     TIME_FEATURES,
     Network,
+    block_matrices,
     block_parameters,
     by_part,
     checkpointed,
@@ -19,6 +20,7 @@ from latentfm.models.cost import (
 )
 
 Precision = Literal["float32", "autocast", "bfloat16"]
+Quantised = Literal["nf4", "int8"]
 MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
 OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py (on a GPU) and training/ema.py widen at one time
 
@@ -43,17 +45,36 @@ class Training:
     pictures: int = 0  # sample pictures drawn together
     decoding: int = 0  # bytes that decoding them takes
     encoders: int = 0  # bytes of the text encoders, which are on the GPU while the cache is filled
+    encoding: int = 0  # bytes that encoding pictures or captions takes beside the frozen models
+    online: bool = False  # no cache: a batch is encoded in every step
     cpu: bool = False  # the CPU's kernels keep other things than a GPU's
+    ema_on_cpu: bool = False
+    state: float | None = None  # bytes of the optimizer's state for each number it moves; None is AdamW's
+    trains: tuple[int, ...] | None = None  # numbers that train in each block, then around them; None is all, or a LoRA on LORA_TARGETS
+    everywhere: bool = False  # whether adapters lie on more than LORA_TARGETS: what is kept is then counted as if all trained
+    wide_adapters: bool = False  # float32 adapters on bfloat16 weights
+    quantised: Quantised | None = None  # how the frozen matrices of the blocks are stored instead
+    routed: tuple[int, int, int] | None = None  # first and last block that see only so many image tokens
 
     @property
     def width(self) -> int:
-        """Bytes of a weight and of its gradient."""
+        """Bytes of a weight."""
         return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def trained_width(self) -> int:
+        """Bytes of a weight that trains, and of its gradient."""
+        return 4 if self.wide_adapters else self.width
 
     @property
     def compute(self) -> int:
         """Bytes of an activation."""
         return 4 if self.precision == "float32" else 2
+
+    def seen_by(self, block: int) -> "Training":
+        """The run as one block sees it: with the image tokens that are routed through it."""
+        routed = self.routed is not None and self.routed[0] <= block <= self.routed[1]
+        return replace(self, image=self.routed[2]) if routed else self
 
 
 class Moment(NamedTuple):
@@ -74,20 +95,22 @@ def block_activations(net: Network, block: int, run: Training) -> int:
     moved = full or block > 0  # whether a gradient is wanted of what comes into the block
     norm = (1 + full) * dim * 4 if run.cpu else dim * (4 if run.precision == "autocast" else c)  # of a query-key norm's input
     statistic = c if run.cpu else 4
-    recast = run.precision == "autocast" and not full  # peft's adapters ask for float32, and each linear makes a bfloat16 copy for itself
+    # peft's adapters ask for float32: each linear makes a copy for itself, which autocast makes bfloat16 again
+    recast, a = (run.precision == "autocast" and not full) or run.wide_adapters, 4 if run.wide_adapters else c
     per_picture = 0
     for tokens, read_only in ((run.image, False), (run.text, last)):
         read = 2 if read_only else 3  # key, value and query
         one = tokens * dim * c
         if moved:
             per_picture += one + 2 * tokens * statistic + dim * c  # the norm's input and statistics, its scale
-        per_picture += (read if recast else 1) * one + read * tokens * rank * c  # input of the linears, and of LoRA's second ones
+        into = tokens * dim * a
+        per_picture += (read if recast else 1) * into + read * tokens * rank * a  # input of the linears, and of LoRA's second ones
         per_picture += net.qk_norm * (read - 1) * tokens * (norm + net.heads * 4)
         if read_only:
             continue
         if recast or (run.batch > 1 and not last):  # both streams' attention lies in one tensor: a copy unless the batch is one picture
-            per_picture += one
-        per_picture += tokens * rank * c
+            per_picture += into
+        per_picture += tokens * rank * a
         per_picture += one + 2 * tokens * statistic + dim * c  # the feed-forward's norm: input, statistics, scale
         per_picture += 4 * one  # before GELU
         per_picture += full * (1 + 1 + 1) * one  # attention's output, the feed-forward's input and output
@@ -134,6 +157,7 @@ def block_copies(net: Network, block: int, run: Training) -> int:
         return 2 * dim**2 * (12 + into_text + 9 * (not last) + 4 * (block in net.dual) + sum(net.modulations(block)))
     moved = block > 0
     linears = 9 + 9 * (not last) + moved * (3 + (2 if last else 3) + 4 * (block in net.dual))
+    linears *= run.quantised is None  # widened for the moment of a product alone
     into, out = (5, 1) if last else (6, 2)
     return 2 * (dim**2 * linears + dim * run.rank * (into * (1 + moved) + out * 2))
 
@@ -149,7 +173,32 @@ def end_copies(net: Network, run: Training) -> int:
 
 def trained_in(net: Network, block: int, run: Training) -> int:
     """How many numbers of one block train."""
+    if run.trains is not None:
+        return run.trains[block]
     return block_parameters(net, block) if run.rank is None else lora_parameters(net, block, run.rank)
+
+
+def kept_in(net: Network, block: int, run: Training) -> int:
+    """Bytes that one block, not checkpointed, keeps for the backward pass; nothing where nothing trains in it or before it."""
+    if run.trains is not None and not any((*run.trains[: block + 1], run.trains[-1])):
+        return 0
+    seen = run.seen_by(block)
+    kept = block_activations(net, block, seen)
+    return max(kept, block_activations(net, block, replace(seen, rank=None))) if run.everywhere else kept
+
+
+def frozen_bytes(net: Network, run: Training) -> int:
+    """Bytes of the weights that an adapter is added to.
+
+    NF4 has 4 bits a number, 8 more for each 64 of them, and 32 for each 256 of those (QLoRA, Dettmers et al. 2023, section 3); int8 has
+    32 for each row (LLM.int8, Dettmers et al. 2022). Only the matrices of the blocks are stored so.
+    """
+    width, whole = run.width, sum(parameters(net).values())
+    if run.quantised is None:
+        return whole * width
+    matrices = sum(block_matrices(net, block) for block in range(net.layers))
+    each = 0.5 + 1 / 64 + 4 / (64 * 256) if run.quantised == "nf4" else 1 + 4 / net.dim
+    return (whole - matrices) * width + int(matrices * each)
 
 
 def training_moments(net: Network, run: Training) -> list[Moment]:
@@ -161,30 +210,33 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     trained = [trained_in(net, i, run) for i in blocks]
     in_blocks, whole = sum(trained), sum(parameters(net).values())
     ends = whole - sum(block_parameters(net, i) for i in blocks) if run.rank is None else 0
+    ends = ends if run.trains is None else run.trains[-1]
     numbers, parts = in_blocks + ends, run.gpus if run.shard else 1
-    weights = whole + (numbers if run.rank is not None else 0)
-    moments = 2 * (2 if run.narrow_moments else 4)
+    weights = whole * run.width if run.rank is None else frozen_bytes(net, run) + numbers * run.trained_width
+    state = 2 * (2 if run.narrow_moments else 4) if run.state is None else run.state
     largest = max(block_parameters(net, i) for i in blocks)
     always = {
-        "weights": weights * run.width // parts,
+        "weights": weights // parts,
         "position table": position_table(net) * run.width,
-        "optimizer": numbers * (moments + 4 * run.master) // parts,
-        "averages (EMA)": run.ema * numbers * 4 // parts,
+        "optimizer": int(numbers * (state + 4 * run.master)) // parts,
+        "averages (EMA)": (run.ema and not run.ema_on_cpu) * numbers * 4 // parts,
         "gathered weights of FSDP": run.shard * 2 * largest * run.compute * (1 + (run.rank is None)),
         "frozen models": run.frozen,
         "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
     }
-    kept = [block_input(net, i, run) if checkpointed(i, run.checkpointing) else block_activations(net, i, run) for i in blocks]
-    copies = [0 if run.shard else block_copies(net, i, run) for i in blocks]
+    once = [kept_in(net, i, run) for i in blocks]
+    kept = [min(block_input(net, i, run.seen_by(i)), once[i]) if checkpointed(i, run.checkpointing) else once[i] for i in blocks]
+    copies = [0 if run.shard or not once[i] else block_copies(net, i, run) for i in blocks]
     stays = [0 if checkpointed(i, run.checkpointing) else copies[i] for i in blocks]
     outer, outer_copies = end_activations(net, run), 0 if run.shard else end_copies(net, run)
-    gradient = run.width
+    gradient = run.trained_width
 
     def moment(name: str, **changing: int) -> Moment:
         return Moment(name, by_part([*always.items(), *((part.replace("_", " "), size) for part, size in changing.items())]))
 
+    filling = by_part([("frozen models", run.frozen), ("text encoders", run.encoders), ("working memory", run.encoding)])
     found = [
-        Moment("filling the cache", by_part([("frozen models", run.frozen), ("text encoders", run.encoders)])),
+        moment("encoding a batch", working_memory=run.encoding) if run.online else Moment("filling the cache", filling),
         moment(
             "end of the forward pass",
             activations=sum(kept) + outer,
@@ -198,7 +250,7 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
         found.append(
             moment(
                 f"backward pass of block {block}",
-                activations=sum(kept[:block]) + outer + block_activations(net, block, run),
+                activations=sum(kept[:block]) + outer + once[block],
                 bfloat16_copies=outer_copies + sum(stays[:block]) + copies[block],
                 gradients=(numbers - later) * gradient // parts,
                 working_memory=working_memory(net, run),
@@ -224,7 +276,8 @@ def working_memory(net: Network, run: Training) -> int:
     They are there when the block's activations still are: both streams' and two of the feed-forward's inner, after GELU and before it.
     """
     dim, c, longer = net.dim, run.compute, max(run.image, run.text)
-    return run.batch * (run.image + run.text + 8 * longer) * dim * c
+    widened = 9 * dim**2 * c if run.quantised else 0  # the largest matrix, a modulation's, as the product takes it
+    return run.batch * (run.image + run.text + 8 * longer) * dim * c + widened
 
 
 def forward_memory(net: Network, image: int, text: int, batch: int, width: int, cpu: bool = False) -> int:
@@ -267,3 +320,12 @@ def drawing_moments(
 def highest(moments: list[Moment]) -> Moment:
     """The moment with most in memory."""
     return max(moments, key=lambda moment: moment.total)
+
+
+def by_name(moments: list[Moment]) -> dict[str, int]:
+    """The bytes at each moment; of the backward pass those of its highest block alone."""
+    totals: dict[str, int] = {}
+    for moment in moments:
+        name = "backward pass" if moment.name.startswith("backward pass") else moment.name
+        totals[name] = max(moment.total, totals.get(name, 0))
+    return totals

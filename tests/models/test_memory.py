@@ -59,6 +59,9 @@ def network_of(config, run: Training) -> MMDiT:
     if run.rank:
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=run.rank, target_modules=list(LORA_TARGETS)))
+    if run.wide_adapters:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return network
 
 
@@ -107,7 +110,7 @@ def predicted(net: Network, run: Training) -> int:
 
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16", "bfloat16 under float32 adapters"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_activations_are_what_autograd_keeps_to_the_byte(device, precision, variant, rank, monkeypatch):
     """"cuda" traces CUDA's kernels without running them; flash attention by name, since no device is there to be asked for its choice."""
@@ -115,9 +118,11 @@ def test_activations_are_what_autograd_keeps_to_the_byte(device, precision, vari
     def flash(query, key, value, **_):
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    config = SMALL | VARIANTS[variant]
+    config, (precision, _, adapters) = SMALL | VARIANTS[variant], precision.partition(" ")
+    if adapters and rank is None:
+        pytest.skip("there is no adapter")
     for batch, (image, text) in zip((1, 3), TOKENS.values(), strict=True):
-        run = Training(image, text, batch, precision, rank, cpu=device == "cpu")
+        run = Training(image, text, batch, precision, rank, cpu=device == "cpu", wide_adapters=bool(adapters))
         network = network_of(config, run)
         with FakeTensorMode() if device == "cuda" else nullcontext():
             if device == "cuda":
