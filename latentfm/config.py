@@ -19,6 +19,7 @@ class ModelOptions(Section):
 
     pipeline: str | None = Field(None, description="pipeline folder with VAE and text encoders; the bundled model if not given")
     preset: str | None = Field(None, description="train a new network of this size from scratch, instead of the pipeline's")
+    text_encoders: Literal["float32", "bfloat16"] = Field("float32", description="their precision; bfloat16 halves the 19 GiB of T5-XXL")
 
 
 class SourceOptions(Section):
@@ -63,12 +64,22 @@ class DataOptions(Section):
         "repeats, weight, regularisation, subset, split, revision, streaming}",
     )  # fmt: skip
     size: int | tuple[int, int] | None = Field(None, description="pixels, or [width, height]; the model's own size if not given")
+    buckets: int = Field(
+        1, ge=1, description="shapes of about size's area that pictures are brought to, each to the one that crops least; 1 is size alone"
+    )
+    max_aspect: float = Field(
+        2.0, ge=1, allow_inf_nan=False, description="of the buckets: width to height of the widest, height to width of the tallest one"
+    )
+    max_crop: float = Field(1.0, gt=0, le=1, description="leave out, by name, pictures that would lose more than this share to the crop")
     prior_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="times the loss of the samples of regularisation sources")
     flip: bool = Field(False, description="mirror half of the draws left to right")
     t5_lengths: dict[int, float] | None = Field(
         None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
     )
     cache: str = Field("~/.cache/latentfm", description="folder of VAE moments and prompt embeddings, shared by all runs")
+    cache_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the VAE's moments in the cache")
+    verify: bool = Field(True, description="check every cached byte at the start; what is damaged later is found when it is read")
+    online: bool = Field(False, description="no cache: encode pictures and captions at every step, VAE and encoders staying on the device")
     workers: int = Field(1, ge=0, description="processes that read batches ahead, for each training process")
 
     @field_validator("t5_lengths")
@@ -87,6 +98,24 @@ class TokenRouting(Section):
     last: int = Field(-3, description="last routed block; after it all tokens are together again")
 
 
+class AdapterOptions(Section):
+    """Train a small addition to frozen weights instead of the weights (peft)."""
+
+    kind: Literal["lora", "dora"] = Field("lora", description="LoRA (Hu et al. 2021), or with magnitudes apart, DoRA (Liu et al. 2024)")
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="the addition counts alpha / rank; rank if not given")
+    targets: str | list[str] = Field(
+        "attention", description="attention, feed_forward, modulation, all_linear, or endings of modules' names: [attn.to_q, ff.net.2]"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1)
+    base: Literal["as_weights", "nf4", "int8"] = Field(
+        "as_weights", description="of the frozen weights: as train.weights says, or 4 or 8 bits by bitsandbytes"
+    )
+
+
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor", "prodigy", "lion")
+
+
 class TrainOptions(Section):
     """The optimisation."""
 
@@ -96,12 +125,17 @@ class TrainOptions(Section):
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
+    optimizer: Literal[OPTIMIZERS] = Field("adamw", description="prodigy finds its own rate: give it learning_rate 1; lion likes a tenth")
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of matrices; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     max_grad_norm: float = Field(1.0, gt=0)
     mixed_precision: Literal["no", "bf16"] = Field(
         "bf16", description="how float32 weights compute; bfloat16 weights compute in bfloat16 throughout, whatever stands here"
     )
+    adapter: AdapterOptions | None = Field(
+        None, description="train a LoRA or DoRA: {kind: lora, rank: 16, alpha: 16, targets: attention, dropout: 0, base: as_weights}"
+    )
+    blocks: str | None = Field(None, description="train these blocks only, as in 0-5,20-, or -4-: the last four; the others stay frozen")
     weights: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the trained network; bfloat16 halves the memory of weights and gradients, rounded stochastically"
     )
@@ -116,7 +150,14 @@ class TrainOptions(Section):
     )
     compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_device: Literal["same", "cpu"] = Field("same", description="where the averages are kept; cpu spares the GPU four bytes a weight")
+    loss_weighting: Literal["constant", "beta_squared", "inverse_beta_squared", "cosmap", "min_snr"] = Field(
+        "constant", description="w(t) of the loss, see latentfm.flow.objective; constant is the loss as it is derived"
+    )
     t_density: Literal["logit_normal", "uniform", "mode", "cosmap"] = "logit_normal"
+    t_density_options: dict[str, float] = Field(
+        default_factory=dict, description="of t_density: {mean: 0, std: 1} of logit_normal, {scale: 1.29} of mode"
+    )
     t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
@@ -126,6 +167,14 @@ class TrainOptions(Section):
     @classmethod
     def no_is_a_word(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as False
+
+
+class ValidationOptions(Section):
+    """The loss on pictures that are not trained on, from the averaged weights, at fixed times with fixed noise."""
+
+    held_out: int = Field(0, ge=0, description="pictures kept out of the training for it; 0: no validation")
+    every: int = Field(200, ge=1, description="steps between validations; also before the first step and after the last")
+    times: int = Field(8, ge=1, description="values of t, the middles of as many equal shares of train.t_density")
 
 
 class SampleOptions(Section):
@@ -143,8 +192,14 @@ class OutputOptions(Section):
 
     folder: str = Field(description="the run's folder: checkpoints, samples, logs, and at the end model/")
     checkpoint_every: int = Field(200, ge=1)
-    keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    keep: int = Field(2, ge=1, description="checkpoints kept, the newest; with validation the best one too")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=lambda: ["tensorboard"], description="besides metrics.jsonl and the run page"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the saved network")
+
+
+DENSITY_OPTIONS = {"logit_normal": ("mean", "std"), "uniform": (), "mode": ("scale",), "cosmap": ()}
 
 
 class RunConfig(Section):
@@ -153,6 +208,7 @@ class RunConfig(Section):
     model: ModelOptions = Field(default_factory=ModelOptions)
     data: DataOptions
     train: TrainOptions = Field(default_factory=TrainOptions)
+    validation: ValidationOptions = Field(default_factory=ValidationOptions)
     sample: SampleOptions = Field(default_factory=SampleOptions)
     output: OutputOptions
 
@@ -171,6 +227,32 @@ class RunConfig(Section):
                 f"train.batch_size {self.train.batch_size} does not divide by "
                 f"train.gradient_accumulation {self.train.gradient_accumulation}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def density_has_these_options(self) -> "RunConfig":
+        given, taken = self.train.t_density_options, DENSITY_OPTIONS[self.train.t_density]
+        unknown = [name for name in given if name not in taken]
+        if unknown:
+            raise ValueError(
+                f"train.t_density_options: {self.train.t_density} has no option {', '.join(unknown)}; it has {', '.join(taken) or 'none'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def adapter_goes_with(self) -> "RunConfig":
+        train = self.train
+        if train.adapter and self.model.preset:
+            raise ValueError("train.adapter adds to trained weights, model.preset makes new ones: leave one of them out")
+        if train.adapter and train.token_routing:
+            raise ValueError("train.token_routing is for a new network, train.adapter for a trained one: leave one of them out")
+        if train.adapter and train.master_weights and train.adapter.base != "as_weights":
+            raise ValueError(f"train.master_weights copies weights that train; with train.adapter.base={train.adapter.base} leave it out")
+        if train.optimizer != "adamw":
+            narrow = train.weights == "bfloat16" and not train.adapter
+            for option, asked in (("weights=bfloat16", narrow), ("master_weights=true", train.master_weights)):
+                if asked:
+                    raise ValueError(f"train.{option} needs train.optimizer=adamw, which rounds stochastically, not {train.optimizer}")
         return self
 
     @model_validator(mode="after")

@@ -93,6 +93,12 @@ OUT_OF_RANGE = [
     "train.t_density=normal", "train.t_shift=0", "train.t_shift=.inf", "train.dropout=1.1", "train.dropout=-0.1", "train.dropout_each=2",
     "train.seed=-1", "data.size=big", "data.size=[1, 2, 3]", "data.flip=7", "data.t5_lengths={}", "data.t5_lengths={0: 1}",
     "data.t5_lengths={16: 0}", "data.t5_lengths={16: .nan}", "data.t5_lengths={16: .inf}", "data.t5_lengths=16", "data.workers=-1",
+    "data.buckets=0", "data.max_aspect=0.5", "data.max_aspect=.inf", "data.max_crop=0", "data.max_crop=1.1", "data.cache_dtype=float16",
+    "data.verify=perhaps", "data.online=perhaps", "model.text_encoders=float16",
+    "train.optimizer=adam", "train.adapter={rank: 0}", "train.adapter={kind: full}", "train.adapter={dropout: 1}", "train.adapter=lora",
+    "train.adapter={base: int4}", "train.adapter={alpha: 0}", "train.ema_device=gpu", "train.loss_weighting=snr",
+    "train.t_density_options={scale: 1}", "train.t_density_options=[1]",
+    "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
     "data.folder=null", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
     "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
     "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
@@ -108,7 +114,7 @@ def test_a_value_out_of_range_is_refused_by_name(override):
 
 def test_every_option_with_a_range_is_tried_above():
     tried = {override.split("=")[0] for override in OUT_OF_RANGE}
-    free = {"model.pipeline", "model.preset", "data.cache", "output.folder", "train.attention"}  # any text
+    free = {"model.pipeline", "model.preset", "data.cache", "output.folder", "train.attention", "train.blocks"}  # any text
     assert tried | free == {f"{section}.{key}" for section, key in OPTIONS}
 
 
@@ -247,7 +253,7 @@ def test_every_option_is_read_somewhere():
                 read.add((owner, node.attr))
     owners = {  # what a section is called where it is passed on: Trainer's `config = self.config.train`, `options: DataOptions`, ...
         "model": {"model", "options"}, "data": {"data", "options"}, "train": {"train", "options", "config"},
-        "sample": {"sample", "options"}, "output": {"output"},
+        "validation": {"validation", "options"}, "sample": {"sample", "options"}, "output": {"output"},
     }  # fmt: skip
     unread = [f"{section}.{key}" for section, key in OPTIONS if not any((owner, key) in read for owner in owners[section])]
     assert unread == []

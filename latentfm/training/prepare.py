@@ -1,231 +1,251 @@
-"""Everything a run needs before its first step: the models, the dataset, and a filled cache."""
+"""The cache of a run filled before its first step, and what reads it."""
 
-import json
+import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latentfm.bundled import bundled_model
-from latentfm.config import DataOptions, ModelOptions, SourceOptions
-from latentfm.data.cache import Cache, fingerprint, key_of, tokenizer_fingerprint
-from latentfm.data.images import Transform, UnreadableImage, apply, contents, digest, load_mask, open_rgb, to_tensor
-from latentfm.data.sources import Columns, Dataset, Place, Sample, Source, read_folder, read_sources, summary
-from latentfm.data.sources.base import sha256
+from latentfm.config import DataOptions
+from latentfm.data.cache import Cache, Entries, fingerprint, key_of, tokenizer_fingerprint
+from latentfm.data.images import UnreadableImage, apply, load_mask, open_rgb
+from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Routing
+from latentfm.data.sources import Dataset, Sample
+from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
-from latentfm.interchange.weights import check_transformer
 from latentfm.models import vae as vae_room
-from latentfm.models.folder import check_folder, read_info
-from latentfm.models.mmdit import MMDiT
-from latentfm.models.text import NullCondition, PromptEncoder
+from latentfm.training.models import Models
+from latentfm.training.pictures import Pictures, unchanged
 
+logger = logging.getLogger(__name__)
 IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 8, 32
+LARGE = 512**2  # pixels: pictures beyond it are encoded one by one
+SECONDS_BETWEEN_LOOKS = 0.5  # at the cache, while other processes fill it
 
 
-@dataclass
-class Models:
-    """The network to train and the frozen models around it, with the folder they came from."""
+@dataclass(frozen=True)
+class Work:
+    """Entries of one kind: (key, item) of each, and what makes them."""
 
-    folder: Path
-    network: MMDiT
-    vae: AutoencoderKL
-    encoder: PromptEncoder
-    null: NullCondition
-    info: dict[str, Any]  # the folder's latentfm.json
-
-    @property
-    def multiple(self) -> int:
-        """Picture sides must be multiples of this."""
-        return vae_room.downsampling(self.vae) * self.network.config.patch_size
+    kind: str
+    wanted: list[tuple[str, Any]]
+    make: Callable[[Sequence[Any]], list[dict[str, Tensor]]]
+    at_once: int
+    load: Callable[[Any], Any] | None = None
 
 
-def load_models(options: ModelOptions) -> Models:
-    """The models of `options`: a pipeline's own network to fine-tune, or a new one of a preset beside its frozen models."""
-    folder = Path(options.pipeline).expanduser() if options.pipeline else bundled_model()
-    check_folder(folder, transformer=options.preset is None)
-    if not (folder / "vae" / "config.json").is_file():
-        raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
-    if options.preset is None:
-        check_transformer(folder / "transformer")
-        network = MMDiT.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True)
-        encoder = PromptEncoder.from_folder(folder, network.config.joint_attention_dim, network.config.pooled_projection_dim)
-    else:
-        encoder = PromptEncoder.from_folder(folder, 4096, 2048)
-        widths = [e.config.projection_dim for e in encoder.encoders[:2] if e is not None]
-        t5 = encoder.encoders[2]
-        changes = {"in_channels": vae.config.latent_channels, "out_channels": vae.config.latent_channels}
-        changes |= {"pooled_projection_dim": sum(widths)} if widths else {}
-        changes |= {"joint_attention_dim": t5.config.d_model} if t5 is not None else {}
-        network = MMDiT.from_preset(options.preset, **changes)
-        encoder.joint_dim, encoder.pooled_dim = network.config.joint_attention_dim, network.config.pooled_projection_dim
-    for frozen in (vae, *encoder.encoders):
-        if frozen is not None:
-            frozen.requires_grad_(False)
-    return Models(folder, network, vae, encoder, NullCondition.load(folder, encoder), read_info(folder))
+class CachedDataset(Pictures):
+    """A dataset whose pictures and captions are in the cache; knows every entry's key.
 
-
-def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
-    """(width, height) in pixels of the training pictures. Raises InputError for sides that do not divide."""
-    own = models.network.config.sample_size * vae_room.downsampling(models.vae)
-    size = own if options.size is None else options.size
-    width, height = (size, size) if isinstance(size, int) else size
-    for side in (width, height):
-        if side < models.multiple or side % models.multiple:
-            low = max(models.multiple, side // models.multiple * models.multiple)
-            raise InputError(f"data.size {side} is not a multiple of {models.multiple}; the nearest are {low} and {low + models.multiple}")
-        if side > models.network.config.pos_embed_max_size * models.multiple:
-            raise InputError(f"data.size {side} is larger than this network's {models.network.config.pos_embed_max_size * models.multiple}")
-    return width, height
-
-
-class CachedDataset:
-    """A dataset whose pictures and captions are in the cache; knows every entry's key."""
+    After `fill`, `samples` are without what cannot be read.
+    """
 
     def __init__(self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int]):
-        width, height = picture_size(options, models)
-        self.dataset, self.models, self.lengths = dataset, models, tuple(lengths)
+        self.models, self.lengths = models, tuple(lengths)
         self.cache = Cache(Path(options.cache).expanduser())
-        self.flips = (False, True) if options.flip else (False,)
-        self.transform = {flip: Transform(height=height, width=width, flip=flip) for flip in self.flips}
         self.vae_print = fingerprint(models.vae)
         self.text_print = key_of(
             str(models.encoder.joint_dim),  # the width of the zeros that stand for an absent T5
             *(fingerprint(e) for e in models.encoder.encoders), *(tokenizer_fingerprint(t) for t in models.encoder.tokenizers)
-        )
-        self.digests = {sample.id: digest(sample.path) for sample in dataset.samples}
-        self.mask_digests = {sample.id: digest(sample.mask) for sample in dataset.samples if sample.mask}
-        self.samples = dataset.samples
+        )  # fmt: skip
+        super().__init__(dataset, models, options)
+        if max(width * height for width, height in self.buckets.shapes) > LARGE:
+            models.vae.enable_slicing()  # one by one: at 1024 px the encoder takes 2.5 GiB a picture
+
+    # What entries depend on
 
     def image_key(self, sample: Sample, flip: bool) -> str:
-        return key_of("moments", self.digests[sample.id], self.transform[flip].key(), self.vae_print)
+        return key_of("moments", self.digests[sample.id], self.transform(sample, flip).key(), self.vae_print, self.options.cache_dtype)
 
     def mask_key(self, sample: Sample, flip: bool) -> str | None:
         """The key of a sample's loss mask at latent resolution; None without a mask."""
         if sample.mask is None:
             return None
-        factor = str(vae_room.downsampling(self.models.vae))
-        return key_of("mask", self.mask_digests[sample.id], self.digests[sample.id], self.transform[flip].key(), factor)
+        digests = (self.mask_digests[sample.id], self.digests[sample.id])
+        return key_of("mask", *digests, self.transform(sample, flip).key(), str(self.factor))
 
     def caption_key(self, caption: str, length: int) -> str:
         return key_of("prompt", caption, str(length), self.text_print)
 
     def identity(self) -> dict[str, str]:
         """What the training sees, as a hash of each kind (pictures with their masks); another hash is another run."""
-        samples, masks = self.samples, {id: f"\0{digest}" for id, digest in self.mask_digests.items()}
-        return {
-            "pictures": key_of(*(f"{s.id}\0{self.digests[s.id]}{masks.get(s.id, '')}" for s in samples)),
-            "captions": key_of(*(json.dumps([s.id, *s.captions, *([s.caption_weights] if s.caption_weights else [])]) for s in samples)),
-            "VAE": self.vae_print,
-            "text encoders": self.text_print,
-        }
+        return super().identity() | {"VAE": self.vae_print, "text encoders": self.text_print}
 
-    def encode_images(self, items: Sequence[tuple[Sample, bool]]) -> list[dict[str, Tensor]]:
-        """The entries of pictures; one that cannot be read gets the entry {"unreadable"}."""
-        pictures: dict[int, Tensor] = {}
-        for place, (sample, flip) in enumerate(items):
-            data = unchanged(sample.path, self.digests[sample.id])
-            try:
-                pictures[place] = to_tensor(apply(open_rgb(sample.path, data), self.transform[flip]))
-            except UnreadableImage:
-                continue
-        entries: list[dict[str, Tensor]] = [{"unreadable": torch.zeros(0)} for _ in items]
-        if pictures:
-            encoded = vae_room.encode_moments(self.models.vae, torch.stack(list(pictures.values())))
-            for place, moments in zip(pictures, encoded, strict=True):
-                entries[place] = {"moments": moments}
+    # Making entries
+
+    def load_image(self, item: tuple[Sample, bool]) -> Tensor | None:
+        """A picture as it is trained, uint8 [3, H, W]; None when it cannot be read."""
+        sample, flip = item
+        data = unchanged(sample.path, self.digests[sample.id])
+        try:
+            return torch.from_numpy(apply(open_rgb(sample.path, data), self.transform(sample, flip)).transpose(2, 0, 1))
+        except UnreadableImage:
+            return None
+
+    def encode_images(self, pictures: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+        """The entries of pictures; None gets the entry {"unreadable"}."""
+        dtype = getattr(torch, self.options.cache_dtype)
+        entries = [{"unreadable": torch.zeros(0, dtype=dtype)} for _ in pictures]
+        for shape in {picture.shape for picture in pictures if picture is not None}:
+            places = [place for place, picture in enumerate(pictures) if picture is not None and picture.shape == shape]
+            # always as many: an entry made again has the bits it had, whatever else was missing then
+            padded = (places + [places[0]] * IMAGES_AT_ONCE)[:IMAGES_AT_ONCE]
+            moments = self.moments(torch.stack([pictures[place] for place in padded])).to(dtype)
+            for place, value in zip(places, moments, strict=False):
+                entries[place] = {"moments": value}
         return entries
 
-    def encode_masks(self, items: Sequence[tuple[Sample, bool]]) -> list[dict[str, Tensor]]:
-        """The entries of loss masks, [1, h, w] in [0, 1] at latent resolution; one that cannot be used gets {"unreadable"}."""
-        entries: list[dict[str, Tensor]] = []
-        for sample, flip in items:
-            data = unchanged(sample.mask, self.mask_digests[sample.id])
-            try:
-                picture = open_rgb(sample.path, unchanged(sample.path, self.digests[sample.id]))
-                mask = load_mask(sample.mask, data, picture.size, self.transform[flip], vae_room.downsampling(self.models.vae))
-                entries.append({"mask": mask})
-            except UnreadableImage:
-                entries.append({"unreadable": torch.zeros(0)})
-        return entries
+    def moments(self, pixels: Tensor) -> Tensor:
+        """The VAE's moments, float32 [B, 2C, h, w] on its device, of pictures uint8 [B, 3, H, W]."""
+        pixels = pixels.to(self.models.vae.device).float()
+        half = torch.full((1,), 127.5, device=pixels.device)  # CUDA multiplies by the rounded inverse of a number, and divides by a tensor
+        return vae_room.encode_moments(self.models.vae, pixels / half - 1)
+
+    def load_mask(self, item: tuple[Sample, bool]) -> Tensor | None:
+        """A loss mask at latent resolution, float32 [1, h, w] in [0, 1]; None when it or its picture cannot be used."""
+        sample, flip = item
+        data = unchanged(sample.mask, self.mask_digests[sample.id])
+        try:
+            picture = open_rgb(sample.path, unchanged(sample.path, self.digests[sample.id]))
+            return load_mask(sample.mask, data, picture.size, self.transform(sample, flip), self.factor)
+        except UnreadableImage:
+            return None
 
     def encode_captions(self, items: Sequence[tuple[str, int]]) -> list[dict[str, Tensor]]:
         """The entries of (caption, T5 length) pairs, all of one length, in bfloat16."""
-        parts = self.models.encoder.encode([caption for caption, _ in items], items[0][1])
-        return [{name: value[row].to(torch.bfloat16) for name, value in parts.items()} for row in range(len(items))]
+        captions = [caption for caption, _ in items]
+        padded = (captions + [""] * CAPTIONS_AT_ONCE)[: max(CAPTIONS_AT_ONCE, len(captions))]
+        parts = self.models.encoder.encode(padded, items[0][1]).map(lambda value: value.to(torch.bfloat16).cpu())
+        return [{name: value[row] for name, value in parts.items()} for row in range(len(items))]
 
-    def fill(self, accelerator: Accelerator, progress: Any) -> None:
-        """Makes what is missing, each process its share; waits for the others by looking, not in a collective."""
-        rank, world = accelerator.process_index, accelerator.num_processes
-        images = {self.image_key(s, f): (s, f) for s in self.dataset.samples for f in self.flips}
-        texts = sorted({caption for sample in self.dataset.samples for caption in sample.captions})
-        wanted = [({self.caption_key(c, n): (c, n) for c in texts}, self.encode_captions, CAPTIONS_AT_ONCE) for n in self.lengths]
-        masks = {self.mask_key(s, f): (s, f) for s in self.dataset.samples if s.mask for f in self.flips}
-        wanted += [(images, self.encode_images, IMAGES_AT_ONCE), (masks, self.encode_masks, IMAGES_AT_ONCE)]
-        keys = [key for entries, _, _ in wanted for key in entries]
-        task = progress.add_task("caching pictures and captions", total=sum(len(list(e)[rank::world]) for e, _, _ in wanted))
-        for entries, make, at_once in wanted:
-            self.cache.fill(list(entries.items())[rank::world], make, at_once, lambda count: progress.advance(task, count))
-        while missing := [key for key in keys if not self.cache.path(key).exists()]:
-            progress.update(task, description=f"waiting for other processes ({len(missing)} entries)")
-            time.sleep(0.2)
+    def work(self) -> list[Work]:
+        """All that should be in the cache, each key once: captions by length, pictures by shape, masks."""
+        ordered = sorted(self.samples, key=lambda sample: self.bucket_by_id[sample.id])
+        images = {self.image_key(s, f): (s, f) for s in ordered for f in self.flips}
+        masks = {self.mask_key(s, f): (s, f) for s in ordered if s.mask for f in self.flips}
+        texts = sorted({caption for sample in self.samples for caption in sample.captions})
+        prompts = [{self.caption_key(c, n): (c, n) for c in texts} for n in self.lengths]
+        return [
+            *(Work("prompts", list(entries.items()), self.encode_captions, CAPTIONS_AT_ONCE) for entries in prompts),
+            Work("moments", list(images.items()), self.encode_images, IMAGES_AT_ONCE, self.load_image),
+            Work("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask),
+        ]
+
+    def prepare(self, accelerator: Accelerator, progress: Any) -> None:
+        """Fills the cache, each process its share, VAE and text encoders on the device; all processes leave it together."""
+        self.models.frozen_to(accelerator.device)
+        self.fill(accelerator.process_index, accelerator.num_processes, progress)
+        accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
+
+    def fill(self, rank: int, world: int, progress: Any) -> dict[str, tuple[int, int]]:
+        """Makes what is missing or damaged, this process its share; returns (made here, wanted by all) for each kind.
+
+        Waits for the others by looking at the folder, not in a collective, which would time out. Leaves out, by name, what
+        cannot be read.
+        """
+        if rank == 0 and self.cache.old_entries():
+            logger.warning(
+                "%s also holds a cache of an earlier version, one file an entry, which is not read any more; to remove it: rm -r %s",
+                self.cache.folder, self.cache.folder / "[0-9a-f][0-9a-f]",
+            )  # fmt: skip
+        work = self.work()
+        keys = np.array([bytes.fromhex(key) for part in work for key, _ in part.wanted], "S32")
+        task = progress.add_task("caching pictures and captions", total=sum(len(part.wanted[rank::world]) for part in work))
+        made, verify = Counter(), self.options.verify
+
+        def settled(count: int) -> None:
+            progress.advance(task, count)
+
+        while True:
+            for part in work:
+                made[part.kind] += self.cache.fill(
+                    part.kind, part.wanted[rank::world], part.make, part.at_once, settled,
+                    verify=verify, load=part.load, threads=self.threads,
+                )  # fmt: skip
+            self.cache.refresh()
+            missing = int((self.cache.find(keys) < 0).sum())
+            if not missing:
+                break
+            progress.update(task, description=f"waiting for other processes ({missing} entries)")
+            verify, settled = False, ignore
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         progress.remove_task(task)
-        readable = {s.id for s in self.dataset.samples if self.usable(s)}
-        self.samples = tuple(s for s in self.dataset.samples if s.id in readable)
-        unreadable = [s for s in self.dataset.samples if s.id not in readable]
-        if unreadable and accelerator.is_main_process:
-            for sample in unreadable:
-                accelerator.print(f"left out: {self.reason(sample)}")
-            accelerator.print(f"{len(unreadable)} of {len(self.dataset.samples)} pictures cannot be read and are left out (named above)")
-        if not self.samples:
-            raise InputError(f"none of the {len(self.dataset.samples)} pictures in {self.dataset.folder} can be read")
+        unreadable = {sample.id: None for sample, bad in zip(self.samples, self.unreadable_now(), strict=True) if bad}
+        self.unreadable |= unreadable
+        if rank == 0:
+            self.tell_left_out()
+        self.keep(sample for sample in self.samples if sample.id not in unreadable)
+        wanted = Counter()
+        for part in work:
+            wanted[part.kind] += len(part.wanted)
+        return {kind: (made[kind], wanted[kind]) for kind in wanted}
 
-    def usable(self, sample: Sample) -> bool:
-        """Whether a sample's picture, and its mask if it has one, could be read when they were cached."""
-        keys = [key for flip in self.flips for key in (self.image_key(sample, flip), self.mask_key(sample, flip)) if key]
-        return not any("unreadable" in self.cache.read(key) for key in keys)
+    def contents(self) -> dict[str, tuple[int, int, int]]:
+        """(entries that are there, entries wanted, bytes) for each kind."""
+        self.cache.refresh()
+        found = {kind: (0, 0, 0) for kind in ("moments", "prompts", "masks")}
+        for part in self.work():
+            places = self.cache.find([key for key, _ in part.wanted])
+            there = places[places >= 0]
+            more = (len(there), len(places), int(self.cache.index["length"][there].sum()))
+            found[part.kind] = tuple(a + b for a, b in zip(found[part.kind], more, strict=True))
+        return found
 
-    def reason(self, sample: Sample) -> str:
-        """Why a picture or its mask could not be read."""
+    def unreadable_now(self) -> list[bool]:
+        """Which samples have a picture or a mask that could not be read when it was cached."""
+        bad = self.entries(self.image_keys(self.samples)).has("unreadable").reshape(len(self.samples), -1).any(axis=1)
+        masked = [index for index, sample in enumerate(self.samples) if sample.mask]
+        if masked:
+            keys = [self.mask_key(self.samples[index], flip) for index in masked for flip in self.flips]
+            bad[masked] |= self.entries(keys).has("unreadable").reshape(len(masked), -1).any(axis=1)
+        return bad.tolist()
+
+    # Training on it
+
+    def image_keys(self, samples: Sequence[Sample]) -> np.ndarray:
+        """The keys of pictures, each as it is and then, with flips, mirrored."""
+        return np.array([bytes.fromhex(self.image_key(sample, flip)) for sample in samples for flip in self.flips], "S32")
+
+    def entries(self, keys: Sequence[str] | np.ndarray) -> Entries:
+        """Entries of the filled cache. Raises InputError when one went since."""
         try:
-            picture = open_rgb(sample.path)
-            for flip in self.flips if sample.mask else ():
-                load_mask(sample.mask, None, picture.size, self.transform[flip], vae_room.downsampling(self.models.vae))
-        except UnreadableImage as error:
-            return str(error)
-        return f"{sample.path}: it could not be read when it was cached"
+            return self.cache.entries(keys)
+        except KeyError as error:
+            raise InputError(f"the entry {error.args[0]} went from {self.cache.folder} since it was filled; start again") from None
+
+    def reader(self, seed: int, dropout: Dropout, routing: Routing | None = None) -> Reader:
+        """What reads batches of `samples`, which it counts by, and makes their draws."""
+        table, masks, mask_of = SampleTable.of(self.samples), None, None
+        masked = [index for index, sample in enumerate(self.samples) if sample.mask]
+        if masked:
+            masks = self.entries([self.mask_key(self.samples[index], flip) for index in masked for flip in self.flips])
+            mask_of = np.full((len(self.samples), len(self.flips)), -1, np.int32)
+            mask_of[masked] = np.arange(len(masks), dtype=np.int32).reshape(len(masked), -1)
+        texts = [table.texts[number] for number in range(len(table.texts))]
+        prompts = {length: self.entries([self.caption_key(text, length) for text in texts]) for length in self.lengths}
+        draws = Draws(seed, dropout, self.options.flip, routing)
+        return CachedReader(table, draws, self.entries(self.image_keys(self.samples)), prompts, masks, mask_of)
+
+    def complete(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch on `device`, with all that a forward pass needs."""
+        return batch.to(device)
+
+    def release(self) -> None:
+        """Takes the VAE and the text encoders off the device: all they had to say is in the cache."""
+        self.models.frozen_to(torch.device("cpu"))
 
 
-def unchanged(path: Path | Place, digest: str) -> bytes:
-    """The bytes of a picture. Raises InputError when they are not those that were listed: the entry would belong to something else."""
-    try:
-        data = contents(path)
-    except UnreadableImage as error:
-        raise InputError(f"{error}; it was there when it was listed") from error
-    if sha256(data) != digest:
-        raise InputError(f"{path} changed while it was being cached; start again when nothing writes to it")
-    return data
+def masks_of(masks: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+    """The entries of loss masks; None gets {"unreadable"}."""
+    return [{"unreadable": torch.zeros(0)} if mask is None else {"mask": mask} for mask in masks]
 
 
-def open_dataset(options: DataOptions, accelerator: Accelerator) -> Dataset:
-    """The dataset of `options`, its problems printed by name. Raises InputError when there is nothing to train on."""
-    dataset = read_folder(Path(options.folder).expanduser()) if options.folder else read_sources([source(o) for o in options.sources])
-    accelerator.print(summary(dataset))
-    return dataset
-
-
-def source(options: SourceOptions) -> Source:
-    """The source that an entry of data.sources describes."""
-    captions = options.caption_columns or {}
-    columns = Columns(options.image_column, {captions: 1.0} if isinstance(captions, str) else captions, options.mask_column)
-    kind = "datasets" if options.dataset else options.kind
-    return Source(
-        options.path or options.url or options.dataset, kind, columns, options.name, options.repeats, options.weight,
-        options.regularisation, options.subset, options.split, options.revision, options.streaming,
-    )  # fmt: skip
+def ignore(count: int) -> None:
+    """Nobody counts it."""

@@ -1,140 +1,84 @@
 """Training by conditional flow matching with label dropout (notes, Algorithm 5), through Accelerate.
 
     latentfm train --config configs/quickstart.yaml data.folder=my_pictures
-    accelerate launch --multi_gpu --num_processes 2 -m latentfm train --config configs/quickstart.yaml
+    accelerate launch --config_file configs/accelerate/ddp-8.yaml -m latentfm train --config configs/quickstart.yaml
     torchrun --nproc_per_node 2 -m latentfm train --config configs/quickstart.yaml
 
-Both work without a GPU too; `accelerate launch --cpu --num_processes 2` starts a single process.
-
-A run's folder holds metrics.jsonl and TensorBoard logs, samples/ (pictures from the averaged weights), checkpoints/,
-and at the end model/, a stock pipeline folder.
+A run's folder holds run.html (curves and pictures, opens in a browser), metrics.jsonl and TensorBoard logs, samples/ (pictures from the
+averaged weights), checkpoints/, and at the end model/, a stock pipeline folder.
 """
 
-import json
 import signal
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentfm import flow
-from latentfm.config import RunConfig, TokenRouting
-from latentfm.data.loader import Batch, CachedSamples, Dropout, Routing, Stream, batches
+from latentfm.config import RunConfig
+from latentfm.data.loader import Batch, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
+from latentfm.data.sources import summary
+from latentfm.data.stream import Stream
 from latentfm.errors import InputError
-from latentfm.files import whole_or_nothing
-from latentfm.models import vae as vae_room
 from latentfm.models.attention import check_backend
 from latentfm.models.folder import t5_length
-from latentfm.models.mmdit import TokenRoute
-from latentfm.models.text import NullCondition, assemble
-from latentfm.models.velocity import velocity
 from latentfm.training import checkpoint, export
+from latentfm.training.adapters import cast_weights, choose_trainable, seed_dropout
+from latentfm.training.checks import check
 from latentfm.training.ema import EMA
-from latentfm.training.optim import clip_gradient, learning_rate, make_optimizer, masters_of
-from latentfm.training.prepare import CachedDataset, Models, load_models, open_dataset, picture_size
+from latentfm.training.models import load_models, picture_size
+from latentfm.training.online import dataset_of
+from latentfm.training.optim import clip_gradient, masters_of
+from latentfm.training.optimizers import learning_rate, make_optimizer
+from latentfm.training.parallel import Gathering, Parts, is_sharded, no_sync, resharded, shard, together
 from latentfm.training.progress import Progress
+from latentfm.training.records import Records, claimed, differences
 from latentfm.training.samples import SamplePictures
+from latentfm.training.sources import open_dataset
+from latentfm.training.step import Objective, cfm_losses, weights_of
+from latentfm.training.stop import Stop, Stopped
+from latentfm.training.validation import Validation, split_held_out
 
-DENSITIES = {name: density() for name, density in flow.DENSITIES.items()}
-# options that may change when a run is resumed: they do not touch the course of the training
-FREE_ON_RESUME = {
-    "output", "sample", "data.workers", "data.cache", "train.compile", "train.gradient_checkpointing", "train.gradient_accumulation",
-    "train.attention",
-}  # fmt: skip
-
-
-def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, config: RunConfig, shift: float, scale: float) -> Tensor:
-    """The conditional flow-matching loss of each sample, [B] float32: the one place where latents are noised.
-
-    z is a draw from the VAE's posterior, scaled; x_t and the target come from the CondOT path; dropped encoders read the null
-    condition (notes, Algorithm 5, with the target alpha' z + beta' eps).
-    """
-    device = batch.moments.device
-    z = vae_room.sample_latents(batch.moments, batch.vae_noise, shift, scale)
-    t = flow.draw_t(batch.u, DENSITIES[config.train.t_density], config.train.t_shift)
-    path = flow.sample_path(z, batch.eps, t)
-    parts = batch.parts.drop(batch.dropped, null.parts(batch.t5_length).map(lambda value: value.to(device)))
-    condition = assemble(parts.map(Tensor.float), *condition_widths(network))
-    route = None
-    if batch.kept is not None:
-        route = TokenRoute(batch.kept, *routed_blocks(config.train.token_routing, network_config(network).num_layers))
-    return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity, batch.mask)
-
-
-def weighted(losses: Tensor, prior: Tensor | None, prior_weight: float) -> Tensor:
-    """The losses [B] with those of a regularisation set, where `prior` is true, times prior_weight (DreamBooth, Ruiz et al. 2023)."""
-    return losses if prior is None else torch.where(prior, prior_weight * losses, losses)
-
-
-def condition_widths(network: nn.Module) -> tuple[int, int]:
-    """(joint_attention_dim, pooled_projection_dim) of a network, wrapped for many processes or not."""
-    config = network_config(network)
-    return config.joint_attention_dim, config.pooled_projection_dim
-
-
-def network_config(network: nn.Module) -> Any:
-    """The configuration of a network, wrapped for many processes or not."""
-    return getattr(network, "module", network).config
-
-
-def routed_blocks(options: TokenRouting, layers: int) -> tuple[int, int]:
-    """(first, last) routed block, both counted from 0, of a network of `layers` blocks. Raises InputError when they do not fit."""
-    first, last = (block + layers if block < 0 else block for block in (options.first, options.last))
-    if not 0 <= first <= last < layers:
-        raise InputError(
-            f"train.token_routing from block {options.first} to {options.last} does not fit this network of {layers} blocks; "
-            f"choose 0 <= first <= last <= {layers - 1}, or negative numbers counted from the end"
-        )
-    return first, last
+INTERVALS = 8  # of t, for the loss by t in the log
+STEPS_OF_PACE = 50  # that pictures a second are counted over
 
 
 class Trainer:
     """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
 
     def __init__(self, config: RunConfig, resume: bool = False):
-        self.config, self.out = config, Path(config.output.folder).expanduser()
-        self.refuse_overwriting(resume)
+        self.setup = check(config, resume)
+        self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
         torch.manual_seed(config.train.seed)
+        narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
         self.accelerator = Accelerator(
             # bfloat16 weights need no autocast: everything the network does is in their precision
-            mixed_precision="no" if config.train.weights == "bfloat16" else config.train.mixed_precision,
-            log_with="tensorboard", project_dir=self.out,
+            mixed_precision="no" if narrow else config.train.mixed_precision,
+            log_with=[*config.output.trackers], project_dir=self.out,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
             cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
         )  # fmt: skip
-        self.check_batch()
-        dataset = open_dataset(config.data, self.accelerator)
-        self.models: Models = load_models(config.model)
+        dataset = open_dataset(config.data)
+        self.accelerator.print(summary(dataset))
+        self.models = load_models(config.model)
         self.choose_attention()
-        self.routing = self.checked_routing()
+        self.objective = Objective.of(config.train, self.models.vae)
         self.lengths = config.data.t5_lengths or {t5_length(self.models.info): 1.0}
+        self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
         self.progress = Progress(self.accelerator.is_main_process)
-        self.data = CachedDataset(dataset, self.models, config.data, sorted(self.lengths))
-
-    def refuse_overwriting(self, resume: bool) -> None:
-        """Raises InputError when the output folder already holds a run and `resume` is off, or the other way round."""
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"output.folder {self.out} is a file; choose another")
-        self.saved = checkpoint.checkpoints(self.out / "checkpoints")
-        if resume and not self.saved:
-            raise InputError(f"nothing to resume: {self.out} holds no checkpoint; leave --resume out to start from the first step")
-        if (self.saved or (self.out / "model").exists()) and not resume:
-            raise InputError(f"{self.out} already holds a run; go on with --resume, or choose another output.folder")
-
-    def check_batch(self) -> None:
-        world, options = self.accelerator.num_processes, self.config.train
-        if options.batch_size % (world * options.gradient_accumulation):
-            raise InputError(
-                f"train.batch_size {options.batch_size} does not divide by {world} processes times "
-                f"gradient_accumulation {options.gradient_accumulation}"
-            )
+        self.records = Records(self.out, self.accelerator.is_main_process)
+        self.stop, self.step, self.asked_to_stop = Stop(), 0, False
+        self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
+        self.data = dataset_of(dataset, self.models, config.data, sorted(self.lengths))
+        routing = config.train.token_routing
+        self.routing = Routing(routing.keep, self.models.network.config.patch_size) if routing else None
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
@@ -144,254 +88,362 @@ class Trainer:
         check_backend(options.attention, heads, head_dim, self.accelerator.device, dtype, training=True)
         network.set_attention(options.attention)
 
-    def checked_routing(self) -> Routing | None:
-        """How image tokens are routed, None if they are not. Raises InputError when the blocks or the tokens do not allow it."""
-        options, network = self.config.train.token_routing, self.models.network
-        if options is None:
-            return None
-        routed_blocks(options, network.config.num_layers)
-        routing = Routing(options.keep, network.config.patch_size)
-        factor = vae_room.downsampling(self.models.vae)
-        width, height = (side // factor for side in picture_size(self.config.data, self.models))
-        kept, tokens = routing.counts(height, width)
-        if kept == 0 or (kept == tokens and options.keep < 1):
-            raise InputError(
-                f"train.token_routing.keep {options.keep} of a picture's {tokens} image tokens is {kept} of them; "
-                f"choose a keep from 1/{tokens} to {tokens - 1}/{tokens}, a larger data.size, or leave token_routing out"
-            )
-        return routing
+    # The run
 
     def run(self) -> Path:
-        """Trains to the last step and returns the folder of the finished pipeline."""
-        with self.progress:
+        """Trains to the last step and returns the folder of the finished pipeline. Raises Stopped when asked to stop by a signal."""
+        with self.progress, self.claimed():
             self.set_up()
             try:
-                self.loop()
-            except KeyboardInterrupt:
-                if self.step > self.started_at:
-                    self.save()
-                    self.accelerator.print(f"stopped at step {self.step}, saved; go on with --resume")
+                with self.stop.listening():
+                    self.loop()
+                    target = self.finish()
+            except Exception as error:
+                if self.accelerator.is_main_process and not isinstance(error, Stopped):
+                    self.records.event(self.step, f"ended: {error}")
                 raise
-            self.accelerator.wait_for_everyone()
-            target = self.out / "model"
-            if self.accelerator.is_main_process:
-                averages = self.ema.state_dict()
-                export.write_pipeline(target, self.models, self.network, averages, self.config, sorted(self.lengths))
-            self.accelerator.wait_for_everyone()
-            self.accelerator.end_training()
+            finally:
+                self.records.page(now=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return target
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """A context in which no other run writes to the output folder; raises InputError on every process when one does."""
+        with ExitStack() as stack:
+            with together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    stack.enter_context(claimed(self.out))
+            yield
 
     def set_up(self) -> None:
         """Fills the cache, places the models, restores the newest checkpoint and opens the logs."""
         config, accelerator = self.config, self.accelerator
-        device = accelerator.device
-        self.models.vae.to(device)
-        self.models.encoder.to(device)
-        self.data.fill(accelerator, self.progress)
-        self.mixture = Mixture.of(self.data.samples, config.train.seed)
+        self.data.prepare(accelerator, self.progress)
+        seed = config.train.seed
+        _, held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
+        bucket_of = self.data.bucket_of.copy()
+        bucket_of[held_out] = -1  # never drawn
+        self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
+        self.reader = self.data.reader(seed, self.dropout, self.routing)
         for length in self.lengths:
             self.models.null.parts(length)
-        self.samples = SamplePictures(config.sample, self.models, self.data, self.out / "samples", device)
-        self.models.encoder.to(torch.device("cpu"))
-
-        self.network = self.models.network.to(device).train()
-        self.network.set_gradient_checkpointing(config.train.gradient_checkpointing)
-        self.names = {id(p): name for name, p in self.network.named_parameters()}
-        self.ema = EMA(self.network, config.train.ema_decay)
-        optimizer = make_optimizer(self.network, config.train)
-        for parameter in self.network.parameters():  # averages and masters began in float32; the position table stays in it
-            parameter.data = parameter.data.to(getattr(torch, config.train.weights))
-        self.step = 0
-        self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity()}
-        if self.saved:
-            self.restore(optimizer)
-        self.started_at = self.step
-        if config.train.compile:
-            torch._dynamo.config.recompile_limit = 64
-            self.network.compile_repeated_blocks(dynamic=False)
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        self.shift, self.scale = vae_room.shift_and_scale(self.models.vae)
+        size, samples = picture_size(config.data, self.models), self.out / "samples"
+        self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
+        self.validation = Validation(
+            config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, held_out,
+            max(self.lengths, key=self.lengths.get), self.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
+        ) if held_out else None  # fmt: skip
+        self.data.release()
+        self.place_network()
+        base = {"frozen weights": self.trained.base} if self.trained.base else {}
+        self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity() | base}
+        if self.resuming:
+            self.restore()
         self.has_prior = any(sample.share.regularisation for sample in self.data.samples)
-        if accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(self.identity["config"], indent=2) + "\n", "utf-8")
-            keep_rows(self.out / "metrics.jsonl", self.step)
-        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
-        self.describe()
+        facts = self.facts()
+        self.records.open(self.step, self.identity["config"], facts)
+        init = {"tensorboard": {"purge_step": self.step + 1}, "wandb": {"name": self.out.name, "dir": str(self.out)}}
+        accelerator.init_trackers("logs", init_kwargs={name: init[name] for name in config.output.trackers})
+        self.records.event(self.step, f"resumed after step {self.step}" if self.resuming else "started")
+        self.describe(facts)
 
-    def describe(self) -> None:
-        """Prints what is about to happen."""
-        config, samples = self.config, len(self.data.samples)
+    @property
+    def micro_batch(self) -> int:
+        """Pictures in one forward pass of one process."""
+        return self.config.train.batch_size // (self.accelerator.num_processes * self.config.train.gradient_accumulation)
+
+    def place_network(self) -> None:
+        """The network on the device or split over them, what trains of it, its averages and its optimizer."""
+        options, accelerator, network = self.config.train, self.accelerator, self.models.network
+        self.trained = choose_trainable(network, options, accelerator.device)
+        sharded = is_sharded(accelerator)
+        if not sharded:
+            network.to(accelerator.device)
+        self.network = network.train()
+        network.set_gradient_checkpointing(options.gradient_checkpointing)
+        exact = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}  # where averages and masters begin
+        cast_weights(network, options)
+        if options.compile:
+            torch._dynamo.config.recompile_limit = 64
+            network.compile_repeated_blocks(dynamic=False)
+        self.model = shard(network, accelerator) if sharded else accelerator.prepare(network)
+        self.parts = Parts(network)
+        start = {name: self.parts.part(name, value) for name, value in exact.items()}
+        self.ema = EMA(start, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
+        self.optimizer = make_optimizer(self.parts.parameters, options)
+        for name, parameter in self.parts.parameters.items():
+            if "master" in self.optimizer.state[parameter]:
+                self.optimizer.state[parameter]["master"].copy_(start[name])
+
+    def facts(self) -> dict[str, Any]:
+        """What the run page says of the run beside its options."""
+        device = self.accelerator.device
+        versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
         encoders = sum(e is not None for e in self.models.encoder.encoders)
-        dropout = Dropout(config.train.dropout, config.train.dropout_each)
-        parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad) / 1e6
-        epochs = config.train.steps * config.train.batch_size / self.mixture.count
+        return {
+            "devices": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": self.accelerator.num_processes,
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "trained": sum(p.numel() for p in self.parts.whole_ones.values()),
+            "pictures": len(self.data.samples),
+            "epochs": round(self.stream.epoch_of(self.config.train.steps), 3),
+            "no_condition": round(self.dropout.p_unconditional(encoders), 4),
+            "versions": versions,
+        }
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Prints what is about to happen."""
+        train = self.config.train
         self.accelerator.print(
-            f"{parameters:.1f}M parameters in {config.train.weights}, {samples} pictures, "
-            f"{config.train.steps} steps of {config.train.batch_size} = {epochs:.1f} epochs, "
-            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
-            f"P(no condition) = {dropout.p_unconditional(encoders):.3f}"
+            f"{self.trained.summary}: {facts['trained'] / 1e6:.1f}M of {facts['parameters'] / 1e6:.1f}M parameters in {train.weights}, "
+            f"{facts['pictures']} pictures in {len(self.data.buckets.shapes)} bucket(s), "
+            f"{train.steps} steps of {train.batch_size} = {facts['epochs']:.1f} epochs, "
+            f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}"
         )
 
     def loop(self) -> None:
         """The training loop: every optimizer step, its log row, and what is due after it."""
         config = self.config.train
-        stream = self.micro_batches()
-        if self.due(self.config.sample.every):  # at the start, and again after a stop between a checkpoint and its pictures
-            self.draw_samples()
-        began, first = time.monotonic(), self.step
+        batches = iter(self.micro_batches())
+        self.look(first=True)
+        paused = 0.0  # seconds of validations, pictures and checkpoints, which are no training time
+        times = deque([time.monotonic()], STEPS_OF_PACE + 1)
         self.progress.start(self.step, config.steps)
         while self.step < config.steps:
-            row = self.gradient(stream)
-            with unbroken():  # a Ctrl-C in here would save weights, averages, step and log that do not belong together
-                self.update()
-                row["images_per_second"] = (self.step - first) * config.batch_size / (time.monotonic() - began)
-                self.progress.step(self.step, row)
-                self.log(row)
-            if self.due(self.config.output.checkpoint_every):
-                self.save()
-            if self.due(self.config.sample.every):
-                self.draw_samples()
+            row = self.gradient(batches)
+            self.update()
+            if self.accelerator.num_processes == 1:  # nobody to agree with
+                self.asked_to_stop = bool(self.stop.signal)
+            times.append(time.monotonic() - paused)
+            row["images_per_second"] = (len(times) - 1) * config.batch_size / (times[-1] - times[0])
+            self.progress.step(self.step, row)
+            self.log(row)
+            last = self.step == config.steps
+            saving = self.due(self.config.output.checkpoint_every)
+            pause = time.monotonic()
+            self.look()
+            if saving or self.asked_to_stop:
+                self.save(must=last or self.asked_to_stop)
+            if self.asked_to_stop and not last:
+                self.leave()
+            paused += time.monotonic() - pause
+            self.records.page()
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    def micro_batches(self) -> Iterator[Batch]:
-        config = self.config
-        data = CachedSamples(
-            self.data.samples, self.data.cache, self.data.image_key, self.data.caption_key, config.train.seed,
-            Dropout(config.train.dropout, config.train.dropout_each), config.data.flip, self.routing, self.mixture, self.data.mask_key,
-        )  # fmt: skip
-        return batches(
-            data, Stream(self.mixture.count, config.train.batch_size, config.train.seed), self.lengths, self.step, config.train.steps,
-            config.train.gradient_accumulation, self.accelerator.process_index, self.accelerator.num_processes, config.data.workers,
-        )  # fmt: skip
+    def look(self, first: bool = False) -> None:
+        """Validates and draws when it is time: before the first step too, and again after a stop before the pictures of a step."""
+        if self.validation and self.due(self.config.validation.every):
+            self.validate()
+        if self.due(self.config.sample.every):
+            self.draw()
+            if first:
+                self.records.page(now=True)
 
-    def gradient(self, stream: Iterator[Batch]) -> dict[str, float]:
-        """The log row of one optimizer step (global mean loss, rate, gradient norm), its clipped gradient left in the weights."""
+    def draw(self) -> None:
+        """The sample pictures of this step. What keeps them from being drawn or written is told and noted: the training matters more."""
+        problem = "no memory for them"
+        try:
+            with self.averaged():
+                drawn = self.samples.draw(self.network, self.step, self.accelerator)
+        except InputError as error:
+            drawn, problem = None, str(error)
+            self.accelerator.print(f"warning: no pictures at step {self.step}: {problem}. The training goes on")
+        if drawn is None:
+            self.records.event(self.step, f"no pictures: {problem}")
+
+    def micro_batches(self) -> Loader:
+        """This process's batches from the current step on."""
+        config, accelerator = self.config, self.accelerator
+        loader = Loader(
+            self.reader, self.stream, self.lengths, config.train.steps, config.train.gradient_accumulation,
+            accelerator.process_index, accelerator.num_processes, config.data.workers, pin=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        loader.load_state_dict(self.stream.state(self.step))
+        return loader
+
+    def gradient(self, batches: Any) -> dict[str, Any]:
+        """The log row of one optimizer step (global mean loss, rate, gradient norm, loss by t), its clipped gradient left in the parts."""
         options, accelerator = self.config.train, self.accelerator
         rate = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, prior = torch.zeros((), device=accelerator.device), torch.zeros(2, device=accelerator.device)
+        sums = torch.zeros(4 + 2 * INTERVALS, device=accelerator.device)  # loss, stop, prior loss and count, loss and count by t
+        seen: list[tuple[Tensor, list[str]]] = []
         for micro in range(options.gradient_accumulation):
-            batch = to_device(next(stream), accelerator.device)
-            with accelerator.no_sync(self.model) if micro + 1 < options.gradient_accumulation else nullcontext():
-                losses = cfm_losses(self.model, batch, self.models.null, self.config, self.shift, self.scale)
-                loss = weighted(losses, batch.prior, self.config.data.prior_weight).mean() / options.gradient_accumulation
-                self.refuse_non_finite(losses, batch)
+            batch = self.data.complete(next(batches), accelerator.device)
+            seed_dropout(options, self.step, micro * accelerator.num_processes + accelerator.process_index)
+            partial = no_sync(accelerator, self.model) if micro + 1 < options.gradient_accumulation else nullcontext()
+            with partial:
+                with accelerator.autocast():
+                    losses, t = cfm_losses(self.model, batch, self.models.null, self.objective)
+                weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
+                loss = (weights * losses).mean() / options.gradient_accumulation
                 accelerator.backward(loss)
-            total += loss.detach()
-            if batch.prior is not None:
-                prior += torch.stack([losses.detach()[batch.prior].sum(), batch.prior.sum()])
-        norm = clip_gradient(self.network.parameters(), options.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise InputError(
-                f"the gradient is not finite at step {self.step + 1}; the newest checkpoint is untouched, lower train.learning_rate"
-            )
-        row = {"loss": accelerator.reduce(total, "mean").item(), "learning_rate": rate, "gradient_norm": norm.item()}
-        if self.has_prior:
-            prior_sum, prior_count = accelerator.reduce(prior, "sum").tolist()
-            row |= {"prior_loss": prior_sum / prior_count} if prior_count else {}  # unweighted; no row where no such sample was drawn
-        return row
+            self.add(sums, losses.detach(), t, loss.detach(), batch)
+            seen.append((losses.detach(), batch.ids))
+        self.parts.take_gradients()
+        norm = clip_gradient(self.parts.parameters.values(), options.max_grad_norm, self.parts.sum_over_parts)
+        sums[1] = self.stop.signal
+        found, length = accelerator.reduce(sums, "sum").tolist(), norm.item()  # the one wait of a step
+        self.asked_to_stop = found[1] > 0
+        total = found[0] / accelerator.num_processes
+        self.refuse_non_finite(total, length, seen)
+        by_t, counts = found[4 : 4 + INTERVALS], found[4 + INTERVALS :]
+        return {
+            "loss": total, "learning_rate": rate, "gradient_norm": length,
+            "loss_by_t": [value / count if count else None for value, count in zip(by_t, counts, strict=True)],
+            "count_by_t": [int(count) for count in counts],
+            # unweighted; none where no such sample was drawn
+            **({"prior_loss": found[2] / found[3]} if self.has_prior and found[3] else {}),
+        }  # fmt: skip
+
+    def add(self, sums: Tensor, losses: Tensor, t: Tensor, loss: Tensor, batch: Batch) -> None:
+        """Adds what the row of a step needs of a forward pass to `sums`, without waiting for the device."""
+        sums[0] += loss
+        if batch.prior is not None:
+            sums[2] += torch.where(batch.prior, losses, 0.0).sum()
+            sums[3] += batch.prior.sum()
+        means, counts = flow.by_time(losses, t, INTERVALS)
+        sums[4 : 4 + INTERVALS] += torch.where(counts > 0, means * counts, 0.0)
+        sums[4 + INTERVALS :] += counts
+
+    def refuse_non_finite(self, loss: float, norm: float, seen: list[tuple[Tensor, list[str]]]) -> None:
+        """Raises InputError on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
+        if abs(loss) < float("inf") and norm < float("inf"):
+            return
+        bad = [name for losses, names in seen for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
+        everywhere: list[list[str]] = [bad]
+        if self.accelerator.num_processes > 1:
+            everywhere = [[] for _ in range(self.accelerator.num_processes)]
+            torch.distributed.all_gather_object(everywhere, bad)
+        bad = [name for names in everywhere for name in names]
+        where = f"at step {self.step + 1}" + (f" for {', '.join(bad[:5])}" if bad else "")
+        if bad:
+            raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
+        raise InputError(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
 
     def update(self) -> None:
         """Moves the weights by the gradient and the averages after them, and counts the step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.network, self.step + 1, masters_of(self.optimizer, self.names))
+        self.ema.update(self.parts.parameters, self.step + 1, masters_of(self.optimizer, self.parts.names))
         self.step += 1
 
-    def refuse_non_finite(self, losses: Tensor, batch: Batch) -> None:
-        """Raises InputError naming the samples whose loss is not finite, before they touch a weight."""
-        bad = [name for name, good in zip(batch.ids, torch.isfinite(losses).tolist(), strict=True) if not good]
-        if bad:
-            raise InputError(f"the loss is not finite at step {self.step + 1} for {', '.join(bad[:5])}; the newest checkpoint is untouched")
+    def log(self, row: dict[str, Any]) -> None:
+        self.records.metrics({"step": self.step, **row})
+        self.track({name: value for name, value in row.items() if isinstance(value, float)})
 
-    def log(self, row: dict[str, float]) -> None:
-        self.accelerator.log(row, step=self.step)
-        if self.accelerator.is_main_process:
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step, **row}) + "\n")
+    def track(self, values: dict[str, float]) -> None:
+        """Gives the trackers the step's values. When one fails, that is told and they get no more: the training goes on."""
+        try:
+            self.accelerator.log(values, step=self.step)
+        except Exception as error:  # TensorBoard's writer is broken for good after a write that the disk refused
+            self.accelerator.trackers = []
+            self.records.event(self.step, f"no more for {', '.join(self.config.output.trackers)}: {error}")
+            self.accelerator.print(f"warning: {', '.join(self.config.output.trackers)}: {error}. It gets no more until --resume")
 
-    def draw_samples(self) -> None:
-        if self.accelerator.is_main_process:
-            with self.ema.applied_to(self.network):
-                self.samples.draw(self.network, self.step)
-        self.accelerator.wait_for_everyone()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the network holds the averaged weights, in the precision it trains in."""
+        resharded(self.network)
+        with self.ema.applied_to(self.parts.parameters), self.accelerator.autocast():
+            yield
+            resharded(self.network)
 
-    def save(self) -> None:
-        """Writes the checkpoint of the current step (main process)."""
-        if self.accelerator.is_main_process:
-            tensors = checkpoint.pack(self.network, self.ema, getattr(self.optimizer, "optimizer", self.optimizer), self.names)
-            checkpoint.save(self.out / "checkpoints", self.step, tensors, self.identity, self.config.output.keep)
+    def validate(self) -> None:
+        """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
+        told = [self.records.validated(self.step)]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        row = told[0]
+        if row is None:
+            with self.averaged():
+                rank, world = self.accelerator.process_index, self.accelerator.num_processes
+                found = self.validation.run(self.network, rank, world, lambda table: self.accelerator.reduce(table, "sum"))
+            row = {"step": self.step, **found}
+            self.records.validation(row)
+            self.track({"validation_loss": row["validation_loss"]})
+        self.validation_loss = (self.step, row["validation_loss"])
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the newest checkpoint into the network, the averages and the optimizer; raises InputError if it is another run's."""
-        tensors, info = checkpoint.load(self.saved[-1])
+    # Stopping, saving, going on
+
+    def leave(self) -> None:
+        """Raises what ends a run that was asked to stop and has saved: KeyboardInterrupt for Ctrl-C, Stopped for the others."""
+        self.records.event(self.step, "stopped by a signal, saved")
+        text = f"stopped after step {self.step} of {self.config.train.steps}, saved; go on with --resume"
+        if self.stop.signal == signal.SIGINT:
+            self.accelerator.print(text)
+            raise KeyboardInterrupt
+        raise Stopped(text)
+
+    def save(self, must: bool) -> None:
+        """Writes the checkpoint of the current step, all processes together.
+
+        When the disk refuses it the training goes on, says so, and tries again when the next is due; not if it `must`.
+        """
+        tensors = checkpoint.pack(self.parts, self.ema, self.optimizer)
+        info = self.identity | {"data": self.stream.state(self.step)}
+        if self.validation_loss[0] == self.step:
+            info["validation_loss"] = self.validation_loss[1]
+        try:
+            with together(self.accelerator):
+                folder, keep = self.out / "checkpoints", self.config.output.keep
+                gathering = Gathering(self.accelerator, self.parts.sharded)
+
+                checkpoint.save(folder, self.step, tensors, info, gathering, keep, lambda path: self.write_model(path, gathering, True))
+        except InputError as error:
+            self.records.event(self.step, f"not saved: {error}")
+            if must:
+                raise
+            self.accelerator.print(f"warning: {error}. The training goes on, the next attempt is at the next checkpoint")
+
+    def restore(self) -> None:
+        """Puts the newest whole checkpoint into the parts, the averages and the optimizer; raises InputError if it is another run's."""
+        told: list[str | None] = [None]
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                told[0] = str(checkpoint.newest_whole(self.out / "checkpoints", self.accelerator.print))
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        path = Path(told[0])
+        tensors, info = checkpoint.load(path)
         changed = differences(info["config"], self.identity["config"])
         if changed:
-            raise InputError(
-                f"{self.saved[-1]} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder"
-            )
+            raise InputError(f"{path} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
         changed = [what for what, value in self.identity["inputs"].items() if info.get("inputs", {}).get(what) != value]
         if changed:
             raise InputError(
-                f"{', '.join(changed)} of this run are not those {self.saved[-1]} was trained on; "
-                "restore them, or choose another output.folder"
+                f"{', '.join(changed)} of this run are not those {path} was trained on; restore them, or choose another output.folder"
             )
-        checkpoint.unpack(tensors, self.network, self.ema, optimizer, self.names)
-        self.step = info["step"]
+        checkpoint.unpack(tensors, self.parts, self.ema, self.optimizer)
+        self.step = self.stream.step_of(info["data"])
         self.accelerator.print(f"resuming after step {self.step}")
+
+    def finish(self) -> Path:
+        """Writes the finished pipeline and returns its folder."""
+        target = self.out / "model"
+        with together(self.accelerator):
+            self.write_model(self.out, Gathering(self.accelerator, self.parts.sharded))
+        self.records.event(self.step, "finished")
+        return target
+
+    def write_model(self, folder: Path, gathering: Gathering, small: bool = False) -> None:
+        """Writes folder/model, the pipeline of the averaged weights, all processes together.
+
+        With `small`, in checkpoints, what is frozen is linked where it can be, and of an adapter only folder/lora is written: merged
+        weights would be gigabytes for megabytes.
+        """
+        averages = {name: self.parts.late(name, value) for name, value in self.ema.shadow.items()}
+        if small and self.config.train.adapter:
+            return export.write_adapter_of(folder, self.network, averages, self.config, gathering)
+        network, lengths = resharded(self.network), sorted(self.lengths)
+        export.write_pipeline(folder / "model", self.models, network, averages, self.config, lengths, gathering, link=small)
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
-    """Runs a training from its options; returns the folder of the finished pipeline."""
+    """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
     return Trainer(config, resume).run()
-
-
-@contextmanager
-def unbroken() -> Iterator[None]:
-    """A context that Ctrl-C does not interrupt: it takes effect at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[tuple] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed and callable(handler):
-        handler(*pressed[0])
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; u, the draws of dropout and the ids stay as they are in value."""
-    return Batch(
-        moments=batch.moments.to(device), parts=batch.parts.map(lambda value: value.to(device)),
-        dropped={name: mask.to(device) for name, mask in batch.dropped.items()}, u=batch.u.to(device),
-        vae_noise=batch.vae_noise.to(device), eps=batch.eps.to(device), t5_length=batch.t5_length, ids=batch.ids,
-        kept=None if batch.kept is None else batch.kept.to(device), mask=None if batch.mask is None else batch.mask.to(device),
-        prior=None if batch.prior is None else batch.prior.to(device),
-    )  # fmt: skip
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of the options that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
-    found = []
-    for section, options in now.items():
-        defaults = RunConfig.model_fields[section].annotation.model_fields
-        for key, value in options.items():
-            was = before.get(section, {}).get(key, defaults[key].default)
-            if section not in FREE_ON_RESUME and f"{section}.{key}" not in FREE_ON_RESUME and was != value:
-                found.append(f"{section}.{key} was {was!r}, is {value!r}")
-    return found
-
-
-def keep_rows(path: Path, step: int) -> None:
-    """Drops the rows of metrics.jsonl after `step`: a resumed run writes them again."""
-    if path.exists():
-        kept = [line for line in path.read_text("utf-8").splitlines() if line and line[-1] == "}" and json.loads(line)["step"] <= step]
-        with whole_or_nothing(path) as partial:
-            partial.write_text("".join(line + "\n" for line in kept), "utf-8")

@@ -19,9 +19,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from latentfm.data.loader import Stream
+from latentfm.data.mixture import Mixture
+from latentfm.data.stream import Stream
 from latentfm.training import checkpoint
 from latentfm.training.ema import EMA, copy_into
+from latentfm.training.parallel import Gathering, Parts
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def batch_at(step: int, pictures: list[np.ndarray], options: VAETraining) -> Ten
     """The crops of optimizer step `step` (from 0), [batch, 3, size, size]."""
     crops = [
         draw(pictures[index], options, random.Random(f"{options.seed}/{epoch}/{index}"))
-        for epoch, index in Stream(len(pictures), options.batch_size, options.seed).positions(step)
+        for epoch, index, _ in Stream(Mixture.plain(len(pictures)), options.batch_size, options.seed).members(step)
     ]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
@@ -114,9 +116,9 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     pictures = load_pictures(folder)
     out.mkdir(parents=True, exist_ok=True)
-    ema = EMA(vae, options.ema_decay)
+    parts = Parts(vae)
+    ema = EMA(parts.parameters, options.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    names = {id(p): name for name, p in vae.named_parameters()}
     start = 0
     saved = checkpoint.checkpoints(out / "checkpoints")
     if saved:
@@ -124,7 +126,7 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
         if info["options"] != asdict(options):
             raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
         start = info["step"]
-        checkpoint.unpack(tensors, vae, ema, optimizer, names)
+        checkpoint.unpack(tensors, parts, ema, optimizer)
     model, optimizer = accelerator.prepare(vae, optimizer)
     began = time.monotonic()
     for step in range(start, options.steps):
@@ -146,18 +148,18 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(vae, step + 1)
+        ema.update(parts.parameters, step + 1)
         done = step + 1
         if done % options.checkpoint_every == 0 or done == options.steps:
             row = {"step": done, "loss": loss.item(), "kl": kl.item()}
             row["images_per_second"] = (done - start) * options.batch_size / (time.monotonic() - began)
             if held_out is not None:
-                with ema.applied_to(vae):
+                with ema.applied_to(parts.parameters):
                     row["held_out_psnr"] = psnr(vae, held_out).mean().item()
             with (out / "metrics.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             accelerator.print(json.dumps(row), flush=True)
-            tensors = checkpoint.pack(vae, ema, getattr(optimizer, "optimizer", optimizer), names)
-            checkpoint.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, keep=2)
-    copy_into(dict(vae.named_parameters()), ema.state_dict().items())
+            tensors = checkpoint.pack(parts, ema, getattr(optimizer, "optimizer", optimizer))
+            checkpoint.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, Gathering(accelerator, False), keep=2)
+    copy_into(dict(vae.named_parameters()), ema.shadow.items())
     return vae

@@ -20,7 +20,7 @@ from latentfm.data.images import Transform, UnreadableImage, load_mask
 from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
 from latentfm.training import checkpoint
-from latentfm.training.trainer import cfm_losses
+from latentfm.training.step import cfm_losses
 
 
 def png(picture):
@@ -56,7 +56,11 @@ def rows_of(out):
 
 
 def last_state(out):
-    return checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])[0]
+    return loaded(checkpoint.checkpoints(out / "checkpoints")[-1])
+
+
+def loaded(path):
+    return {name: stored.load() for name, stored in checkpoint.load(path)[0].items()}
 
 
 def same_to_the_bit(first, second):
@@ -111,26 +115,27 @@ def test_masks_reach_the_loss_of_their_own_samples(tmp_path, start, pictures):
     source = {"path": str(path), "caption_columns": {"long": 3, "short": 1}, "mask_column": "mask"}
     trainer = start(tmp_path / "out", *given(source), "data.flip=true", "train.batch_size=10", "train.dropout=0")
     trainer.set_up()
-    batch = next(trainer.micro_batches())
+    batch = next(iter(trainer.micro_batches()))
     assert batch.mask.shape == (10, 1, 8, 8)
     left, right = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)
     left[..., :4], right[..., 4:] = 1, 1
     seen = set()
     for name, mask, moments in zip(batch.ids, batch.mask, batch.moments, strict=True):
         sample = next(s for s in trainer.data.samples if s.id == name)
-        (flip,) = (f for f in (False, True) if torch.equal(moments, trainer.data.cache.read(trainer.data.image_key(sample, f))["moments"]))
+        cached = {f: trainer.data.cache.read(trainer.data.image_key(sample, f))["moments"].float() for f in (False, True)}
+        (flip,) = (f for f, value in cached.items() if torch.equal(moments, value))
         wanted = torch.ones(1, 8, 8) if sample.mask is None else right if flip else left
         assert torch.equal(mask, wanted)
         seen.add((sample.mask is None, flip))
     assert len(seen) == 4
     with torch.no_grad():
-        arguments = (trainer.models.null, trainer.config, trainer.shift, trainer.scale)
-        masked = cfm_losses(trainer.model, batch, *arguments)
+        arguments = (trainer.models.null, trainer.objective)
+        masked = cfm_losses(trainer.model, batch, *arguments)[0]
         whole, other = batch.mask, 1 - batch.mask
         batch.mask = None
-        full = cfm_losses(trainer.model, batch, *arguments)
+        full = cfm_losses(trainer.model, batch, *arguments)[0]
         batch.mask = other
-        rest = cfm_losses(trainer.model, batch, *arguments)
+        rest = cfm_losses(trainer.model, batch, *arguments)[0]
     halves = torch.tensor([mask.mean() == 0.5 for mask in whole])
     torch.testing.assert_close(((masked + rest) / 2)[halves], full[halves])
     torch.testing.assert_close(masked[~halves], full[~halves])
@@ -158,13 +163,13 @@ def test_the_loss_of_a_regularisation_set_is_weighted_and_logged_by_itself(tmp_p
     logged = {w: rows_of(run(tmp_path / f"out{w}", *more, f"data.prior_weight={w}")) for w in (0, 1, 2.5)}
     trainer = start(tmp_path / "out", *more)
     trainer.set_up()
-    stream = trainer.micro_batches()
+    stream = iter(trainer.micro_batches())
     for step in range(4):
         losses, priors = [], []
         for _ in range(2):
             batch = next(stream)
             with torch.no_grad():
-                losses.append(cfm_losses(trainer.model, batch, trainer.models.null, trainer.config, trainer.shift, trainer.scale))
+                losses.append(cfm_losses(trainer.model, batch, trainer.models.null, trainer.objective)[0])
             priors.append(torch.zeros(4, dtype=torch.bool) if batch.prior is None else batch.prior)
             assert priors[-1].tolist() == [name.startswith("prior/") for name in batch.ids]
         losses, is_prior = torch.cat(losses), torch.cat(priors)
@@ -272,17 +277,14 @@ def test_a_run_of_weighted_sources_resumes_to_the_bit(tmp_path, run, start, pict
     for name in ("checkpoints", "metrics.jsonl"):
         (tmp_path / "whole" / name).rename(tmp_path / "parts" / name)
     first = checkpoint.checkpoints(tmp_path / "parts" / "checkpoints")
-    expected, rows = checkpoint.load(first[-1])[0], rows_of(tmp_path / "parts")
+    expected, rows = loaded(first[-1]), rows_of(tmp_path / "parts")
     assert len(first) == 2
-    for file in sorted(first[-1].rglob("*"), reverse=True) if first[-1].is_dir() else [first[-1]]:
-        file.unlink()
-    if first[-1].is_dir():
-        first[-1].rmdir()
+    shutil.rmtree(first[-1])
     run(tmp_path / "parts", *sources, "output.checkpoint_every=3", resume=True)
     assert same_to_the_bit(last_state(tmp_path / "parts"), expected) and whole.exists()
     assert [row["loss"] for row in rows_of(tmp_path / "parts")] == [row["loss"] for row in rows]
     trainer = start(tmp_path / "other", *sources)
-    assert Mixture.of(trainer.data.samples, 0).count == 6 + 13
+    assert Mixture.of(trainer.data.samples, 0).per_epoch == 6 + 13
 
 
 def test_two_processes_train_as_one(tmp_path, run, options, environment, pictures, make_pictures):

@@ -1,0 +1,104 @@
+"""The models of a run: the network to train and the frozen models around it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentfm.bundled import bundled_model
+from latentfm.config import DataOptions, ModelOptions
+from latentfm.data.buckets import base_shape
+from latentfm.errors import InputError
+from latentfm.interchange.weights import check_transformer, empty
+from latentfm.models import vae as vae_room
+from latentfm.models.folder import check_folder, read_info
+from latentfm.models.mmdit import MMDiT
+from latentfm.models.text import NullCondition, PromptEncoder
+
+
+@dataclass
+class Models:
+    """The network to train and the frozen models around it, with the folder they came from."""
+
+    folder: Path
+    network: MMDiT
+    vae: AutoencoderKL
+    encoder: PromptEncoder
+    null: NullCondition
+    info: dict[str, Any]  # the folder's latentfm.json
+
+    @property
+    def multiple(self) -> int:
+        """Picture sides must be multiples of this."""
+        return vae_room.downsampling(self.vae) * self.network.config.patch_size
+
+    def frozen_to(self, device: torch.device) -> None:
+        """Moves the VAE and the text encoders."""
+        self.vae.to(device)
+        self.encoder.to(device)
+
+    @contextmanager
+    def vae_on(self, device: torch.device) -> Iterator[None]:
+        """A context in which the VAE is on `device`; afterwards it is where it was."""
+        before = self.vae.device
+        self.vae.to(device)
+        try:
+            yield
+        finally:
+            self.vae.to(before)
+
+
+def load_models(options: ModelOptions, weights: bool = True) -> Models:
+    """The models of `options`: a pipeline's own network to fine-tune, or a new one of a preset beside its frozen models.
+
+    The frozen ones are loaded whole, the VAE in float32 and the text encoders as the options say; with weights=False the network has no
+    memory (it is on the meta device), only its configuration. Raises InputError for a folder that lacks something.
+    """
+    folder = Path(options.pipeline).expanduser() if options.pipeline else bundled_model()
+    check_folder(folder, transformer=options.preset is None)
+    if not (folder / "vae" / "config.json").is_file():
+        raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
+    dtype = getattr(torch, options.text_encoders)
+    if options.preset is None:
+        if weights:
+            check_transformer(folder / "transformer")
+            network = MMDiT.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True)
+        else:
+            network = empty("transformer", MMDiT.load_config(folder, subfolder="transformer"))
+        widths = (network.config.joint_attention_dim, network.config.pooled_projection_dim)
+        encoder = PromptEncoder.from_folder(folder, *widths, dtype)
+    else:
+        encoder = PromptEncoder.from_folder(folder, 4096, 2048, dtype)
+        network = new_network(options.preset, vae, encoder, weights)
+        encoder.joint_dim, encoder.pooled_dim = network.config.joint_attention_dim, network.config.pooled_projection_dim
+    for frozen in (vae, *encoder.encoders):
+        if frozen is not None:
+            frozen.requires_grad_(False)
+    return Models(folder, network, vae, encoder, NullCondition.load(folder, encoder), read_info(folder))
+
+
+def new_network(preset: str, vae: AutoencoderKL, encoder: PromptEncoder, weights: bool) -> MMDiT:
+    """A network of `preset` with the widths of the frozen models; without `weights` on the meta device."""
+    widths = [e.config.projection_dim for e in encoder.encoders[:2] if e is not None]
+    t5 = encoder.encoders[2]
+    changes = {"in_channels": vae.config.latent_channels, "out_channels": vae.config.latent_channels}
+    changes |= {"pooled_projection_dim": sum(widths)} if widths else {}
+    changes |= {"joint_attention_dim": t5.config.d_model} if t5 is not None else {}
+    with torch.device("cpu" if weights else "meta"):
+        return MMDiT.from_preset(preset, **changes)
+
+
+def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
+    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
+    own = models.network.config.sample_size * vae_room.downsampling(models.vae)
+    return base_shape(options.size, own, models.multiple, largest_side(models))
+
+
+def largest_side(models: Models) -> int:
+    """The most pixels a side the network has positions for."""
+    return models.network.config.pos_embed_max_size * models.multiple

@@ -1,0 +1,95 @@
+"""What a training step minimises: the conditional flow-matching loss with label dropout (notes, Algorithm 5)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentfm import flow
+from latentfm.config import TokenRouting, TrainOptions
+from latentfm.data.loader import Batch
+from latentfm.errors import InputError
+from latentfm.models import vae as vae_room
+from latentfm.models.mmdit import TokenRoute
+from latentfm.models.text import NullCondition, PromptParts, assemble
+from latentfm.models.velocity import velocity
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How times are drawn and weighted, what the VAE's latents are scaled by, and which blocks route tokens."""
+
+    density: flow.Density
+    t_shift: float
+    weighting: flow.Weighting
+    latent_shift: float
+    latent_scale: float
+    routing: TokenRouting | None = None
+
+    @classmethod
+    def of(cls, options: TrainOptions, vae: Any) -> "Objective":
+        """The objective of `options` for latents of `vae`. Raises InputError for a parameter of the density out of its range."""
+        weighting = flow.WEIGHTINGS[options.loss_weighting]
+        return cls(density(options), options.t_shift, weighting, *vae_room.shift_and_scale(vae), options.token_routing)
+
+
+def density(options: TrainOptions) -> flow.Density:
+    """The law of sigma that t is drawn from. Raises InputError for a parameter out of its range."""
+    try:
+        return flow.DENSITIES[options.t_density](**options.t_density_options)
+    except ValueError as error:
+        raise InputError(f"train.t_density_options of {options.t_density}: {error}") from None
+
+
+def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(the conditional flow-matching loss of each sample, its time), [B] float32 each; the losses are not weighted.
+
+    Times are drawn by the objective's density; dropped encoders read the null condition (notes, Algorithm 5, with the target
+    alpha' z + beta' eps).
+    """
+    t = flow.draw_t(batch.u, objective.density, objective.t_shift)
+    absent = null.parts(batch.t5_length).map(lambda value: value.to(batch.u.device))
+    return losses_at(network, batch, t, batch.parts.drop(batch.dropped, absent), objective), t
+
+
+def losses_at(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, objective: Objective) -> Tensor:
+    """The conditional flow-matching loss of each sample at times t [B], [B] float32: the one place where latents are noised.
+
+    z is a draw from the VAE's posterior, scaled; x_t and the target come from the CondOT path.
+    """
+    z = vae_room.sample_latents(batch.moments, batch.vae_noise, objective.latent_shift, objective.latent_scale)
+    path = flow.sample_path(z, batch.eps, t)
+    condition = assemble(parts.map(Tensor.float), *condition_widths(network))
+    route = None
+    if batch.kept is not None:
+        route = TokenRoute(batch.kept, *routed_blocks(objective.routing, network_config(network).num_layers))
+    return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity, batch.mask)
+
+
+def weights_of(t: Tensor, prior: Tensor | None, objective: Objective, prior_weight: float) -> Tensor:
+    """What each sample's loss counts, [B]: w(t), times prior_weight in a regularisation set (DreamBooth, Ruiz et al. 2023)."""
+    weights = objective.weighting(t, flow.CondOT())
+    return weights if prior is None else torch.where(prior, prior_weight * weights, weights)
+
+
+def condition_widths(network: nn.Module) -> tuple[int, int]:
+    """(joint_attention_dim, pooled_projection_dim) of a network, wrapped for many processes or not."""
+    config = network_config(network)
+    return config.joint_attention_dim, config.pooled_projection_dim
+
+
+def network_config(network: nn.Module) -> Any:
+    """The configuration of a network, wrapped for many processes or not."""
+    return getattr(network, "module", network).config
+
+
+def routed_blocks(options: TokenRouting, layers: int) -> tuple[int, int]:
+    """(first, last) routed block, both counted from 0, of a network of `layers` blocks. Raises InputError when they do not fit."""
+    first, last = (block + layers if block < 0 else block for block in (options.first, options.last))
+    if not 0 <= first <= last < layers:
+        raise InputError(
+            f"train.token_routing from block {options.first} to {options.last} does not fit this network of {layers} blocks; "
+            f"choose 0 <= first <= last <= {layers - 1}, or negative numbers counted from the end"
+        )
+    return first, last

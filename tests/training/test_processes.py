@@ -1,0 +1,111 @@
+"""Real trainings in several processes on CPUs: data parallel and FSDP2, stopped by the scheduler's signal, going on with other numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentfm.training import checkpoint
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def column(out, name):
+    return [row[name] for row in rows_of(out)]
+
+
+@pytest.fixture
+def launch(options, environment, request):
+    """launch(processes, out, *overrides, sharded=False, resume=False, accelerate=False) -> the started process."""
+
+    def start(processes, out, *more, sharded=False, resume=False, accelerate=False):
+        port = str(29500 + (os.getpid() * 7 + abs(hash(request.node.name)) + processes) % 900)
+        run = ["-m", "latentfm", "train", *(["--resume"] if resume else []), *options(out, *more)]
+        if accelerate:
+            command = ["-m", *ACCELERATE, f"--num_processes={processes}", "--main_process_port", port, *run]
+        elif processes > 1:
+            command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master-port", port, *run]
+        else:
+            command = run
+        settings = environment | (FSDP2 if sharded else {})
+        return subprocess.Popen([sys.executable, *command], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def finished(process):
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-4000:]
+    return out
+
+
+@pytest.mark.parametrize(
+    "processes, sharded, accelerate, more",
+    [
+        (2, False, True, []), (2, False, False, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
+        (2, True, False, ["train.gradient_accumulation=2"]), (4, True, False, ["validation.held_out=2", "validation.every=2"]),
+    ],
+    ids=["DDP by accelerate launch", "DDP by torchrun", "FSDP2", "FSDP2 over four"],
+)  # fmt: skip
+def test_several_processes_train_as_one(tmp_path, run, launch, processes, sharded, accelerate, more):
+    more = [*more, "train.batch_size=8", "train.steps=5", "train.dropout_each=0.2", "sample.every=5", "sample.prompts=[a, b, c]"]
+    alone = [option for option in more if "accumulation" not in option]
+    one, several = run(tmp_path / "one", *alone), tmp_path / "several"
+    said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", sharded=sharded, accelerate=accelerate))
+    assert f"{processes} process(es)" in said
+    assert column(several, "step") == [1, 2, 3, 4, 5]
+    assert column(several, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
+    assert column(several, "gradient_norm") == pytest.approx(column(one, "gradient_norm"), rel=1e-4)
+    assert column(several, "count_by_t") == column(one, "count_by_t")  # the same samples at the same times
+    weights = [load_file(out / "model" / "transformer" / "diffusion_pytorch_model.safetensors") for out in (one, several)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+    states = [checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])[0] for out in (one, several)]
+    assert states[0].keys() == states[1].keys()
+    for name, stored in states[0].items():
+        torch.testing.assert_close(states[1][name].load(), stored.load(), rtol=1e-4, atol=1e-5)
+    if (one / "validation.jsonl").exists():
+        found = [[json.loads(line)["validation_loss"] for line in (out / "validation.jsonl").open()] for out in (one, several)]
+        assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], abs=1e-5)  # before the first step, after 2, 4 and 5
+    assert (several / "samples" / "step-00000005.png").is_file() and (several / "run.html").is_file()
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes_after_the_schedulers_signal(tmp_path, run, launch):
+    """One process, then two, then four with the weights split; each is told to stop by SIGTERM, as a scheduler does, and saves."""
+    more = ["train.batch_size=8", "train.steps=60", "output.checkpoint_every=1000", "train.dropout_each=0.2"]
+    whole, parts = run(tmp_path / "whole", *more), tmp_path / "parts"
+    for processes, sharded in ((1, False), (2, False), (4, True)):
+        before = len(rows_of(parts)) if parts.exists() else 0
+        process = launch(processes, parts, *more, sharded=sharded, resume=before > 0)
+        if processes < 4:
+            began = time.monotonic()
+            while not (parts / "metrics.jsonl").exists() or len(rows_of(parts)) < before + 3:
+                assert process.poll() is None and time.monotonic() - began < 120, process.communicate()[1][-3000:]
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            out, error = process.communicate(timeout=120)
+            assert processes > 1 or process.returncode == 0, error  # torchrun itself ends with 1
+            assert "SIGTERM: stopping after this step" in error
+            done = len(rows_of(parts))
+            assert before + 3 <= done < 60, "the run ended before the signal reached it"
+            assert [p.name for p in checkpoint.checkpoints(parts / "checkpoints")][-1] == f"step-{done:08d}"
+        else:
+            finished(process)
+    assert column(parts, "step") == list(range(1, 61))
+    assert column(parts, "count_by_t") == column(whole, "count_by_t")
+    assert column(parts, "loss") == pytest.approx(column(whole, "loss"), rel=0, abs=1e-5)
+    assert (parts / "model" / "model_index.json").is_file()
