@@ -313,7 +313,7 @@ class Loader:
             for m in range(self.accumulation):
                 try:
                     batch = next(found)
-                except RuntimeError as error:
+                except (RuntimeError, OSError, EOFError) as error:  # the last two where it died while it handed a batch over
                     ended = how_they_ended(found)
                     if not ended:
                         raise
@@ -344,7 +344,10 @@ def started(source: DataLoader) -> Iterator[Batch | InputError]:
 
 def how_they_ended(found: Iterator) -> str:
     """Which processes of a DataLoader's iterator have ended, and how."""
-    ended = [process for process in getattr(found, "_workers", ()) if process.exitcode is not None]
+    workers = getattr(found, "_workers", ())
+    for process in workers:
+        process.join(0.1)  # what it had open closes before it has ended
+    ended = [process for process in workers if process.exitcode is not None]
     return ", ".join(
         f"pid {process.pid}, " + (f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}")
         for process in ended

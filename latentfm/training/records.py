@@ -17,7 +17,7 @@ import torch
 
 from latentfm.config import RunConfig
 from latentfm.errors import InputError
-from latentfm.files import whole_or_nothing
+from latentfm.files import flush, whole_or_nothing
 from latentfm.training.run_page import RunPage
 
 # options that may change when a run is resumed: they do not touch the course of the training
@@ -93,6 +93,11 @@ class Records:
             if not told:
                 reason = getattr(error, "strerror", None) or error
                 print(f"warning: could not write {self.folder / name}: {reason}. The training goes on, the rows wait for room", flush=True)
+
+    def flush(self) -> None:
+        """Forces the rows to disk: a checkpoint that outlives a power cut should not lack the rows before it."""
+        if self.main and (self.folder / "metrics.jsonl").exists():
+            flush(self.folder / "metrics.jsonl")
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began

@@ -89,8 +89,9 @@ class SamplePictures:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.models.folder, subfolder="scheduler")
         pipe = LatentFMPipeline(network, scheduler, self.models.vae)
         pipe.set_progress_bar_config(disable=True)
-        pipe.vae.enable_slicing()  # decoding all of them at once would be the peak of the run's memory
-        checkpointing = network.gradient_checkpointing
+        vae = self.models.vae
+        checkpointing, slicing = network.gradient_checkpointing, vae.use_slicing
+        vae.enable_slicing()  # decoding all of them at once would be the peak of the run's memory
         try:
             with self.models.vae_on(self.device), evaluating(network):
                 latents = pipe(
@@ -100,7 +101,7 @@ class SamplePictures:
                     guidance_scale=self.options.guidance,
                     generator=[torch.Generator().manual_seed(self.options.seed + index) for index in indices], output_type="latent",
                 ).images  # fmt: skip
-            with torch.autocast(latents.device.type, enabled=False):
-                return pipe.image_processor.postprocess(vae_room.decode(self.models.vae, latents), output_type="pil")
+                with torch.autocast(latents.device.type, enabled=False):
+                    return pipe.image_processor.postprocess(vae_room.decode(vae, latents), output_type="pil")
         finally:
-            network.gradient_checkpointing = checkpointing
+            network.gradient_checkpointing, vae.use_slicing = checkpointing, slicing

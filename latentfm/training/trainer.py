@@ -385,6 +385,7 @@ class Trainer:
 
         When the disk refuses it the training goes on, says so, and tries again when the next is due; not if it `must`.
         """
+        self.records.flush()
         tensors = checkpoint.pack(self.parts, self.ema, self.optimizer)
         info = self.identity | {"data": self.stream.state(self.step)}
         if self.validation_loss[0] == self.step:
@@ -393,7 +394,6 @@ class Trainer:
             with together(self.accelerator):
                 folder, keep = self.out / "checkpoints", self.config.output.keep
                 gathering = Gathering(self.accelerator, self.parts.sharded)
-
                 checkpoint.save(folder, self.step, tensors, info, gathering, keep, lambda path: self.write_model(path, gathering, True))
         except InputError as error:
             self.records.event(self.step, f"not saved: {error}")
