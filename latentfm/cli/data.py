@@ -14,7 +14,7 @@ from latentfm.errors import InputError
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
-    from latentfm.data.check import Plan
+    from latentfm.data.check.findings import Plan
     from latentfm.data.sources import Sample
 
 app = typer.Typer(help="Look at a dataset as a run will see it.", invoke_without_command=True)
@@ -83,10 +83,10 @@ def check(
     from latentfm.cli.terminal import progress_bar, quiet_libraries
 
     quiet_libraries()
-    from latentfm.data.check import check as examine
-    from latentfm.data.check import contact_sheet
-    from latentfm.data.check_captions import load_tokenizers
-    from latentfm.data.check_page import page
+    from latentfm.data.check.captions import load_tokenizers
+    from latentfm.data.check.findings import check as examine
+    from latentfm.data.check.findings import contact_sheet
+    from latentfm.data.check.page import page
     from latentfm.training.sources import open_dataset
 
     encoder, dataset = load_tokenizers(folder), open_dataset(run.data)
@@ -136,7 +136,7 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
 def plan_of(run: "RunConfig", folder: Path) -> "Plan":
     """What the options and the pipeline folder make of pictures; no weight is read. Raises InputError for a size that does not fit."""
     from latentfm.data.buckets import Buckets, base_shape
-    from latentfm.data.check import Plan
+    from latentfm.data.check.findings import Plan
     from latentfm.models.described import read_json
     from latentfm.models.folder import read_info, t5_length
     from latentfm.models.presets import PRESETS
@@ -187,7 +187,7 @@ def show(findings: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from latentfm.data.check_tables import headline, tables
+    from latentfm.data.check.tables import headline, tables
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -211,7 +211,7 @@ def show(findings: dict[str, Any]) -> None:
 
 def plain(value: Any) -> str:
     """A cell as text: a bar of blocks, a few of many names, a long text cut short."""
-    from latentfm.data.check_tables import Bar, Names
+    from latentfm.data.check.tables import Bar, Names
 
     if isinstance(value, Bar):
         return "█" * math.ceil(24 * value)

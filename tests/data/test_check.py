@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from latentfm.data.buckets import Buckets
-from latentfm.data.check import Plan, check, contact_sheet, quotas
-from latentfm.data.check_captions import limits_of, load_tokenizers
-from latentfm.data.check_duplicates import exact_groups, near_groups, ones
-from latentfm.data.check_page import NAMES_SHOWN, page
-from latentfm.data.check_pictures import survey
+from latentfm.data.check.captions import limits_of, load_tokenizers
+from latentfm.data.check.duplicates import exact_groups, near_groups, ones
+from latentfm.data.check.findings import Plan, check, contact_sheet, quotas
+from latentfm.data.check.page import NAMES_SHOWN, page
+from latentfm.data.check.pictures import survey
 from latentfm.data.images import Transform, load
 from latentfm.data.sources import Dataset, Place, Sample, Share, read_folder
 from latentfm.errors import InputError
@@ -79,7 +79,7 @@ def test_each_odd_picture_is_named_for_what_it_is(tmp_path, encoder):
 
 
 def test_huge_pictures_are_named(tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr("latentfm.data.check_pictures.HUGE", 64 * 64)
+    monkeypatch.setattr("latentfm.data.check.pictures.HUGE", 64 * 64)
     put(tmp_path / "p", "a.png", picture(1, 65, 64))
     put(tmp_path / "p", "b.png", picture(2, 64, 64))
     assert odd(findings_of(tmp_path / "p", encoder)) == {"huge": ["a.png"]}

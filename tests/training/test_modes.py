@@ -49,6 +49,8 @@ def stopped_and_resumed(run, start, monkeypatch, out, *more):
 
 MODES = {
     "LoRA": [LORA, "train.learning_rate=1e-2"], "DoRA": ["train.adapter={kind: dora, rank: 2, dropout: 0.2}"],
+    "master weights": ["train.weights=bfloat16", "train.master_weights=true"],
+    "bfloat16 moments": ["train.weights=bfloat16", "train.moments=bfloat16"],
     "LoRA on bfloat16": [LORA, "train.weights=bfloat16", "train.mixed_precision=bf16"], "one block": ["train.blocks=-1"],
     "adafactor": ["train.optimizer=adafactor"], "lion": ["train.optimizer=lion", "train.learning_rate=1e-4"],
     "prodigy": ["train.optimizer=prodigy", "train.learning_rate=1"], "averages on the CPU": ["train.ema_device=cpu"],

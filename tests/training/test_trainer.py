@@ -361,25 +361,6 @@ def test_with_masters_the_averages_follow_them_and_begin_in_float32(tmp_path, ru
             assert torch.equal(value, master) and torch.equal(state[f"model.{name.removeprefix('ema.')}"], master.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("how", ["train.master_weights=true", "train.moments=bfloat16"])
-def test_bfloat16_runs_stopped_go_on_to_the_bit(tmp_path, run, start, monkeypatch, how):
-    more = ["train.weights=bfloat16", how, "train.steps=5", "output.checkpoint_every=2"]
-    whole = run(tmp_path / "whole", *more)
-    trainer = start(tmp_path / "cut", *more)
-    log = trainer.log
-
-    def log_then_stop(row):
-        log(row)
-        if trainer.step == 3:
-            raise RuntimeError("power cut")
-
-    monkeypatch.setattr(trainer, "log", log_then_stop)
-    with pytest.raises(RuntimeError, match="power cut"):
-        trainer.run()
-    cut = run(tmp_path / "cut", *more, resume=True)
-    assert column(cut, "loss") == column(whole, "loss") and same_to_the_bit(last_state(cut), last_state(whole))
-
-
 def test_with_bfloat16_weights_mixed_precision_makes_no_difference(tmp_path, run):
     first, second = (run(tmp_path / word, "train.steps=2", f"train.mixed_precision={word}", *BF16) for word in ("no", "bf16"))
     assert column(first, "loss") == column(second, "loss") and same_to_the_bit(last_state(first), last_state(second))

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from latentfm.data.buckets import Buckets
-from latentfm.data.check_captions import empty_captions, shared_captions, token_report
-from latentfm.data.check_duplicates import exact_groups, near_groups
-from latentfm.data.check_pictures import ODD, Survey, survey
+from latentfm.data.check.captions import empty_captions, shared_captions, token_report
+from latentfm.data.check.duplicates import exact_groups, near_groups
+from latentfm.data.check.pictures import ODD, Survey, survey
 from latentfm.data.images import Transform, apply, open_rgb
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources.base import Dataset, Sample
@@ -61,7 +61,7 @@ def check(
 ) -> Report:
     """The findings of a dataset under a plan. Nothing is written.
 
-    `encoder` holds the tokenizers (`check_captions.load_tokenizers`). `progress(what, total)` gives a function that is told of each
+    `encoder` holds the tokenizers (`captions.load_tokenizers`). `progress(what, total)` gives a function that is told of each
     count done. `hold_out` names, among the samples that can be used, those that a run keeps for its validation: they are never drawn.
     """
     start = progress or (lambda what, total: lambda count: None)

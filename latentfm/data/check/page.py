@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from latentfm.data.check import Crop
-from latentfm.data.check_tables import Bar, Names, Table, headline, percent, tables
+from latentfm.data.check.findings import Crop
+from latentfm.data.check.tables import Bar, Names, Table, headline, percent, tables
 
 NAMES_SHOWN = 200  # of each list; the JSON has all
 MUCH = 0.2  # a crop that loses more is marked
