@@ -180,7 +180,7 @@ class ValidationOptions(Section):
 class SampleOptions(Section):
     """Pictures drawn while training, from the averaged weights."""
 
-    prompts: list[str] = Field(default_factory=list, description="none: the first captions of the dataset")
+    prompts: list[str] = Field(default_factory=list, description="none: some captions of the dataset")
     every: int = Field(200, ge=1, description="steps between pictures; they are also made before the first step and after the last")
     steps: int = Field(28, ge=1)
     guidance: float = Field(3.0, allow_inf_nan=False)
@@ -224,7 +224,7 @@ class RunConfig(Section):
     def batch_divides(self) -> "RunConfig":
         if self.train.batch_size % self.train.gradient_accumulation:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} does not divide by "
+                f"train.batch_size {self.train.batch_size} is not divisible by "
                 f"train.gradient_accumulation {self.train.gradient_accumulation}"
             )
         return self
@@ -285,7 +285,9 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise InputError(f"override '{override}' should look like section.key=value, for example train.steps=500")
+            known = {key: f"{section}.{key}" for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields}
+            meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
+            raise InputError(f"override '{override}' should look like section.key=value, {meant}")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -305,6 +307,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             for e in error.errors(include_url=False)
         ]
         missing = [line.split(":")[0] for line, e in zip(lines, error.errors()) if e["type"] == "missing"]
+        missing = [{"data": "data.folder", "output": "output.folder"}.get(name, name) for name in missing]  # what such a section needs
         if missing:
             raise InputError(f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE") from None
         raise InputError("; ".join(lines)) from None

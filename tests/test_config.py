@@ -186,7 +186,7 @@ def test_what_goes_with_bfloat16_weights_alone_says_so(option):
 
 
 def test_a_batch_divides_by_the_accumulation():
-    with pytest.raises(InputError, match=r"^train\.batch_size 10 does not divide by train\.gradient_accumulation 4$"):
+    with pytest.raises(InputError, match=r"^train\.batch_size 10 is not divisible by train\.gradient_accumulation 4$"):
         config("train.batch_size=10", "train.gradient_accumulation=4")
     assert config("train.batch_size=12", "train.gradient_accumulation=4").train.batch_size == 12
 
@@ -194,7 +194,7 @@ def test_a_batch_divides_by_the_accumulation():
 def test_what_is_missing_is_named_with_the_way_to_set_it():
     with pytest.raises(InputError, match=r"^missing data\.folder; set it .*data\.folder=VALUE"):
         load_config(None, ["output.folder=a", "data.flip=true"])
-    with pytest.raises(InputError, match=r"^missing data, output;"):
+    with pytest.raises(InputError, match=r"^missing data\.folder, output\.folder;"):
         load_config(None, [])
 
 

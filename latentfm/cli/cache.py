@@ -93,7 +93,7 @@ def show(folder: Path, after: dict[str, tuple[int, int, int]], made: dict[str, i
         if there:
             print(f"{kind}: {there:,} entries, {size / 2**20:,.1f} MiB; {new[kind]:,} made now, {there - new[kind]:,} were there")
     pace = f", {new['moments'] / seconds:,.1f} images/s" if new["moments"] else ""
-    print(f"{sum(size for _, _, size in after.values()) / 2**30:,.2f} GiB in {folder}, {seconds:.1f} s{pace}")
+    print(f"{sum(size for _, _, size in after.values()) / 2**20:,.1f} MiB in {folder}, {seconds:.1f} s{pace}")
 
 
 def device_of(local_rank: int) -> "torch.device":

@@ -167,8 +167,8 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raises InputError when the page cannot be written, or exists and may not be replaced."""
     if target.is_dir():
         raise InputError(f"--out {target} is a folder; give a file, as in {target / 'data-check.html'}")
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists; replace it with --overwrite, or give another --out")
+    if target.exists() and not overwrite and b"latentfm data check" not in target.read_bytes()[:2000]:
+        raise InputError(f"{target} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out")
 
 
 def write(target: Path, text: str, overwrite: bool) -> None:

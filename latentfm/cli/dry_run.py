@@ -116,7 +116,7 @@ def show_time(found: dict[str, Any], console: "Console") -> None:
     each = time["FLOP a picture"]
     amount = f"{each / 1e12:.3g} TFLOP" if each > 1e11 else f"{each / 1e9:.3g} GFLOP"
     if time["hours"] is None:
-        console.print(f"\n{amount} a picture; how long that takes here is not known (give a GPU with --gpu)")
+        console.print(f"\n{amount} a picture; how long that takes on this device is not known (a GPU's time: --gpu)")
         return
     console.print(
         f"\n{amount} a picture: about {time['images a second']:.3g} images/s at {time['efficiency']:.0%} of the peak, "

@@ -106,6 +106,8 @@ def generate(
     for path in adapters:
         if not path.exists():
             raise InputError(f"--lora {path} does not exist; a training writes one to OUTPUT/lora")
+        if (path / "lora").is_dir() and not any(path.glob("*.safetensors")):
+            raise InputError(f"--lora {path} holds no LoRA; did you mean {path / 'lora'}?")
 
     from latentfm.pictures import cell
 

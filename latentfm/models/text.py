@@ -138,7 +138,7 @@ class PromptEncoder:
         tokenizer = self.tokenizers[index]
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         for text, lost in self.lost_text(index, texts, length):
-            logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), text, lost)
+            logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), shortened(text), shortened(lost))
         return ids
 
     def lost_text(self, index: int, texts: list[str], length: int) -> list[tuple[str, str]]:
@@ -173,6 +173,10 @@ class PromptEncoder:
             like = next(iter(found.values()), torch.zeros(0))
             found["t5"] = like.new_zeros(len(prompts), t5_length, self.joint_dim)
         return PromptParts(**found)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def encoder_name(index: int) -> str:

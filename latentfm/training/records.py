@@ -31,8 +31,8 @@ SECONDS_BETWEEN_PAGES = 60.0
 class Records:
     """The files of a run's folder that tell its course; only the main process writes.
 
-    config.json and run.json say what it is, metrics.jsonl has a row an optimizer step, validation.jsonl one a validation, events.jsonl
-    what happened besides; run.html shows all of it.
+    config.json, run.json and held_out.json say what it is, metrics.jsonl has a row an optimizer step, validation.jsonl one a validation,
+    events.jsonl what happened besides; run.html shows all of it.
     """
 
     def __init__(self, folder: Path, main: bool):
@@ -42,7 +42,7 @@ class Records:
         self.described: dict[str, dict[str, Any]] = {}
         self.waiting: dict[str, str] = {}  # rows that the disk did not take yet, by file
 
-    def open(self, step: int, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    def open(self, step: int, config: dict[str, Any], facts: dict[str, Any], held_out: list[str]) -> None:
         """Begins, or goes on after `step`: rows of later steps are dropped, they will be written again; what happened stays."""
         if not self.main:
             return
@@ -53,11 +53,14 @@ class Records:
         rows = rows_of(self.folder / "metrics.jsonl")
         self.before = rows[-1].get("seconds", 0.0) if rows else 0.0
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if step and (self.folder / "run.json").exists():
+            started = json.loads((self.folder / "run.json").read_text("utf-8")).get("started", started)
         self.described = {"config.json": config, "run.json": {"started": started, **facts}}
+        self.described |= {"held_out.json": {"pictures": held_out}} if held_out else {}
         self.describe()
 
     def describe(self) -> None:
-        """Writes config.json and run.json."""
+        """Writes config.json, run.json and, where pictures are held out, held_out.json."""
         for name, value in self.described.items():
             with whole_or_nothing(self.folder / name) as partial:
                 partial.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

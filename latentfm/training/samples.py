@@ -38,8 +38,8 @@ class SamplePictures:
         self, options: SampleOptions, models: Models, samples: Sequence[Sample], size: tuple[int, int], folder: Path, device: torch.device
     ):
         self.options, self.models, self.size, self.folder, self.device = options, models, size, folder, device
-        spread = samples[:: max(1, len(samples) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]
-        self.prompts = options.prompts or [sample.captions[0] for sample in spread]
+        captions = list(dict.fromkeys(sample.captions[0] for sample in samples))
+        self.prompts = options.prompts or captions[:: max(1, len(captions) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]
         length = t5_length(models.info)
         self.condition = self.assembled(models.encoder.encode(self.prompts, length))
         self.negative = self.assembled(models.null.parts(length).map(lambda value: value.expand(len(self.prompts), *value.shape[1:])))

@@ -25,7 +25,8 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self.noted) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # under nohup one is not to be heard
+        before = {number: signal.signal(number, self.noted) for number in heard}
         try:
             yield self
         finally:

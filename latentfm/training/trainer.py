@@ -122,9 +122,9 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self.data.prepare(accelerator, self.progress)
         seed = config.train.seed
-        _, held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
+        _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
         bucket_of = self.data.bucket_of.copy()
-        bucket_of[held_out] = -1  # never drawn
+        bucket_of[self.held_out] = -1  # never drawn
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
         self.reader = self.data.reader(seed, self.dropout, self.routing)
         for length in self.lengths:
@@ -132,9 +132,9 @@ class Trainer:
         size, samples = picture_size(config.data, self.models), self.out / "samples"
         self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
         self.validation = Validation(
-            config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, held_out,
+            config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
             max(self.lengths, key=self.lengths.get), self.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
-        ) if held_out else None  # fmt: skip
+        ) if self.held_out else None  # fmt: skip
         self.data.release()
         self.place_network()
         base = {"frozen weights": self.trained.base} if self.trained.base else {}
@@ -143,7 +143,7 @@ class Trainer:
             self.restore()
         self.has_prior = any(sample.share.regularisation for sample in self.data.samples)
         facts = self.facts()
-        self.records.open(self.step, self.identity["config"], facts)
+        self.records.open(self.step, self.identity["config"], facts, [self.data.samples[index].id for index in self.held_out])
         init = {"tensorboard": {"purge_step": self.step + 1}, "wandb": {"name": self.out.name, "dir": str(self.out)}}
         accelerator.init_trackers("logs", init_kwargs={name: init[name] for name in config.output.trackers})
         self.records.event(self.step, f"resumed after step {self.step}" if self.resuming else "started")
@@ -187,20 +187,22 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "trained": sum(p.numel() for p in self.parts.whole_ones.values()),
-            "pictures": len(self.data.samples),
-            "epochs": round(self.stream.epoch_of(self.config.train.steps), 3),
+            "pictures": len(self.data.samples) - len(self.held_out),
+            "held_out": len(self.held_out),
+            "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch, 3),
             "no_condition": round(self.dropout.p_unconditional(encoders), 4),
             "versions": versions,
         }
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Prints what is about to happen."""
-        train = self.config.train
+        train, out = self.config.train, f" and {len(self.held_out)} held out" if self.held_out else ""
         self.accelerator.print(
             f"{self.trained.summary}: {facts['trained'] / 1e6:.1f}M of {facts['parameters'] / 1e6:.1f}M parameters in {train.weights}, "
-            f"{facts['pictures']} pictures in {len(self.data.buckets.shapes)} bucket(s), "
+            f"{facts['pictures']} pictures in {len(self.data.buckets.shapes)} bucket(s){out}, "
             f"{train.steps} steps of {train.batch_size} = {facts['epochs']:.1f} epochs, "
-            f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}"
+            f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
+            f"its curves and pictures: {self.out / 'run.html'}"
         )
 
     def loop(self) -> None:
@@ -446,4 +448,8 @@ class Trainer:
 
 def train(config: RunConfig, resume: bool = False) -> Path:
     """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
+    model = Path(config.output.folder).expanduser() / "model"
+    if resume and (model / "model_index.json").is_file():
+        print(f"{model.parent} is finished already")
+        return model
     return Trainer(config, resume).run()

@@ -64,7 +64,7 @@ def test_what_was_made_and_what_was_there_is_said(arguments, tmp_path, pictures)
     assert f"{COUNT} pictures, {COUNT} captions in {pictures}" in told
     assert re.search(rf"moments: {COUNT} entries, [\d.]+ MiB; {COUNT} made now, 0 were there", told)
     assert re.search(rf"prompts: {COUNT} entries, [\d.]+ MiB; {COUNT} made now, 0 were there", told)
-    assert re.search(r"[\d.]+ GiB in .*cache, [\d.]+ s, [\d.]+ images/s", told)
+    assert re.search(r"[\d.]+ MiB in .*cache, [\d.]+ s, [\d.]+ images/s", told)
     assert not (tmp_path / "run").exists()
     (pictures / "00.png").write_bytes((pictures / "01.png").read_bytes())
     (pictures / "02.txt").write_text("another caption")

@@ -84,10 +84,11 @@ def test_a_folder_is_shown_as_tables_and_a_page_and_stays_as_it_is(run, pictures
 
 def test_the_page_goes_where_it_is_asked_for_and_replaces_nothing_unasked(run, refused, pictures, tmp_path):
     (tmp_path / "data-check.html").write_text("mine")
-    assert "data-check.html exists; replace it with --overwrite" in refused(pictures)
+    assert "data-check.html exists and is no page of latentfm data check; replace it with --overwrite" in refused(pictures)
     assert run(pictures, "--out", "other.html", "--pictures", 2).exit_code == 0
     assert (tmp_path / "other.html").read_text("utf-8").count("<figure>") == 2 and (tmp_path / "data-check.html").read_text() == "mine"
     assert run(pictures, "--overwrite").exit_code == 0 and "<figure>" in (tmp_path / "data-check.html").read_text("utf-8")
+    assert run(pictures).exit_code == 0  # a page of ours is written anew
     assert "is a folder; give a file" in refused(pictures, "--out", pictures)
 
 

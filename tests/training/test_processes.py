@@ -58,8 +58,10 @@ def finished(process):
     [
         (2, False, True, []), (2, False, False, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
         (2, True, False, ["train.gradient_accumulation=2"]), (4, True, False, ["validation.held_out=2", "validation.every=2"]),
+        (4, False, False, []), (2, True, False, ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]),
+        (2, True, False, ["train.blocks=1", "train.ema_device=cpu"]),
     ],
-    ids=["DDP by accelerate launch", "DDP by torchrun", "FSDP2", "FSDP2 over four"],
+    ids=["DDP by accelerate launch", "DDP by torchrun", "FSDP2", "FSDP2 over four", "DDP over four", "FSDP2, LoRA", "FSDP2, a block"],
 )  # fmt: skip
 def test_several_processes_train_as_one(tmp_path, run, launch, processes, sharded, accelerate, more):
     more = [*more, "train.batch_size=8", "train.steps=5", "train.dropout_each=0.2", "sample.every=5", "sample.prompts=[a, b, c]"]

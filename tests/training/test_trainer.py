@@ -229,6 +229,7 @@ def test_two_stops_are_no_worse_than_one(tmp_path, run, options, environment):
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_ctrl_c_in_the_middle_of_an_update_saves_a_whole_step(tmp_path, run, start, monkeypatch, moment):
     """A Ctrl-C while the optimizer writes: what is saved must not hold new weights under the old step, or old averages."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     whole = run(tmp_path / "whole", "train.steps=5")
     trainer = start(tmp_path / "cut", "train.steps=5")
     set_up = trainer.set_up
@@ -257,6 +258,7 @@ def test_ctrl_c_in_the_middle_of_an_update_saves_a_whole_step(tmp_path, run, sta
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path, start, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = start(tmp_path / "out")
 
     def pressed_twice(batches):
@@ -604,6 +606,16 @@ def test_a_finished_run_is_not_overwritten(finished, start, run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         start(tmp_path / "file")
+
+
+def test_a_finished_run_has_nothing_to_resume_and_stays_as_it_is(finished, run, options, capsys):
+    from latentfm.config import load_config
+    from latentfm.training.trainer import train
+
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert train(load_config(None, options(finished)), resume=True) == finished / "model"
+    assert "is finished already" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
 def test_there_must_be_something_to_resume(tmp_path, start):

@@ -15,7 +15,8 @@ MUCH = 0.2  # a crop that loses more is marked
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #3b78c3; --bad: #d04a3a; --good: #2e8b57 }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; overflow-wrap: anywhere; max-width: 192px;
+  display: -webkit-box; -webkit-line-clamp: 6; -webkit-box-orient: vertical; overflow: hidden }
 h2, .folded > summary { font-size: 1.1rem; font-weight: 600; margin: 2rem 0 .4rem } h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 .quiet { opacity: .7 } .bad { color: var(--bad) } .good { color: var(--good) }
 table { border-collapse: collapse; margin: .4rem 0 } th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
@@ -25,7 +26,8 @@ th { white-space: nowrap } td.wide { width: 14rem; min-width: 8rem }
 .bar { background: var(--bar); height: .8rem; margin-top: .3rem; border-radius: 2px }
 summary { cursor: pointer } ul { margin: .3rem 0 .3rem 1.2rem; padding: 0 }
 .scroll { overflow-x: auto } .sheet { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; width: 192px }
-figure img { display: block; max-width: 192px } figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere }
+figure img { display: block; max-width: 192px } figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; max-width: 192px;
+  display: -webkit-box; -webkit-line-clamp: 6; -webkit-box-orient: vertical; overflow: hidden }
 .name { font-weight: 600 }
 """
 
@@ -33,7 +35,8 @@ figure img { display: block; max-width: 192px } figcaption { font-size: 12px; li
 def page(findings: dict[str, Any], sheet: Sequence[Sequence[Crop]]) -> str:
     """The page of `check`'s findings and the contact sheet, a list of crops for each bucket."""
     title = escape(f"Data check: {findings['place']}")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
+    ours = '<meta name="generator" content="latentfm data check">'  # such a page may be written again
+    head = f'<meta charset="utf-8">{ours}<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
     dropped, truncated = findings["dropped"], findings["truncated"]
     verdict = (
         mark(f"{dropped:,} left out" if dropped else "nothing left out", dropped > 0),

@@ -104,7 +104,7 @@ def buckets(findings: dict[str, Any]) -> Table:
         for row in findings["buckets"]
     ]  # fmt: skip
     heads = ["shape", "pictures", "", "share", "mean crop", "worst crop", "worst", "enlarged", "draws an epoch", "steps an epoch"]
-    note = "Every picture is in one bucket. What does not fill a batch at an epoch's end waits for the next epoch: 0 dropped."
+    note = "Each picture goes to exactly one bucket. What does not fill a batch at an epoch's end waits for the next epoch: 0 dropped."
     return Table("Buckets", [*heads, "left out"], rows, note)
 
 
