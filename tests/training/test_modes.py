@@ -61,8 +61,9 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_goes_on_to_the_bit(tmp_path, run, start, monkeypatch, mode):
-    if mode in ("lion", "prodigy"):
-        pytest.importorskip({"lion": "lion_pytorch", "prodigy": "prodigyopt"}[mode])
+    for word, package in (("lion", "lion_pytorch"), ("prodigy", "prodigyopt"), ("nf4", "bitsandbytes"), ("8", "bitsandbytes")):
+        if word in mode:
+            pytest.importorskip(package)
     whole = run(tmp_path / "whole", "train.steps=5", "output.checkpoint_every=2", *MODES[mode])
     cut = stopped_and_resumed(run, start, monkeypatch, tmp_path / "cut", *MODES[mode])
     assert column(cut, "loss") == column(whole, "loss") and column(cut, "gradient_norm") == column(whole, "gradient_norm")
