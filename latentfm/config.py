@@ -246,8 +246,6 @@ class RunConfig(Section):
             raise ValueError("train.adapter adds to trained weights, model.preset makes new ones: leave one of them out")
         if train.adapter and train.token_routing:
             raise ValueError("train.token_routing is for a new network, train.adapter for a trained one: leave one of them out")
-        if train.adapter and train.master_weights and train.adapter.base != "as_weights":
-            raise ValueError(f"train.master_weights copies weights that train; with train.adapter.base={train.adapter.base} leave it out")
         if train.optimizer != "adamw":
             narrow = train.weights == "bfloat16" and not train.adapter
             for option, asked in (("weights=bfloat16", narrow), ("master_weights=true", train.master_weights)):

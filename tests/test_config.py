@@ -241,6 +241,25 @@ def test_the_configurations_that_come_along_are_valid(path):
     }
 
 
+def test_the_options_of_densities_are_those_of_flow():
+    from dataclasses import fields
+
+    from latentfm import flow
+    from latentfm.config import DENSITY_OPTIONS
+
+    assert {name: tuple(field.name for field in fields(density)) for name, density in flow.DENSITIES.items()} == DENSITY_OPTIONS
+
+
+def test_what_does_not_go_with_an_adapter_is_refused():
+    lora = "train.adapter={rank: 2}"
+    for other, message in (("model.preset=emoji", "model.preset makes new ones"), ("train.token_routing={first: 0}", "for a new network")):
+        with pytest.raises(InputError, match=message):
+            config(lora, other)
+    with pytest.raises(InputError, match="train.weights=bfloat16 needs train.optimizer=adamw"):
+        config("train.weights=bfloat16", "train.optimizer=lion")
+    assert config(lora, "train.weights=bfloat16", "train.optimizer=lion").train.adapter.rank == 2
+
+
 def test_every_option_is_read_somewhere():
     """Each option's name appears as an attribute of something other than a definition: an option that nobody reads is a lie."""
     read = set()
