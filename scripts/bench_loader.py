@@ -110,6 +110,10 @@ def main() -> None:
     parser.add_argument("--prompts", choices=PROMPTS, default="bundled")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    least = min(given.samples, given.peer_samples or given.samples) // given.batch_size
+    if least < 4:
+        parser.error(f"--samples and --peer-samples should be four batches at least, {4 * given.batch_size} or more")
+    warm_up = min(8, least // 3)
     samples = tuple(Sample(None, (f"caption {i}",), f"{i:06d}.png") for i in range(given.samples))
     with tempfile.TemporaryDirectory() as temporary:
         reader = filled(Path(temporary) / "cache", samples, tuple(given.moments), PROMPTS[given.prompts])
@@ -124,14 +128,14 @@ def main() -> None:
         for number in range(given.rounds):
             stream = Stream(Mixture.plain(given.samples), given.batch_size, number)
             loader = Loader(reader, stream, {length: 1.0}, given.samples // given.batch_size, workers=given.workers)
-            pace, seen = timed(loader, given.batch_size)
+            pace, seen = timed(loader, given.batch_size, warm_up)
             found["latentfm"].append(pace)
             print(f"latentfm: {pace:,.0f} samples/s, {pace * stored / 2**20:,.0f} MB/s read, {pace * sent / 2**20:,.0f} MB/s handed over")
             print("  resident (proportional) MiB: " + ", ".join(f"{rss:,.0f} ({pss:,.0f})" for rss, pss in thinned(seen)))
             if one is not None:
                 order = torch.randperm(len(one)).tolist()
                 shuffled = DataLoader(one, given.batch_size, sampler=order, num_workers=given.workers, drop_last=True, prefetch_factor=4)
-                found["one file a sample"].append(timed(shuffled, given.batch_size)[0])
+                found["one file a sample"].append(timed(shuffled, given.batch_size, warm_up)[0])
                 print(f"one file a sample: {found['one file a sample'][-1]:,.0f} samples/s")
         best = {name: max(paces) for name, paces in found.items() if paces}
         print("best: " + ", ".join(f"{name} {pace:,.0f} samples/s" for name, pace in best.items()))
