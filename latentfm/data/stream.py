@@ -83,11 +83,6 @@ class Stream:
         """Steps of one epoch: it varies by one a bucket, as batches lie across epochs."""
         return self.steps_before(epoch + 1) - self.steps_before(epoch)
 
-    def epoch_of(self, step: int) -> float:
-        """Epochs done before `step`, with the share of the one under way: for people to read."""
-        epoch, cursor = self.place(step)
-        return epoch + cursor / self.steps_in(epoch)
-
     def labels(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(bucket, number of the batch in its stream) of each step of an epoch, two arrays."""
         if ("labels", epoch) not in self._kept:

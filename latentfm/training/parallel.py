@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -198,10 +199,17 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except (InputError, OSError) as error:
         problem = error
-    if accelerator.num_processes > 1:
-        told = [None if problem is None else str(problem)]
-        torch.distributed.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise InputError(told[0]) from problem
+    told = from_main(accelerator, None if problem is None else str(problem))
+    if accelerator.num_processes > 1 and told is not None:
+        raise InputError(told) from problem
     if problem is not None:
         raise problem
+
+
+def from_main(accelerator: Accelerator, value: Any) -> Any:
+    """The main process's `value`, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    told = [value]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]

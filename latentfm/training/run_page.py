@@ -29,14 +29,6 @@ UNMARKED = ("started", "saved", "finished")  # how events begin that every run h
 ENDINGS = ("stopped", "ended")  # how events begin after which a run does not go on by itself
 
 
-def write_run_page(folder: Path) -> Path:
-    """The path of folder/run.html, the page of the run in `folder`, written anew, whole or not at all.
-
-    Raises InputError when the disk does not take it. Where the page of one run is written often, keep a `RunPage`.
-    """
-    return RunPage(folder).write()
-
-
 class RunPage:
     """The page of the run in `folder`; it reads the log on from where the last `write` stopped."""
 
@@ -45,7 +37,7 @@ class RunPage:
         self.metrics, self.validation = Log(folder / "metrics.jsonl"), folder / "validation.jsonl"
 
     def write(self) -> Path:
-        """The path of the page, written anew; see `write_run_page`."""
+        """The path of folder/run.html, written anew, whole or not at all. Raises InputError when the disk does not take it."""
         target = self.folder / "run.html"
         before, after = files("latentfm.training").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
         data = json.dumps(self.data(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))

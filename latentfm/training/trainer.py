@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from latentfm import flow
@@ -28,7 +29,6 @@ from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.models.attention import check_backend
-from latentfm.models.folder import t5_length
 from latentfm.training import checkpoint, export
 from latentfm.training.adapters import cast_weights, choose_trainable, seed_dropout
 from latentfm.training.checks import check
@@ -37,7 +37,7 @@ from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
 from latentfm.training.optim import clip_gradient, masters_of
 from latentfm.training.optimizers import learning_rate, make_optimizer
-from latentfm.training.parallel import Gathering, Parts, is_sharded, no_sync, resharded, shard, together
+from latentfm.training.parallel import Gathering, Parts, from_main, is_sharded, no_sync, resharded, shard, together
 from latentfm.training.progress import Progress
 from latentfm.training.records import Records, claimed, differences
 from latentfm.training.samples import SamplePictures
@@ -54,7 +54,7 @@ class Trainer:
     """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
 
     def __init__(self, config: RunConfig, resume: bool = False):
-        self.setup = check(config, resume)
+        self.lengths = check(config, resume).lengths
         self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
@@ -70,7 +70,6 @@ class Trainer:
         self.models = load_models(config.model)
         self.choose_attention()
         self.objective = Objective.of(config.train, self.models.vae)
-        self.lengths = config.data.t5_lengths or {t5_length(self.models.info): 1.0}
         self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
         self.progress = Progress(self.accelerator.is_main_process)
         self.records = Records(self.out, self.accelerator.is_main_process)
@@ -318,11 +317,7 @@ class Trainer:
         if abs(loss) < float("inf") and norm < float("inf"):
             return
         bad = [name for losses, names in seen for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
-        everywhere: list[list[str]] = [bad]
-        if self.accelerator.num_processes > 1:
-            everywhere = [[] for _ in range(self.accelerator.num_processes)]
-            torch.distributed.all_gather_object(everywhere, bad)
-        bad = [name for names in everywhere for name in names]
+        bad = gather_object(bad)
         where = f"at step {self.step + 1}" + (f" for {', '.join(bad[:5])}" if bad else "")
         if bad:
             raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
@@ -358,10 +353,7 @@ class Trainer:
 
     def validate(self) -> None:
         """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
-        told = [self.records.validated(self.step)]
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(told, src=0)
-        row = told[0]
+        row = from_main(self.accelerator, self.records.validated(self.step))
         if row is None:
             with self.averaged():
                 rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -405,14 +397,12 @@ class Trainer:
 
     def restore(self) -> None:
         """Puts the newest whole checkpoint into the parts, the averages and the optimizer; raises InputError if it is another run's."""
-        told: list[str | None] = [None]
+        found: Path | None = None
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                told[0] = str(checkpoint.newest_whole(self.out / "checkpoints", self.accelerator.print))
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(told, src=0)
-        path = Path(told[0])
-        tensors, info = checkpoint.load(path)
+                found = checkpoint.newest_whole(self.out / "checkpoints", self.accelerator.print)
+        path = from_main(self.accelerator, found)
+        tensors, info = checkpoint.load(path, verify=False)
         changed = differences(info["config"], self.identity["config"])
         if changed:
             raise InputError(f"{path} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")

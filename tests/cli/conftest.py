@@ -1,6 +1,20 @@
 """What the tests of the commands share."""
 
+import json
+
 import pytest
+
+
+@pytest.fixture
+def in_json(run):
+    """A function that gives what the command of the file's own `run` prints with --json; it must succeed."""
+
+    def answered(*words):
+        answer = run(*words, "--json")
+        assert answer.exit_code == 0, answer.output
+        return json.loads(answer.stdout)
+
+    return answered
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import tarfile
 
 import numpy as np
@@ -39,18 +38,6 @@ def run(tmp_path, monkeypatch, tiny_folder):
     monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
     return lambda *words: CliRunner().invoke(app, ["data", "check", "--model", str(tiny_folder), *map(str, words)])
-
-
-@pytest.fixture
-def found(run):
-    """A function that gives the findings of a check that must succeed."""
-
-    def check(*words):
-        answer = run(*words, "--json")
-        assert answer.exit_code == 0, answer.output
-        return json.loads(answer.stdout)
-
-    return check
 
 
 @pytest.fixture
@@ -100,8 +87,8 @@ def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(run, refused, pi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data-check.html", "pictures"]
 
 
-def test_json_alone_writes_no_page(run, found, pictures, tmp_path):
-    findings = found(pictures, "--buckets", 3, "--max-crop", 0.5)
+def test_json_alone_writes_no_page(run, in_json, pictures, tmp_path):
+    findings = in_json(pictures, "--buckets", 3, "--max-crop", 0.5)
     assert [row["name"] for row in findings["left_out"]] == ["3.png"] and not (tmp_path / "data-check.html").exists()
     assert findings["max_crop"] == 0.5 and len(findings["buckets"]) == 3
     assert run(pictures, "--json", "--out", "page.html").exit_code == 0 and (tmp_path / "page.html").exists()
@@ -114,33 +101,33 @@ def test_strict_says_by_its_exit_code_whether_anything_is_lost(run, pictures):
     assert run(pictures, "--json", "--strict").exit_code == 1 and run(pictures, "--json").exit_code == 0
 
 
-def test_a_configuration_is_checked_as_the_run_will_use_it(found, pictures, tmp_path):
+def test_a_configuration_is_checked_as_the_run_will_use_it(in_json, pictures, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"data:\n  sources:\n    - {{path: {pictures}, name: own, repeats: 3}}\n"
         f"    - {{path: {pictures}, name: prior, weight: 0.5, regularisation: true}}\n"
         "  size: [64, 32]\n  t5_lengths: {8: 0.5, 12: 0.5}\ntrain: {batch_size: 7}\n"
     )
-    findings = found("--config", "run.yaml")
+    findings = in_json("--config", "run.yaml")
     assert [(row["name"], row["draws_an_epoch"]) for row in findings["sources"]] == [("own", 12), ("prior", 2)]
     assert [(row["width"], row["height"]) for row in findings["buckets"]] == [(64, 32)] and findings["steps_an_epoch"] == 2
     assert [row["limit"] for row in findings["tokens"] if "T5" in row["encoder"]] == [8, 12]
-    findings = found("--config", "run.yaml", "train.batch_size=14", "--size", "32", "--max-aspect", "3", "data.buckets=3")
+    findings = in_json("--config", "run.yaml", "train.batch_size=14", "--size", "32", "--max-aspect", "3", "data.buckets=3")
     assert findings["steps_an_epoch"] == 1 and len(findings["buckets"]) == 3
-    assert found(pictures, "--config", "run.yaml")["pictures"] == 4  # the path instead of the configuration's sources
+    assert in_json(pictures, "--config", "run.yaml")["pictures"] == 4  # the path instead of the configuration's sources
 
 
-def test_what_is_held_out_for_validation_is_not_drawn(found, run, pictures):
-    findings = found(pictures, "validation.held_out=2", "train.batch_size=2")
+def test_what_is_held_out_for_validation_is_not_drawn(in_json, run, pictures):
+    findings = in_json(pictures, "validation.held_out=2", "train.batch_size=2")
     assert findings["used"] == 4 and findings["held_out"] == 2 and findings["steps_an_epoch"] == 1
     assert "leaves none to train on" in run(pictures, "--json", "validation.held_out=4").stderr
 
 
-def test_a_preset_has_its_own_size(found, pictures):
-    (row,) = found(pictures, "model.preset=small")["buckets"]
+def test_a_preset_has_its_own_size(in_json, pictures):
+    (row,) = in_json(pictures, "model.preset=small")["buckets"]
     assert (row["width"], row["height"]) == (512, 512)  # 128 latents of the tiny model's factor 4
 
 
-def test_shards_and_parquet_are_checked_too(found, run, tmp_path):
+def test_shards_and_parquet_are_checked_too(in_json, run, tmp_path):
     with tarfile.open(tmp_path / "part.tar", "w") as tar:
         for i in range(5):
             for suffix, data in (("png", png(i)), ("txt", f"picture {i}".encode())):
@@ -149,8 +136,8 @@ def test_shards_and_parquet_are_checked_too(found, run, tmp_path):
                 tar.addfile(member, io.BytesIO(data))
     rows = {"image": [{"bytes": png(i), "path": f"{i}.png"} for i in (0, 1, 1)], "text": ["a", "b", "c"]}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "part.parquet")
-    assert found("part.tar")["used"] == 5 and found(f"file://{tmp_path}/part.tar")["used"] == 5
-    table = found("part.parquet")
+    assert in_json("part.tar")["used"] == 5 and in_json(f"file://{tmp_path}/part.tar")["used"] == 5
+    table = in_json("part.parquet")
     assert table["used"] == 3 and len(table["exact_duplicates"]) == 1
     assert run("part.tar", "--pictures", 3).exit_code == 0 and (tmp_path / "data-check.html").read_text("utf-8").count("<figure>") == 3
 

@@ -20,32 +20,20 @@ def run(monkeypatch):
     return lambda *args: CliRunner().invoke(app, ["plan", *map(str, args)])
 
 
-@pytest.fixture
-def planned(run):
-    """A function that gives the JSON of a plan that must succeed."""
-
-    def plan(*args):
-        answer = run(*args, "--json")
-        assert answer.exit_code == 0, answer.output
-        return json.loads(answer.stdout)
-
-    return plan
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("mode", ["full", "lora", "generate"])
-def test_every_preset_and_mode_has_a_plan(run, planned, preset, mode):
+def test_every_preset_and_mode_has_a_plan(run, in_json, preset, mode):
     answer = run("--preset", preset, "--mode", mode)
     assert answer.exit_code == 0, answer.output
     for title in ("Parameters", "FLOP an image", "Memory of a GPU", "images/s at 40% of the peak"):
         assert title in answer.stdout
-    found = planned("--preset", preset, "--mode", mode)
+    found = in_json("--preset", preset, "--mode", mode)
     assert found["image tokens"] == (16 if preset == "emoji" else 4096)
     assert found["text tokens"] == (32 if preset == "emoji" else 333)
 
 
-def test_the_sums_are_right_for_sd3_medium(planned):
-    found = planned("--preset", "sd3-medium", "--resolution", 1024, "--batch", 64, "--gpus", 8, "--steps", 500, "--pictures", 0)
+def test_the_sums_are_right_for_sd3_medium(in_json):
+    found = in_json("--preset", "sd3-medium", "--resolution", 1024, "--batch", 64, "--gpus", 8, "--steps", 500, "--pictures", 0)
     assert sum(found["parameters"].values()) == found["trained parameters"] == 2_028_328_000
     assert found["memory"]["weights"] == 4 * 2_028_328_000 and found["memory"]["optimizer"] == 8 * 2_028_328_000
     flops = sum(found["FLOP an image"]["training"].values())
@@ -56,9 +44,9 @@ def test_the_sums_are_right_for_sd3_medium(planned):
     assert found["fits"] == (sum(found["memory"].values()) + RESERVE <= 80 * GIB)
 
 
-def test_a_picture_is_its_steps_twice_where_guided_and_a_decoding(planned):
+def test_a_picture_is_its_steps_twice_where_guided_and_a_decoding(in_json):
     arguments = ("--preset", "sd3.5-large", "--mode", "generate", "--steps", 40, "--batch", 1)
-    guided, alone = planned(*arguments, "--guidance", 4.5), planned(*arguments, "--guidance", 1)
+    guided, alone = in_json(*arguments, "--guidance", 4.5), in_json(*arguments, "--guidance", 1)
     once = sum(guided["FLOP an image"]["forward"].values())
     assert guided["FLOP an image"]["picture"]["the network's steps"] == 80 * once
     assert alone["FLOP an image"]["picture"]["the network's steps"] == 40 * once
@@ -77,8 +65,8 @@ HARD = [
 
 
 @pytest.mark.parametrize("arguments", HARD)
-def test_every_way_out_makes_it_fit(planned, arguments):
-    found = planned(*arguments)
+def test_every_way_out_makes_it_fit(in_json, arguments):
+    found = in_json(*arguments)
     assert not found["fits"] and found["ways out"]
     for way in found["ways out"]:
         if "enable_model_cpu_offload" in way:
@@ -88,17 +76,17 @@ def test_every_way_out_makes_it_fit(planned, arguments):
             if name.startswith("--") and name in changed:
                 place = changed.index(name)
                 del changed[place : place + 2]
-        assert planned(*changed, *way.split())["fits"], way
+        assert in_json(*changed, *way.split())["fits"], way
 
 
-def test_the_fraction_of_checkpointing_is_the_smallest_of_tenths_that_fits(planned):
+def test_the_fraction_of_checkpointing_is_the_smallest_of_tenths_that_fits(in_json):
     arguments = ("--preset", "depth15", "--batch", 16, "--pictures", 0)
-    least, most = (sum(planned(*arguments, "--checkpointing", share)["memory"].values()) for share in (1, 0))
+    least, most = (sum(in_json(*arguments, "--checkpointing", share)["memory"].values()) for share in (1, 0))
     arguments += ("--gpu-memory", ((least + most) / 2 + RESERVE) / GIB)
-    (way,) = [way for way in planned(*arguments)["ways out"] if way.startswith("--checkpointing")]
+    (way,) = [way for way in in_json(*arguments)["ways out"] if way.startswith("--checkpointing")]
     fraction = float(way.split()[1])
-    assert planned(*arguments, "--checkpointing", fraction)["fits"]
-    assert not planned(*arguments, "--checkpointing", round(fraction - 0.1, 1))["fits"]
+    assert in_json(*arguments, "--checkpointing", fraction)["fits"]
+    assert not in_json(*arguments, "--checkpointing", round(fraction - 0.1, 1))["fits"]
 
 
 def test_what_cannot_fit_says_so(run):
@@ -106,25 +94,25 @@ def test_what_cannot_fit_says_so(run):
     assert answer.exit_code == 0 and "does not fit" in answer.stdout and "nothing here makes it fit" in answer.stdout
 
 
-def test_another_gpu_is_given_by_its_peak_and_memory(planned):
-    found = planned("--preset", "small", "--peak", 100, "--gpu-memory", 16)
+def test_another_gpu_is_given_by_its_peak_and_memory(in_json):
+    found = in_json("--preset", "small", "--peak", 100, "--gpu-memory", 16)
     assert found["GPU"] == {"name": "another", "TFLOP/s": 100, "GiB": 16}
-    assert found["time"]["images a second"] == pytest.approx(planned("--preset", "small")["time"]["images a second"] * 100 / 989)
+    assert found["time"]["images a second"] == pytest.approx(in_json("--preset", "small")["time"]["images a second"] * 100 / 989)
 
 
-def test_a_pipeline_folder_is_read(planned, tiny_folder, tmp_path):
+def test_a_pipeline_folder_is_read(in_json, tiny_folder, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
-    found = planned("--model", tiny_folder, "--batch", 2, "--tokens", 24)
+    found = in_json("--model", tiny_folder, "--batch", 2, "--tokens", 24)
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
     assert sum(found["parameters"].values()) == pipe.transformer.num_parameters()
     assert found["frozen parameters"]["VAE"] == pipe.vae.num_parameters()
     for name in ("text_encoder", "text_encoder_2"):
         assert found["frozen parameters"][name] == sum(p.numel() for p in getattr(pipe, name).parameters())
     assert (found["width"], found["image tokens"], found["text tokens"]) == (32, 16, 24)
-    assert planned("--model", tiny_folder)["text tokens"] == 16 + 256
+    assert in_json("--model", tiny_folder)["text tokens"] == 16 + 256
     alone = shutil.copytree(tiny_folder / "transformer", tmp_path / "alone")
-    assert planned("--model", alone)["width"] == 64  # among SD3's frozen models
+    assert in_json("--model", alone)["width"] == 64  # among SD3's frozen models
 
 
 @pytest.mark.parametrize(

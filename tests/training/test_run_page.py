@@ -16,7 +16,7 @@ from PIL import Image
 from latentfm.config import load_config
 from latentfm.errors import InputError
 from latentfm.training.curves import BLOCK, POINTS, Log, curves, parsed
-from latentfm.training.run_page import LARGEST, RunPage, write_run_page
+from latentfm.training.run_page import LARGEST, RunPage
 from latentfm.training.sample_files import write_step
 
 NASTY = "</script><script>window.hurt = 1</script><!-- <b>&amp;\u2028 ' \" `"
@@ -78,7 +78,7 @@ def finished(tmp_path):
 
 
 def test_it_shows_all_that_the_run_wrote(finished):
-    page = write_run_page(finished)
+    page = RunPage(finished).write()
     assert page == finished / "run.html" and [p.name for p in finished.glob("*partial*")] == []
     data = data_of(page)
     assert data["name"] == "my run" and data["notes"] == []
@@ -98,7 +98,7 @@ def test_it_shows_all_that_the_run_wrote(finished):
 
 
 def test_options_that_differ_from_the_defaults_are_told(finished):
-    options = {option["name"]: option for option in data_of(write_run_page(finished))["options"]}
+    options = {option["name"]: option for option in data_of(RunPage(finished).write())["options"]}
     changed = {name for name, option in options.items() if option["changed"]}
     assert changed == {"data.folder", "output.folder", "train.steps", "train.batch_size", "sample.prompts"}
     assert options["train.steps"]["value"] == "50" and options["train.steps"]["default"] == "1000"
@@ -108,11 +108,11 @@ def test_options_that_differ_from_the_defaults_are_told(finished):
 
 def test_states(finished):
     (finished / "model").mkdir()
-    assert not data_of(write_run_page(finished))["state"]["finished"]  # of an earlier run: the last step is not reached
+    assert not data_of(RunPage(finished).write())["state"]["finished"]  # of an earlier run: the last step is not reached
     write_rows(finished / "metrics.jsonl", [row(step) for step in range(1, 51)])
-    assert data_of(write_run_page(finished))["state"]["finished"]
+    assert data_of(RunPage(finished).write())["state"]["finished"]
     write_rows(finished / "events.jsonl", [{"step": 50, "time": 0, "what": "stopped by a signal, saved"}])
-    assert data_of(write_run_page(finished))["state"]["stopped"]
+    assert data_of(RunPage(finished).write())["state"]["stopped"]
 
 
 @pytest.mark.parametrize("left", [[], ["metrics.jsonl"], ["validation.jsonl"], ["config.json", "run.json"], ["samples"]], ids=str)
@@ -120,7 +120,7 @@ def test_any_part_may_be_absent(finished, left):
     for path in list(finished.iterdir()):
         if path.name not in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    data = data_of(write_run_page(finished))
+    data = data_of(RunPage(finished).write())
     assert bool(data["curves"]["step"]) == ("metrics.jsonl" in left) and bool(data["options"]) == ("config.json" in left)
 
 
@@ -135,7 +135,7 @@ def test_rows_of_other_versions_and_damaged_ones(tmp_path):
     write_rows(tmp_path / "validation.jsonl", [{"step": 1}, {"validation_loss": 1}, {"step": 2, "by_t": {"x": 1, "0.5": "y"}}])
     (tmp_path / "config.json").write_text('{"train": {"steps": "many", "fun": 1}, "odd": 3, "model": {"pipeline": NaN}}', "utf-8")
     (tmp_path / "run.json").write_text("[]", "utf-8")
-    data = data_of(write_run_page(tmp_path))
+    data = data_of(RunPage(tmp_path).write())
     assert data["curves"]["step"] == [1, 2, 3, 4, 5, 7]
     assert data["curves"]["loss"]["mean"] == [2, 0.25, None, None, None, 3.5]  # of two rows of a step the later
     assert [column[2] for column in data["curves"]["by_t"]["mean"]] == [1.0, 2.0, *[None] * 6]
@@ -222,7 +222,7 @@ def test_pictures_are_bounded_and_of_the_latest_prompts(tmp_path):
     for step in range(60, 500, 10):  # forty more without drawing them anew
         for kind, folder in (("png", cells.parent), ("webp", cells)):
             shutil.copy(folder / f"step-00000050.{kind}", folder / f"step-{step:08d}.{kind}")
-    page = write_run_page(tmp_path)
+    page = RunPage(tmp_path).write()
     pictures = data_of(page)["pictures"]
     assert sum(len(step["src"]) for step in pictures["steps"]) <= LARGEST * 1.01 and page.stat().st_size < LARGEST + 10**6
     assert pictures["steps"][0]["step"] == 10 and pictures["steps"][-1]["step"] == 490 and pictures["total"] == 49
@@ -234,7 +234,7 @@ def test_grids_of_runs_that_kept_no_small_pictures(tmp_path):
     for step in range(0, 2000, 100):
         Image.new("RGB", (1200, 600), (0, step // 10, 0)).save(tmp_path / "samples" / f"step-{step:08d}.png")
     (tmp_path / "samples" / "step-00001900.png").write_bytes(b"cut")
-    pictures = data_of(write_run_page(tmp_path))["pictures"]
+    pictures = data_of(RunPage(tmp_path).write())["pictures"]
     assert pictures["prompts"] == ["all prompts"] and pictures["tile"] == [800, 400]
     assert 2 <= len(pictures["steps"]) <= 8 and pictures["steps"][0]["step"] == 0
 
@@ -244,20 +244,20 @@ def test_grids_of_runs_that_kept_no_small_pictures(tmp_path):
 
 def test_nothing_in_it_is_markup_and_nothing_is_fetched(finished):
     (finished / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n", "utf-8")
-    text = write_run_page(finished).read_text("utf-8")
+    text = RunPage(finished).write().read_text("utf-8")
     assert "window.hurt" in text and not re.search(r"<script>\s*window.hurt", text)
     assert "\u2028" not in text and text.count("<script") == text.count("</script>") == 2
     assert not re.search(r"(src|href)=[\"']?https?:|@import|url\(http", text)
     assert re.search(r"default-src 'none'; img-src data:", text)
     named = finished.parent / "<b>{{data}}&"
     shutil.copytree(finished, named)
-    assert "<title>&lt;b&gt;{{data}}&amp; - latentfm</title>" in write_run_page(named).read_text("utf-8")
+    assert "<title>&lt;b&gt;{{data}}&amp; - latentfm</title>" in RunPage(named).write().read_text("utf-8")
 
 
 def test_a_full_disk_leaves_the_page_before(finished):
-    before = write_run_page(finished).read_bytes()
+    before = RunPage(finished).write().read_bytes()
     with files_no_larger_than(2000), pytest.raises(InputError, match="could not write .*run.html"):
-        write_run_page(finished)
+        RunPage(finished).write()
     assert (finished / "run.html").read_bytes() == before
 
 
@@ -290,7 +290,7 @@ def seen_by_a_browser(page, profile):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_a_browser_draws_it(finished, tmp_path):
-    seen = seen_by_a_browser(write_run_page(finished), tmp_path / "profile")
+    seen = seen_by_a_browser(RunPage(finished).write(), tmp_path / "profile")
     assert 'data-ready="8"' in seen and seen.count("<svg") == 8
     assert "step 40 of 50 (80 %)" in seen and "20 s left" in seen
     assert seen.count('class="picture step2"') == 2
@@ -301,13 +301,13 @@ def test_a_browser_draws_it(finished, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_a_browser_draws_a_run_that_has_not_begun(tmp_path):
-    seen = seen_by_a_browser(write_run_page(tmp_path), tmp_path / "profile")
+    seen = seen_by_a_browser(RunPage(tmp_path).write(), tmp_path / "profile")
     assert 'data-ready="0"' in seen and "No step has been logged yet." in seen
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_the_controls_work(finished, tmp_path):
-    page = write_run_page(finished)
+    page = RunPage(finished).write()
     page.write_text(page.read_text("utf-8").replace("</body>", HANDS), "utf-8")
     said = json.loads(seen_by_a_browser(page, tmp_path / "profile").split("<pre>")[1].split("</pre>")[0])
     assert said == {"film": 3, "first": 3, "zoomed": True, "log": True, "theme": "light"}
