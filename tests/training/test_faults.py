@@ -59,15 +59,21 @@ def same_run(out, whole):
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
+def whole_cache(tmp_path_factory):
+    """A cache with what one run needs and nothing of other tests."""
+    return tmp_path_factory.mktemp("whole cache")
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory, whole_cache):
     """The run to which nothing happens."""
-    return run(tmp_path_factory.mktemp("whole") / "run", *EVERY_STEP)
+    return run(tmp_path_factory.mktemp("whole") / "run", *EVERY_STEP, f"data.cache={whole_cache}")
 
 
 @pytest.fixture
-def own_cache(tmp_path, whole, cache_folder):
+def own_cache(tmp_path, whole, whole_cache):
     """A copy of the filled cache, to be damaged."""
-    shutil.copytree(cache_folder, tmp_path / "cache")
+    shutil.copytree(whole_cache, tmp_path / "cache")
     return tmp_path / "cache"
 
 
