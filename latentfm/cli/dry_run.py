@@ -92,7 +92,10 @@ def show_model(found: dict[str, Any], console: "Console") -> None:
         f"{count(batch['gradient accumulation'], 'pass', 'es')} x {count(batch['pictures a process at a time'], 'picture', 's')}"
     )
     if batch["processes a copy of the weights"] > 1:
-        console.print(f"FSDP: {batch['processes a copy of the weights']} processes share one copy of the weights")
+        way = f"ZeRO {batch['ZeRO stage']}" if batch["ZeRO stage"] else "FSDP2"
+        console.print(f"{way}: {batch['processes a copy of the weights']} processes share one copy of the weights")
+    elif batch["ZeRO stage"]:
+        console.print("ZeRO 2: a copy of the weights on each process; gradients, optimizer and averages are shared")
 
 
 def show_memory(memory: dict[str, Any], console: "Console") -> None:

@@ -27,7 +27,8 @@ def train(
         int | None, typer.Option(help="--dry-run: as if on so many; default: what the launcher says.", show_default=False)
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="--dry-run: none (DDP) or full (FSDP); default: what the launcher says.", show_default=False)
+        str | None,
+        typer.Option(help="--dry-run: none (DDP), full (FSDP2), zero2, zero3 (DeepSpeed); default: the launcher's.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -88,8 +89,9 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
         check_at_least_one({"--gpus": gpus})
         launch = Launch(gpus)
     if shard is not None:
-        check_name("--shard", shard, ("none", "full"))
-        launch = Launch(launch.processes, launch.machines, launch.processes if shard == "full" else 1)
+        check_name("--shard", shard, ("none", "full", "zero2", "zero3"))
+        zero = int(shard[-1]) if shard.startswith("zero") else 0
+        launch = Launch(launch.processes, launch.machines, launch.processes if shard in ("full", "zero3") else 1, zero)
     with progress_bar() as bar:
         task = bar.add_task("reading the headers of pictures", total=None)
         found = dry_run(

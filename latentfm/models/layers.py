@@ -152,10 +152,9 @@ class GELULinear(torch.autograd.Function):
 
 def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(GELU(x)), GELU's tanh form; in training a plain layer keeps x alone for the backward pass, a fifth less than both."""
-    weight = layer.weight
-    if not (torch.is_grad_enabled() and untouched(layer) and weight.requires_grad) or transformed():
+    if not (torch.is_grad_enabled() and untouched(layer) and layer.weight.requires_grad) or transformed():
         return layer(F.gelu(x, approximate="tanh"))
-    bias = layer.bias
+    weight, bias = layer.weight, layer.bias
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -21,7 +21,9 @@ from latentfm.models.cost import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
+Shard = Literal["none", "full", "zero2", "zero3"]  # DDP, FSDP2, DeepSpeed's ZeRO 2 and 3
 MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
+ZERO_BUCKET, ZERO_LIVE = 5 * 10**7, 10**9  # numbers: training/zero.py's bucket of gradients, DeepSpeed's gathered weights at one time
 OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py (on a GPU) and training/ema.py widen at one time
 
 
@@ -40,7 +42,8 @@ class Training:
     narrow_moments: bool = False  # bfloat16 moments of the optimizer
     accumulated: bool = False  # whether gradients of earlier passes are there in the forward pass
     gpus: int = 1
-    shard: bool = False  # FSDP over the GPUs; otherwise each has a copy (DDP)
+    shard: Shard = "none"  # what of it is split over the GPUs; under ZeRO the weights of `precision` are copies of float32 masters
+    offloaded: bool = False  # ZeRO's masters, optimizer and averages are on the CPU
     frozen: int = 0  # bytes of frozen models on the GPU
     pictures: int = 0  # sample pictures drawn together
     decoding: int = 0  # bytes that decoding them takes
@@ -65,6 +68,16 @@ class Training:
     def trained_width(self) -> int:
         """Bytes of a weight that trains, and of its gradient."""
         return 4 if self.wide_adapters else self.width
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the weights are split, and gathered for each pass."""
+        return self.shard in ("full", "zero3")
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed splits what is split."""
+        return self.shard.startswith("zero")
 
     @property
     def compute(self) -> int:
@@ -211,25 +224,27 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     in_blocks, whole = sum(trained), sum(parameters(net).values())
     ends = whole - sum(block_parameters(net, i) for i in blocks) if run.rank is None else 0
     ends = ends if run.trains is None else run.trains[-1]
-    numbers, parts = in_blocks + ends, run.gpus if run.shard else 1
+    numbers, parts = in_blocks + ends, run.gpus if run.shard != "none" else 1
     weights = whole * run.width if run.rank is None else frozen_bytes(net, run) + numbers * run.trained_width
     state = 2 * (2 if run.narrow_moments else 4) if run.state is None else run.state
     largest = max(block_parameters(net, i) for i in blocks)
+    live = min(whole, ZERO_LIVE) if run.zero else 2 * largest * (1 + (run.rank is None))
     always = {
-        "weights": weights // parts,
+        "weights": weights // (parts if run.gathers else 1),
         "position table": position_table(net) * run.width,
-        "optimizer": int(numbers * (state + 4 * run.master)) // parts,
-        "averages (EMA)": (run.ema and not run.ema_on_cpu) * numbers * 4 // parts,
-        "gathered weights of FSDP": run.shard * 2 * largest * run.compute * (1 + (run.rank is None)),
+        "optimizer": (not run.offloaded) * int(numbers * (state + 4 * run.master)) // parts,
+        "averages (EMA)": (run.ema and not run.ema_on_cpu and not run.offloaded) * numbers * 4 // parts,
+        "gathered weights": run.gathers * live * run.compute,
+        "buckets of gradients": run.zero * min(numbers, ZERO_BUCKET) * (run.width + 4),  # as they come, and in float32 to be summed
         "frozen models": run.frozen,
         "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
     }
     once = [kept_in(net, i, run) for i in blocks]
     kept = [min(block_input(net, i, run.seen_by(i)), once[i]) if checkpointed(i, run.checkpointing) else once[i] for i in blocks]
-    copies = [0 if run.shard or not once[i] else block_copies(net, i, run) for i in blocks]
+    copies = [0 if run.gathers or not once[i] else block_copies(net, i, run) for i in blocks]
     stays = [0 if checkpointed(i, run.checkpointing) else copies[i] for i in blocks]
-    outer, outer_copies = end_activations(net, run), 0 if run.shard else end_copies(net, run)
-    gradient = run.trained_width
+    outer, outer_copies = end_activations(net, run), 0 if run.gathers else end_copies(net, run)
+    gradient = 4 if run.zero else run.trained_width
 
     def moment(name: str, **changing: int) -> Moment:
         return Moment(name, by_part([*always.items(), *((part.replace("_", " "), size) for part, size in changing.items())]))
@@ -256,14 +271,14 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
                 working_memory=working_memory(net, run),
             )
         )
-    widened = 0 if run.precision != "bfloat16" else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
-    averaged = 0 if run.precision != "bfloat16" or not run.ema else min(numbers, EMA_PART) * 4
+    widened = 0 if run.precision != "bfloat16" or run.zero else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
+    averaged = 0 if run.precision != "bfloat16" or run.zero or not run.ema else min(numbers, EMA_PART) * 4
     found.append(moment("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
     if run.pictures:
         found.append(
             moment(
                 "drawing sample pictures",
-                weights_put_aside=run.ema * numbers * gradient // parts,
+                weights_put_aside=(run.ema and not run.offloaded) * numbers * gradient // parts,
                 working_memory=max(run.decoding, forward_memory(net, run.image, run.text, 2 * run.pictures, run.width)),
             )
         )

@@ -257,7 +257,10 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
     def can_precompute(self, device: torch.device) -> bool:
         """Whether the modulations' weights lie on `device` as plain tensors: not offloaded, not sharded over processes."""
         weights = (block.norm1.linear.weight for block in self.transformer_blocks)
-        return not torch.is_grad_enabled() and all(weight.device == device and not hasattr(weight, "device_mesh") for weight in weights)
+        return not torch.is_grad_enabled() and all(
+            weight.device == device and not hasattr(weight, "device_mesh") and not hasattr(weight, "ds_id")  # FSDP2's, ZeRO 3's
+            for weight in weights
+        )
 
     def check_route(self, route: TokenRoute, image: Tensor, residuals: list[Tensor] | None) -> None:
         """Raises ValueError unless the route fits the blocks and the batch."""

@@ -22,7 +22,8 @@ from latentfm.files import whole_or_nothing
 from latentfm.interchange.tensors import CHUNK, Tensors, read_file
 from latentfm.training.ema import EMA
 from latentfm.training.optimizers import optimizer_state, restore_optimizer_state
-from latentfm.training.parallel import Gathering, Late, Parts
+from latentfm.training.parallel import Gathering, Late
+from latentfm.training.parts import Parts
 
 NAME = re.compile(r"step-(\d{8})")
 
@@ -138,8 +139,8 @@ def unpack(tensors: Tensors, parts: Parts, ema: EMA, optimizer: torch.optim.Opti
     for full, stored in tensors.items():
         if full.startswith("optimizer."):
             key = full.removeprefix("optimizer.")
-            value, whole = stored.load(), parts.whole_ones.get(key.split("/", 1)[1])
-            state[key] = parts.part(key.split("/", 1)[1], value) if whole is not None and value.shape == whole.shape else value
+            value, name = stored.load(), key.split("/", 1)[1]
+            state[key] = parts.part(name, value) if name in parts.parameters and value.shape == parts.shape(name) else value
     restore_optimizer_state(optimizer, state, parts.names)
 
 

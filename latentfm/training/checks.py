@@ -19,22 +19,33 @@ from latentfm.models.attention import attention_backend
 from latentfm.models.cost import LORA_TARGETS, Network
 from latentfm.models.described import Model, read_model
 from latentfm.models.folder import check_folder, read_info, t5_length
+from latentfm.models.memory import Shard
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
 from latentfm.training import checkpoint
 from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
 from latentfm.training.optimizers import NOT_SPLIT, check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
+from latentfm.training.zero import asked_of_zero, check_zero
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes a run has, on how many machines, and over how many of them a copy of the weights is split (1: each has one)."""
+    """How many processes a run has, on how many machines, and over how many of them a copy of the weights is split (1: each has one).
+
+    zero: the stage of DeepSpeed's ZeRO, 0 without it; offload: whether it keeps optimizer and averages on the CPU.
+    """
 
     processes: int = 1
     machines: int = 1
     shard: int = 1
-    deepspeed: bool = False
+    zero: int = 0
+    offload: bool = False
+
+    @property
+    def way(self) -> Shard:
+        """The way in which the processes share the work."""
+        return "full" if self.shard > 1 and not self.zero else {2: "zero2", 3: "zero3"}.get(self.zero, "none")
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> "Launch":
@@ -42,9 +53,10 @@ class Launch:
         told = os.environ if environment is None else environment
         processes = int(told.get("WORLD_SIZE", 1))
         machines = max(1, processes // int(told.get("LOCAL_WORLD_SIZE", processes)))
-        sharded, deepspeed = (told.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true") for way in ("FSDP", "DEEPSPEED"))
+        fsdp, deepspeed = (told.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true") for way in ("FSDP", "DEEPSPEED"))
         replicas = int(told.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
-        return cls(processes, machines, max(1, processes // replicas) if sharded else 1, deepspeed)
+        zero, offload = asked_of_zero() if deepspeed else (0, False)
+        return cls(processes, machines, max(1, processes // replicas) if fsdp or zero == 3 else 1, zero, offload)
 
 
 @dataclass(frozen=True)
@@ -258,8 +270,8 @@ def check_batch(config: RunConfig, processes: int) -> None:
 
 def check_launch(config: RunConfig, launch: Launch) -> None:
     """The processes work together in a way that is supported."""
-    if launch.deepspeed:
-        raise InputError("DeepSpeed is not supported; configs/accelerate has FSDP2, which shards the same (ZeRO 2 and 3)")
+    if launch.zero:
+        return check_zero(config.train, launch.zero)
     if launch.shard > 1 and (optimizer := config.train.optimizer) in NOT_SPLIT:
         raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take adamw, paged_adamw or lion")
     if launch.shard > 1 and config.train.adapter and config.train.adapter.base != "as_weights":

@@ -96,8 +96,8 @@ def dry_run(
         "P(no condition)": Dropout(config.train.dropout, config.train.dropout_each).p_unconditional(setup.encoders),
         "batch": {
             "pictures a step": config.train.batch_size, "processes": launch.processes, "machines": launch.machines,
-            "processes a copy of the weights": launch.shard, "gradient accumulation": config.train.gradient_accumulation,
-            "pictures a process at a time": setup.micro_batch,
+            "processes a copy of the weights": launch.shard, "ZeRO stage": launch.zero,
+            "gradient accumulation": config.train.gradient_accumulation, "pictures a process at a time": setup.micro_batch,
         },
         "memory": memory_of(setup, device, len(pictures.samples)), "time": time_of(setup, pictures, device), "disk": disk,
         "places": places(config, setup), "environment": {"torch": torch.__version__, "device": device.name},
@@ -245,8 +245,9 @@ def tokens_of(setup: Setup) -> dict[str, Any]:
 def training_of(setup: Setup, device: Device, pictures: int) -> Training:
     """The run as one process sees it, in its largest bucket."""
     train, model = setup.config.train, setup.model
-    narrow = train.weights == "bfloat16"
-    precision = "bfloat16" if narrow else "autocast" if train.mixed_precision == "bf16" else "float32"
+    narrow, launch = train.weights == "bfloat16", setup.launch
+    autocast = "bfloat16" if launch.zero else "autocast"
+    precision = "bfloat16" if narrow else autocast if train.mixed_precision == "bf16" else "float32"
     width, height = max(setup.buckets.shapes, key=lambda shape: shape[0] * shape[1])
     adapter, encoders = train.adapter, WIDTHS[setup.config.model.text_encoders] * sum(model.encoders.values())
     drawn = len(setup.config.sample.prompts) or min(DEFAULT_PROMPTS, pictures)
@@ -255,8 +256,9 @@ def training_of(setup: Setup, device: Device, pictures: int) -> Training:
     return Training(
         model.image_tokens((width, height)), text_tokens(setup)[0], setup.micro_batch, precision,
         rank=adapter.rank if adapter else None, checkpointing=train.gradient_checkpointing, ema_on_cpu=train.ema_device == "cpu",
-        master=train.master_weights, narrow_moments=train.moments == "bfloat16", state=STATE.get(train.optimizer),
-        accumulated=train.gradient_accumulation > 1, gpus=setup.launch.shard, shard=setup.launch.shard > 1,
+        master=train.master_weights or launch.zero > 0, narrow_moments=train.moments == "bfloat16", state=STATE.get(train.optimizer),
+        accumulated=train.gradient_accumulation > 1, gpus=launch.processes if launch.zero else launch.shard, shard=launch.way,
+        offloaded=launch.offload,
         frozen=4 * model.vae + (encoders if online else 0), encoders=0 if online else encoders,
         encoding=max(4 * at_once * model.decoder.encoder_numbers(width * height), text_encoding(setup)), online=online,
         pictures=-(-drawn // setup.launch.processes), decoding=4 * model.decoder.numbers(width * height), cpu=device.cpu,

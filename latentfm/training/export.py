@@ -14,6 +14,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as ADAPTER_FILE
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from latentfm.config import RunConfig
 from latentfm.files import whole_or_nothing
@@ -23,7 +24,8 @@ from latentfm.models.folder import INFO_FILE, write_stock_names
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
 from latentfm.training.models import Models
-from latentfm.training.parallel import Gathering, Late, whole_of
+from latentfm.training.parallel import Gathering, Late
+from latentfm.training.zero import gathered
 
 ADAPTER_FOLDER = "lora"  # beside the pipeline
 NETWORK_FILE = "diffusion_pytorch_model"
@@ -91,15 +93,25 @@ def trained_weights(models: Models, network: MMDiT, averages: Mapping[str, Late]
     The training may have rounded what was frozen to bfloat16.
     """
     if config.train.blocks is None or config.model.preset:
-        frozen: Mapping[str, Stored] = held(network.state_dict())
+        frozen: Mapping[str, Stored] = held(network)
     else:
         frozen, _ = read_folder(models.folder / "transformer")
     return {name: averages.get(name, stored) for name, stored in frozen.items()}
 
 
-def held(state: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Tensors as they are written; those split over the processes are made whole only then."""
-    return {name: Late.of(value.dtype, value.shape, partial(whole_of, value.detach())) for name, value in state.items()}
+def held(network: MMDiT) -> dict[str, Stored]:
+    """The state dict of a network as it is written; what is split over the processes is made whole only then."""
+    return {
+        name: Late.of(value.dtype, getattr(value, "ds_shape", value.shape), partial(whole_of, value))
+        for name, value in network.state_dict(keep_vars=True).items()
+    }
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """A tensor that FSDP2 or ZeRO 3 may have split over the processes, whole. A collective where it is."""
+    if hasattr(value, "ds_id"):
+        return gathered(value)
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def merged(models: Models, network: MMDiT, values: Mapping[str, Tensor]) -> dict[str, Stored]:

@@ -136,7 +136,11 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, T
         parameter = by_id.get(by_name.get(name, -1))
         if parameter is None:
             raise InputError(f"the checkpoint's optimizer has the parameter {name}, this run has not")
-        optimizer.state[parameter][key] = placed(optimizer, parameter, key, value, fused[id(parameter)])
+        there = optimizer.state[parameter].get(key)
+        if isinstance(there, Tensor) and there.shape == value.shape:  # a master, or what shares its memory with DeepSpeed's
+            there.copy_(value)
+        else:
+            optimizer.state[parameter][key] = placed(optimizer, parameter, key, value, fused[id(parameter)])
     for parameter, values in optimizer.state.items():
         if getattr(values.get("state1"), "dtype", None) == torch.uint8:
             values |= {key: optimizer.name2qmap[table].to(parameter.device) for key, table in TABLES.items()}

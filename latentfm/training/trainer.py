@@ -12,7 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.models.attention import check_backend
-from latentfm.training import checkpoint, export
+from latentfm.training import checkpoint, export, zero
 from latentfm.training.adapters import cast_weights, choose_trainable, seed_dropout
 from latentfm.training.checks import check
 from latentfm.training.ema import EMA
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
-from latentfm.training.optim import clip_gradient, masters_of
 from latentfm.training.optimizers import learning_rate, make_optimizer
-from latentfm.training.parallel import Gathering, Parts, from_main, is_sharded, no_sync, resharded, shard, together
+from latentfm.training.parallel import Gathering, from_main, together
+from latentfm.training.parts import Parts, is_sharded, resharded, shard
 from latentfm.training.progress import Progress
 from latentfm.training.records import Records, claimed, differences
 from latentfm.training.samples import SamplePictures
@@ -58,13 +58,14 @@ class Trainer:
         self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
-        self.accelerator = Accelerator(
-            # bfloat16 weights need no autocast: everything the network does is in their precision
-            mixed_precision="no" if narrow else config.train.mixed_precision,
-            log_with=[*config.output.trackers], project_dir=self.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
-            cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
-        )  # fmt: skip
+        with zero.not_by_accelerate():
+            self.accelerator = Accelerator(
+                # bfloat16 weights, and DeepSpeed's copies, need no autocast: everything the network does is in their precision
+                mixed_precision="no" if narrow or zero.is_zero() else config.train.mixed_precision,
+                log_with=[*config.output.trackers], project_dir=self.out,
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
+                cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
+            )  # fmt: skip
         dataset = open_dataset(config.data)
         self.accelerator.print(summary(dataset))
         self.models = load_models(config.model)
@@ -157,8 +158,9 @@ class Trainer:
         """The network on the device or split over them, what trains of it, its averages and its optimizer."""
         options, accelerator, network = self.config.train, self.accelerator, self.models.network
         self.trained = choose_trainable(network, options, accelerator.device)
+        self.size = sum(p.numel() for p in network.parameters())
         sharded = is_sharded(accelerator)
-        if not sharded:
+        if not sharded and not zero.is_zero():
             network.to(accelerator.device)
         self.network = network.train()
         network.set_gradient_checkpointing(options.gradient_checkpointing)
@@ -167,14 +169,15 @@ class Trainer:
         if options.compile:
             torch._dynamo.config.recompile_limit = 64
             network.compile_repeated_blocks(dynamic=False)
-        self.model = shard(network, accelerator) if sharded else accelerator.prepare(network)
-        self.parts = Parts(network)
+        if zero.is_zero():
+            self.parts, self.optimizer = zero.split(network, accelerator, options, self.micro_batch)
+        else:
+            self.parts = Parts(network, accelerator, shard(network, accelerator) if sharded else accelerator.prepare(network))
+            self.optimizer = make_optimizer(self.parts.parameters, options)
         start = {name: self.parts.part(name, value) for name, value in exact.items()}
         self.ema = EMA(start, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
-        self.optimizer = make_optimizer(self.parts.parameters, options)
-        for name, parameter in self.parts.parameters.items():
-            if "master" in self.optimizer.state[parameter]:
-                self.optimizer.state[parameter]["master"].copy_(start[name])
+        for name, master in self.parts.masters(self.optimizer).items():
+            master.copy_(start[name])
 
     def facts(self) -> dict[str, Any]:
         """What the run page says of the run beside its options."""
@@ -184,8 +187,8 @@ class Trainer:
         return {
             "devices": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": self.accelerator.num_processes,
-            "parameters": sum(p.numel() for p in self.network.parameters()),
-            "trained": sum(p.numel() for p in self.parts.whole_ones.values()),
+            "parameters": self.size,
+            "trained": sum(self.parts.shape(name).numel() for name in self.parts.parameters),
             "pictures": len(self.data.samples) - len(self.held_out),
             "held_out": len(self.held_out),
             "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch, 3),
@@ -277,17 +280,15 @@ class Trainer:
         for micro in range(options.gradient_accumulation):
             batch = self.data.complete(next(batches), accelerator.device)
             seed_dropout(options, self.step, micro * accelerator.num_processes + accelerator.process_index)
-            partial = no_sync(accelerator, self.model) if micro + 1 < options.gradient_accumulation else nullcontext()
-            with partial:
+            with self.parts.summing(last=micro + 1 == options.gradient_accumulation):
                 with accelerator.autocast():
-                    losses, t = cfm_losses(self.model, batch, self.models.null, self.objective)
+                    losses, t = cfm_losses(self.parts.model, batch, self.models.null, self.objective)
                 weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
                 loss = (weights * losses).mean() / options.gradient_accumulation
-                accelerator.backward(loss)
+                self.parts.backward(loss)
             self.add(sums, losses.detach(), t, loss.detach(), batch)
             seen.append((losses.detach(), batch.ids))
-        self.parts.take_gradients()
-        norm = clip_gradient(self.parts.parameters.values(), options.max_grad_norm, self.parts.sum_over_parts)
+        norm = self.parts.gradient_norm(options.max_grad_norm)
         sums[1] = self.stop.signal
         found, length = accelerator.reduce(sums, "sum").tolist(), norm.item()  # the one wait of a step
         self.asked_to_stop = found[1] > 0
@@ -327,7 +328,7 @@ class Trainer:
         """Moves the weights by the gradient and the averages after them, and counts the step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.parts.parameters, self.step + 1, masters_of(self.optimizer, self.parts.names))
+        self.ema.update(self.parts.parameters, self.step + 1, self.parts.masters(self.optimizer))
         self.step += 1
 
     def log(self, row: dict[str, Any]) -> None:
@@ -347,9 +348,14 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """A context in which the network holds the averaged weights, in the precision it trains in."""
         resharded(self.network)
-        with self.ema.applied_to(self.parts.parameters), self.accelerator.autocast():
-            yield
-            resharded(self.network)
+        try:
+            with self.ema.applied_to(self.parts.parameters):
+                self.parts.refresh()
+                with self.accelerator.autocast():
+                    yield
+                resharded(self.network)
+        finally:
+            self.parts.refresh()
 
     def validate(self) -> None:
         """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
@@ -412,6 +418,7 @@ class Trainer:
                 f"{', '.join(changed)} of this run are not those {path} was trained on; restore them, or choose another output.folder"
             )
         checkpoint.unpack(tensors, self.parts, self.ema, self.optimizer)
+        self.parts.refresh()
         self.step = self.stream.step_of(info["data"])
         self.accelerator.print(f"resuming after step {self.step}")
 

@@ -23,7 +23,8 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.stream import Stream
 from latentfm.training import checkpoint
 from latentfm.training.ema import EMA, copy_into
-from latentfm.training.parallel import Gathering, Parts
+from latentfm.training.parallel import Gathering
+from latentfm.training.parts import Parts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from latentfm.errors import InputError
 from latentfm.training import checkpoint
 from latentfm.training.ema import EMA
 from latentfm.training.optim import AdamW
-from latentfm.training.parallel import Gathering, Late, Parts
+from latentfm.training.parallel import Gathering, Late
+from latentfm.training.parts import Parts
 
 MAIN = SimpleNamespace(is_main_process=True, num_processes=1)
 

@@ -1,4 +1,4 @@
-"""Real trainings in several processes on CPUs: data parallel and FSDP2, stopped by the scheduler's signal, going on with other numbers."""
+"""Real trainings in several processes on CPUs: DDP, FSDP2 and DeepSpeed, stopped by the scheduler's signal, going on with other numbers."""
 
 import json
 import os
@@ -13,9 +13,17 @@ from safetensors.torch import load_file
 
 from latentfm.training import checkpoint
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
+WAYS = {  # what accelerate launch puts into the environment
+    "DDP": {},
+    "FSDP2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "ZeRO 2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "ZeRO 3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "ZeRO 3, optimizer on the CPU": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    },
 }  # fmt: skip
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
@@ -30,18 +38,18 @@ def column(out, name):
 
 @pytest.fixture
 def launch(options, environment, request):
-    """launch(processes, out, *overrides, sharded=False, resume=False, accelerate=False) -> the started process."""
+    """launch(processes, out, *overrides, way="DDP", resume=False, accelerate=False) -> the started process."""
 
-    def start(processes, out, *more, sharded=False, resume=False, accelerate=False):
+    def start(processes, out, *more, way="DDP", resume=False, accelerate=False):
         port = str(29500 + (os.getpid() * 7 + abs(hash(request.node.name)) + processes) % 900)
         run = ["-m", "latentfm", "train", *(["--resume"] if resume else []), *options(out, *more)]
         if accelerate:
             command = ["-m", *ACCELERATE, f"--num_processes={processes}", "--main_process_port", port, *run]
-        elif processes > 1:
+        elif processes > 1 or "ZeRO" in way:
             command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master-port", port, *run]
         else:
             command = run
-        settings = environment | (FSDP2 if sharded else {})
+        settings = environment | WAYS[way]
         return subprocess.Popen([sys.executable, *command], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -54,20 +62,29 @@ def finished(process):
 
 
 @pytest.mark.parametrize(
-    "processes, sharded, accelerate, more",
+    "way, processes, more",
     [
-        (2, False, True, []), (2, False, False, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
-        (2, True, False, ["train.gradient_accumulation=2"]), (4, True, False, ["validation.held_out=2", "validation.every=2"]),
-        (4, False, False, []), (2, True, False, ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]),
-        (2, True, False, ["train.blocks=1", "train.ema_device=cpu"]),
+        ("DDP", 2, ["by accelerate launch"]),
+        ("DDP", 2, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
+        ("DDP", 4, []),
+        ("FSDP2", 2, ["train.gradient_accumulation=2"]),
+        ("FSDP2", 4, ["validation.held_out=2", "validation.every=2"]),
+        ("FSDP2", 2, ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]),
+        ("FSDP2", 2, ["train.blocks=1", "train.ema_device=cpu"]),
+        ("ZeRO 2", 2, ["train.gradient_accumulation=2", "train.blocks=1"]),
+        ("ZeRO 2", 4, ["validation.held_out=2", "validation.every=2"]),
+        ("ZeRO 3", 2, ["train.gradient_accumulation=2", "train.gradient_checkpointing=0.5"]),
+        ("ZeRO 3", 4, ["validation.held_out=2", "validation.every=2", "train.adapter={rank: 2}", "train.learning_rate=1e-2"]),
+        ("ZeRO 3, optimizer on the CPU", 1, []),
     ],
-    ids=["DDP by accelerate launch", "DDP by torchrun", "FSDP2", "FSDP2 over four", "DDP over four", "FSDP2, LoRA", "FSDP2, a block"],
-)  # fmt: skip
-def test_several_processes_train_as_one(tmp_path, run, launch, processes, sharded, accelerate, more):
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_several_processes_train_as_one(tmp_path, run, launch, way, processes, more):
+    accelerate, more = "by accelerate launch" in more, [option for option in more if "=" in option]
     more = [*more, "train.batch_size=8", "train.steps=5", "train.dropout_each=0.2", "sample.every=5", "sample.prompts=[a, b, c]"]
     alone = [option for option in more if "accumulation" not in option]
     one, several = run(tmp_path / "one", *alone), tmp_path / "several"
-    said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", sharded=sharded, accelerate=accelerate))
+    said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", way=way, accelerate=accelerate))
     assert f"{processes} process(es)" in said
     assert column(several, "step") == [1, 2, 3, 4, 5]
     assert column(several, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
