@@ -129,8 +129,10 @@ class TrainOptions(Section):
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of matrices; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     max_grad_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["no", "bf16"] = Field(
-        "bf16", description="how float32 weights compute; bfloat16 weights compute in bfloat16 throughout, whatever stands here"
+    mixed_precision: Literal["auto", "no", "bf16"] = Field(
+        "auto",
+        description="how float32 weights compute; auto: in bf16 where the device has it (GPUs since Ampere, CPUs with AVX-512 or AMX), "
+        "else in float32. bfloat16 weights compute in bfloat16 throughout, whatever stands here",
     )
     adapter: AdapterOptions | None = Field(
         None, description="train a LoRA or DoRA: {kind: lora, rank: 16, alpha: 16, targets: attention, dropout: 0, base: as_weights}"

@@ -1,7 +1,7 @@
 """Kills a training at random moments, resumes it each time, and compares it with the same training left alone.
 
     python scripts/torture_resume.py                         # 20 kills, one process: a minute on two cores
-    python scripts/torture_resume.py --processes             # then 1 -> 2 -> 4 processes, data parallel and FSDP2: another minute
+    python scripts/torture_resume.py --processes             # then 1 -> 2 -> 4 processes by DDP, FSDP2, DeepSpeed and a mixture: two more
     python scripts/torture_resume.py --points 100 --seed 7   # other moments
 
 The training is real and tiny: two buckets, several captions a picture, two T5 lengths, flips, dropout, validation, pictures. SIGKILL hits
@@ -37,9 +37,19 @@ PICTURES_ON_DISK, BATCH = 96, 8
 EXACT = ("loss", "gradient_norm", "learning_rate", "loss_by_t", "count_by_t")
 KINDS = ("step", "save", "validation", "pictures", "rename", "step", "start")
 WAIT = 180.0  # seconds for a moment to come
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+WAYS = {  # how processes share a training: what accelerate launch puts into their environment
+    "DDP": {},
+    "FSDP2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    "ZeRO 2": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "ZeRO 3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "ZeRO 3, CPU": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+}  # fmt: skip
+CHAINS = {  # of two processes, and of the four that go on
+    "DDP": ("DDP", "DDP"), "FSDP2": ("FSDP2", "FSDP2"), "DeepSpeed": ("ZeRO 2", "ZeRO 3"), "mixed": ("ZeRO 3", "FSDP2"),
 }  # fmt: skip
 
 
@@ -97,7 +107,7 @@ class Started:
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["latentfm.training.trainer", "torch.utils.tensorboard"])
 
-    def __init__(self, options: list[str], resume: bool, log: Path, processes: int = 1, sharded: bool = False):
+    def __init__(self, options: list[str], resume: bool, log: Path, processes: int = 1, way: str = "DDP"):
         self.log, self.began = log, time.time()
         if processes == 1:
             self.process = self.forks.Process(target=train_apart, args=(options, resume, log))
@@ -110,7 +120,7 @@ class Started:
         command = [sys.executable, *launcher, "-m", "latentfm", "train", *(["--resume"] if resume else []), *options]
         ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LATENTFM_DEBUG": "1", "CUDA_VISIBLE_DEVICES": ""}
         with log.open("ab") as file:
-            settings = os.environ | ours | (FSDP2 if sharded else {})
+            settings = os.environ | ours | WAYS[way]
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=settings, start_new_session=True)
 
     def code(self) -> int | None:
@@ -355,12 +365,12 @@ class Torture:
         self.tell(f"{point!s:>9}  {hit:<52}  {lost!s:>5}  {verdict or 'exact'}")
 
     def kill_once(
-        self, point: object, kind: str, out: Path, cache: Path, options: list[str], processes: int = 1, sharded: bool = False
+        self, point: object, kind: str, out: Path, cache: Path, options: list[str], processes: int = 1, way: str = "DDP"
     ) -> bool:
         """Starts or resumes a run and kills it at a moment of a kind; whether it was killed before its end."""
         before = version(out / "run.json")
         awaited = moment(kind, self.draw, out, cache, before)
-        started = Started(options, newest(out) > 0, self.folder / f"{out.name}.log", processes, sharded)
+        started = Started(options, newest(out) > 0, self.folder / f"{out.name}.log", processes, way)
         alive = wait_for(awaited, started)
         started.kill()
         if not alive:
@@ -388,23 +398,23 @@ class Torture:
         twice = sum(count > 1 for count in self.epochs.values())
         self.tell(f"epochs with two kills or more: {twice}")
 
-    def end(self, out: Path, options: list[str], processes: int = 1, sharded: bool = False, tolerance: float = 0.0) -> None:
+    def end(self, out: Path, options: list[str], processes: int = 1, way: str = "DDP", tolerance: float = 0.0) -> None:
         """Lets a run go on to its end and compares all of it."""
         log = self.folder / f"{out.name}.log"
-        if not (out / "model").exists() and (code := Started(options, newest(out) > 0, log, processes, sharded).finish()):
+        if not (out / "model").exists() and (code := Started(options, newest(out) > 0, log, processes, way).finish()):
             verdict: str | None = f"ended with {code}; see {log}"
         else:
             verdict = self.differing(out, tolerance) or (None if tolerance else differing_files(out, self.reference))
         self.line("the end", f"{last_step(out)} steps", "", verdict)
 
-    def chain(self, sharded: bool) -> None:
-        """One process killed, then two, then four: the weights whole in each, or split."""
-        name = "FSDP2" if sharded else "DDP"
+    def chain(self, name: str) -> None:
+        """One process killed, then two, then four, which share the training as CHAINS[name] says."""
+        two, four = CHAINS[name]
         out, cache = self.folder / name, self.folder / f"cache of {name}"
         options = settings(self.folder, out, cache, STEPS_OF_A_CHAIN)
-        for processes, kind in ((1, "step"), (2, self.draw.choice(("step", "save", "validation", "pictures")))):
-            self.kill_once(f"{name} {processes}", kind, out, cache, options, processes, sharded and processes > 1)
-        self.end(out, options, 4, sharded, tolerance=1e-5)
+        self.kill_once("1", "step", out, cache, options)
+        self.kill_once(f"2 {two}", self.draw.choice(("step", "save", "validation", "pictures")), out, cache, options, 2, two)
+        self.end(out, options, 4, four, tolerance=1e-5)
 
 
 def kinds_of(points: int, draw: random.Random) -> list[str]:
@@ -438,8 +448,9 @@ def main() -> int:
         torture.failed = False
         torture.one_process(kinds_of(given.points, draw))
         if given.processes:
-            torture.chain(sharded=False)
-            torture.chain(sharded=True)
+            for name in CHAINS:
+                print(f"{name}: 1 process, 2, 4", flush=True)
+                torture.chain(name)
         print(f"{'FAILED' if torture.failed else 'all exact'}, {time.monotonic() - began:.0f} s", flush=True)
     return int(torture.failed)
 

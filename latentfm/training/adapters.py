@@ -17,6 +17,7 @@ from latentfm.errors import InputError, nearest
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
 from latentfm.training.optimizers import package
+from latentfm.training.precision import compute_dtype
 
 BLOCKS = "transformer_blocks."
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
@@ -165,11 +166,6 @@ def add_adapter(network: MMDiT, options: AdapterOptions, modules: list[str], see
     for parameter in network.parameters():
         if parameter.requires_grad:  # peft makes it in the base's precision
             parameter.data = parameter.data.float()
-
-
-def compute_dtype(options: TrainOptions) -> torch.dtype:
-    """What the linears compute in."""
-    return torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
 
 
 def quantise(network: MMDiT, base: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from latentfm.models.folder import read_info, t5_length
 from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
 from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
 from latentfm.training.checks import Found, Launch, Setup, examined, existing_parent
+from latentfm.training.precision import has_bfloat16, settled
 from latentfm.training.prepare import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
 from latentfm.training.samples import DEFAULT_PROMPTS
 from latentfm.training.sources import open_dataset
@@ -75,6 +76,8 @@ def dry_run(
     """
     launch = launch or Launch.here()
     device, found = device or Device.here(launch), Found()
+    bfloat16 = has_bfloat16(torch.device("cpu" if device.cpu else "cuda")) if device.gpu is None else True  # all that are known have it
+    config = settled(config, bfloat16)
     setup, dataset = examined(config, resume, launch, found), None
     with found.noting():
         dataset = open_dataset(config.data)

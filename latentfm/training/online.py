@@ -1,6 +1,6 @@
 """Training without a cache: pictures and captions are encoded at every step, on the training's device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, R
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
 from latentfm.training.models import Models
+from latentfm.training.parallel import alone
 from latentfm.training.pictures import unchanged
 from latentfm.training.prepare import IMAGES_AT_ONCE, CachedDataset, Work
 
@@ -67,6 +68,8 @@ def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor]]:
     return [{"readable" if good else "unreadable": torch.zeros(0, dtype=torch.uint8)} for good in readable]
 
 
-def dataset_of(dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int]) -> CachedDataset:
-    """The dataset of a run: out of the cache, or with data.online encoded at every step."""
-    return (OnlineDataset if options.online else CachedDataset)(dataset, models, options, lengths)
+def dataset_of(
+    dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = alone
+) -> CachedDataset:
+    """The dataset of a run: out of the cache, or with data.online encoded at every step; `share` as in `Pictures`."""
+    return (OnlineDataset if options.online else CachedDataset)(dataset, models, options, lengths, share)

@@ -1,6 +1,8 @@
-"""What the processes of a run do together: write whole tensors, fail, and hear what the main one says."""
+"""What the processes of a run do together: share work, write whole tensors, fail, and hear what the main one says."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor
 from latentfm.errors import InputError
 from latentfm.interchange.tensors import Stored, in_order, split, write_split
 
+Work = Callable[[Sequence[Any]], list[Any]]  # what it finds of each item, in their order
+SECONDS_BETWEEN_LOOKS = 0.1
 LARGEST_FILE = 5 * 10**9  # bytes, as diffusers splits its own
 
 
@@ -94,3 +98,37 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
     told = [value]
     torch.distributed.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def alone(work: Work, items: Sequence[Any], name: str) -> list[Any]:
+    """work(items)."""
+    return work(items)
+
+
+def shared(accelerator: Accelerator, work: Work, items: Sequence[Any], name: str) -> list[Any]:
+    """work(items), each process doing its share and told of the others': values that JSON holds, tuples as lists.
+
+    They meet in the store that the processes found each other by, by looking: a collective would time out where one takes longer than
+    the others. `name` is of this work alone. Raises InputError on every process when one of them does.
+    """
+    world = accelerator.num_processes
+    if world == 1:
+        return json.loads(json.dumps(work(items)))
+    store = torch.distributed.PrefixStore(f"latentfm {name}", torch.distributed.distributed_c10d._get_default_store())
+    try:
+        told = json.dumps({"found": work(items[accelerator.process_index :: world])})
+    except InputError as error:
+        told = json.dumps({"failed": str(error)})
+    store.set(str(accelerator.process_index), told)
+    found: list[Any] = [None] * len(items)
+    for rank in range(world):
+        while not store.check([str(rank)]):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        said = json.loads(store.get(str(rank)))
+        if "failed" in said:
+            raise InputError(said["failed"])
+        found[rank::world] = said["found"]
+    if store.add("done", 1) == world:  # the last one clears up
+        for rank in range(world):
+            store.delete_key(str(rank))
+    return found

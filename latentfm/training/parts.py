@@ -47,6 +47,11 @@ def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     return fsdp2_prepare_model(accelerator, network)
 
 
+def is_split(network: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO 3 has split weights of `network` over the processes, which then compute together or not at all."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in network.parameters())
+
+
 def resharded(network: nn.Module) -> nn.Module:
     """`network` with all parameters split again: FSDP2 leaves the outermost ones whole after a forward pass without gradients."""
     for module in network.modules():

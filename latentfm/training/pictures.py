@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,17 @@ from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
 from latentfm.training.models import Models, largest_side, picture_size
+from latentfm.training.parallel import alone
 
 
 class Pictures:
     """A dataset's pictures in their shapes. `samples` are the usable ones, in order; `bucket_of` has each one's number in `buckets`.
 
+    `share` has the pictures read by all processes of a training, each its share, as `parallel.shared` does.
     Raises InputError for a size or buckets that do not fit the network, and when there is no picture that can be used.
     """
 
-    def __init__(self, dataset: Dataset, models: Models, options: DataOptions):
+    def __init__(self, dataset: Dataset, models: Models, options: DataOptions, share: Callable[..., list] = alone):
         width, height = picture_size(options, models)
         self.dataset, self.options = dataset, options
         self.buckets = Buckets.make(width, height, models.multiple, options.buckets, options.max_aspect, largest_side(models))
@@ -34,22 +36,22 @@ class Pictures:
         self.threads = 1 if any(isinstance(sample.path, Place) for sample in dataset.samples) else min(8, os.cpu_count() or 1)
         self.unreadable: dict[str, str | None] = {}  # id -> why, where it is known
         self.cropped: dict[str, str] = {}
-        self.look_at_pictures()
+        self.look_at_pictures(share)
 
-    def look_at_pictures(self) -> None:
+    def look_at_pictures(self, share: Callable[..., list]) -> None:
         """Finds every picture's digest and bucket, and which are left out for what they would lose to the crop."""
         sized = self.options.buckets > 1 or self.options.max_crop < 1
         samples = self.dataset.samples
-        found = list(ahead(lambda sample: seen(sample.path, sized), samples, self.threads, 64))
+        found = share(lambda own: list(ahead(lambda sample: seen(sample.path, sized), own, self.threads, 64)), samples, "pictures")
         self.digests = {sample.id: digest for sample, (digest, _) in zip(samples, found, strict=True)}
         masked = [sample for sample in samples if sample.mask]
-        masks = ahead(lambda sample: digest(sample.mask), masked, self.threads, 64)
+        masks = share(lambda own: list(ahead(lambda sample: digest(sample.mask), own, self.threads, 64)), masked, "masks")
         self.mask_digests = {sample.id: value for sample, value in zip(masked, masks, strict=True)}
         self.bucket_by_id: dict[str, int] = {}
         most = self.options.max_crop
         for sample, (_, size) in zip(samples, found, strict=True):
             # without sizes there is one shape; what has no size is never read
-            self.bucket_by_id[sample.id] = self.buckets.of(*size) if isinstance(size, tuple) else 0
+            self.bucket_by_id[sample.id] = self.buckets.of(*size) if isinstance(size, tuple | list) else 0
             if isinstance(size, str):
                 self.unreadable[sample.id] = size
             elif size is not None and (crop := self.buckets.crop(*size)) > most:

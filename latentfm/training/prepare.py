@@ -22,6 +22,7 @@ from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
 from latentfm.training.models import Models
+from latentfm.training.parallel import alone
 from latentfm.training.pictures import Pictures, unchanged
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ class CachedDataset(Pictures):
     After `fill`, `samples` are without what cannot be read.
     """
 
-    def __init__(self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int]):
+    def __init__(
+        self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = alone
+    ):
         self.models, self.lengths = models, tuple(lengths)
         self.cache = Cache(Path(options.cache).expanduser())
         self.vae_print = fingerprint(models.vae)
@@ -55,7 +58,7 @@ class CachedDataset(Pictures):
             str(models.encoder.joint_dim),  # the width of the zeros that stand for an absent T5
             *(fingerprint(e) for e in models.encoder.encoders), *(tokenizer_fingerprint(t) for t in models.encoder.tokenizers)
         )  # fmt: skip
-        super().__init__(dataset, models, options)
+        super().__init__(dataset, models, options, share)
         if max(width * height for width, height in self.buckets.shapes) > LARGE:
             models.vae.enable_slicing()  # one by one: at 1024 px the encoder takes 2.5 GiB a picture
 

@@ -34,6 +34,9 @@ class Progress:
 
     def advance(self, task: int, count: int) -> None:
         self.bar.advance(task, count)
+        if self.due():
+            now = self.bar.tasks[self.bar.task_ids.index(task)]
+            print(f"{now.description}: {now.completed:,.0f} of {now.total:,.0f}", flush=True)
 
     def update(self, task: int, description: str) -> None:
         self.bar.update(task, description=description)
@@ -43,7 +46,7 @@ class Progress:
 
     def start(self, step: int, steps: int) -> None:
         """Begins the training bar at `step` of `steps`."""
-        self.steps = steps
+        self.steps, self.printed = steps, 0.0
         self.task = self.bar.add_task("training", total=steps, completed=step)
 
     def step(self, step: int, row: dict[str, float]) -> None:
@@ -52,7 +55,12 @@ class Progress:
         pace = row["images_per_second"]
         text = f"training  loss {self.smoothed:.4f}  {pace:.1f} images/s"
         self.bar.update(self.task, completed=step, description=text)
-        now = time.monotonic()
-        if self.active and not self.console.is_terminal and (now - self.printed > SECONDS_BETWEEN_LINES or step == self.steps):
-            self.printed = now
+        if self.due(step == self.steps):
             print(f"step {step}/{self.steps}  {text}", flush=True)
+
+    def due(self, now: bool = False) -> bool:
+        """Whether a plain line should be printed: where there is no bar, the last is a while ago, or `now`."""
+        if not self.active or self.console.is_terminal or not (now or time.monotonic() - self.printed > SECONDS_BETWEEN_LINES):
+            return False
+        self.printed = time.monotonic()
+        return True

@@ -9,7 +9,6 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch.distributed.tensor import DTensor
 
 from latentfm.config import SampleOptions
 from latentfm.data.sources import Sample
@@ -20,6 +19,7 @@ from latentfm.models.text import Condition, PromptParts, assemble
 from latentfm.pipeline import LatentFMPipeline
 from latentfm.training.models import Models
 from latentfm.training.parallel import together
+from latentfm.training.parts import is_split
 from latentfm.training.sample_files import write_step
 from latentfm.training.validation import evaluating
 
@@ -64,7 +64,7 @@ class SamplePictures:
         try:
             images = self.pictures(network, padded)[: len(own)]
         except torch.OutOfMemoryError as error:
-            if world > 1 and any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+            if world > 1 and is_split(network):
                 raise
             problem = str(error).split("\n")[0]
         if problem is not None:  # out here the error no longer holds on to what had been allocated

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,13 @@ from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.models.attention import check_backend
-from latentfm.training import checkpoint, export, zero
-from latentfm.training.adapters import cast_weights, choose_trainable, seed_dropout
+from latentfm.training import zero
+from latentfm.training.adapters import seed_dropout
 from latentfm.training.checks import check
-from latentfm.training.ema import EMA
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
-from latentfm.training.optimizers import learning_rate, make_optimizer
-from latentfm.training.parallel import Gathering, from_main, together
-from latentfm.training.parts import Parts, is_sharded, resharded, shard
+from latentfm.training.parallel import from_main, shared, together
+from latentfm.training.precision import compute_dtype, has_bfloat16, settled
 from latentfm.training.progress import Progress
 from latentfm.training.records import Records, claimed, differences
 from latentfm.training.samples import SamplePictures
@@ -45,16 +44,21 @@ from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
+from latentfm.training.weights import Weights
 
 INTERVALS = 8  # of t, for the loss by t in the log
 STEPS_OF_PACE = 50  # that pictures a second are counted over
+WAYS = {"none": "", "full": ", weights split by FSDP2", "zero2": ", DeepSpeed's ZeRO 2", "zero3": ", DeepSpeed's ZeRO 3"}
 
 
 class Trainer:
     """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
 
     def __init__(self, config: RunConfig, resume: bool = False):
-        self.lengths = check(config, resume).lengths
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        config = settled(config, has_bfloat16(device))
+        setup = check(config, resume)
+        self.lengths, self.way = setup.lengths, WAYS[setup.launch.way]
         self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
@@ -64,7 +68,7 @@ class Trainer:
                 mixed_precision="no" if narrow or zero.is_zero() else config.train.mixed_precision,
                 log_with=[*config.output.trackers], project_dir=self.out,
                 kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
-                cpu=not torch.accelerator.is_available(),  # left to itself, Accelerate takes two processes without a GPU for two runs
+                cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
             )  # fmt: skip
         dataset = open_dataset(config.data)
         self.accelerator.print(summary(dataset))
@@ -76,16 +80,16 @@ class Trainer:
         self.records = Records(self.out, self.accelerator.is_main_process)
         self.stop, self.step, self.asked_to_stop = Stop(), 0, False
         self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
-        self.data = dataset_of(dataset, self.models, config.data, sorted(self.lengths))
+        share = partial(shared, self.accelerator)  # every picture is read once, whatever the number of processes
+        self.data = dataset_of(dataset, self.models, config.data, sorted(self.lengths), share)
         routing = config.train.token_routing
         self.routing = Routing(routing.keep, self.models.network.config.patch_size) if routing else None
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
         options, network = self.config.train, self.models.network
-        dtype = torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
         heads, head_dim = network.config.num_attention_heads, network.config.attention_head_dim
-        check_backend(options.attention, heads, head_dim, self.accelerator.device, dtype, training=True)
+        check_backend(options.attention, heads, head_dim, self.accelerator.device, compute_dtype(options), training=True)
         network.set_attention(options.attention)
 
     # The run
@@ -97,7 +101,8 @@ class Trainer:
             try:
                 with self.stop.listening():
                     self.loop()
-                    target = self.finish()
+                    target = self.weights.write(self.out)
+                    self.records.event(self.step, "finished")
             except Exception as error:
                 if self.accelerator.is_main_process and not isinstance(error, Stopped):
                     self.records.event(self.step, f"ended: {error}")
@@ -136,8 +141,9 @@ class Trainer:
             max(self.lengths, key=self.lengths.get), self.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
         ) if self.held_out else None  # fmt: skip
         self.data.release()
-        self.place_network()
-        base = {"frozen weights": self.trained.base} if self.trained.base else {}
+        self.weights = Weights(self.models, config, accelerator, self.micro_batch, sorted(self.lengths))
+        frozen = self.weights.trained.base
+        base = {"frozen weights": frozen} if frozen else {}
         self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity() | base}
         if self.resuming:
             self.restore()
@@ -154,41 +160,16 @@ class Trainer:
         """Pictures in one forward pass of one process."""
         return self.config.train.batch_size // (self.accelerator.num_processes * self.config.train.gradient_accumulation)
 
-    def place_network(self) -> None:
-        """The network on the device or split over them, what trains of it, its averages and its optimizer."""
-        options, accelerator, network = self.config.train, self.accelerator, self.models.network
-        self.trained = choose_trainable(network, options, accelerator.device)
-        self.size = sum(p.numel() for p in network.parameters())
-        sharded = is_sharded(accelerator)
-        if not sharded and not zero.is_zero():
-            network.to(accelerator.device)
-        self.network = network.train()
-        network.set_gradient_checkpointing(options.gradient_checkpointing)
-        exact = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}  # where averages and masters begin
-        cast_weights(network, options)
-        if options.compile:
-            torch._dynamo.config.recompile_limit = 64
-            network.compile_repeated_blocks(dynamic=False)
-        if zero.is_zero():
-            self.parts, self.optimizer = zero.split(network, accelerator, options, self.micro_batch)
-        else:
-            self.parts = Parts(network, accelerator, shard(network, accelerator) if sharded else accelerator.prepare(network))
-            self.optimizer = make_optimizer(self.parts.parameters, options)
-        start = {name: self.parts.part(name, value) for name, value in exact.items()}
-        self.ema = EMA(start, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
-        for name, master in self.parts.masters(self.optimizer).items():
-            master.copy_(start[name])
-
     def facts(self) -> dict[str, Any]:
         """What the run page says of the run beside its options."""
         device = self.accelerator.device
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
         encoders = sum(e is not None for e in self.models.encoder.encoders)
         return {
-            "devices": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + self.way,
             "processes": self.accelerator.num_processes,
-            "parameters": self.size,
-            "trained": sum(self.parts.shape(name).numel() for name in self.parts.parameters),
+            "parameters": self.weights.size,
+            "trained": self.weights.trained_size,
             "pictures": len(self.data.samples) - len(self.held_out),
             "held_out": len(self.held_out),
             "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch, 3),
@@ -199,13 +180,19 @@ class Trainer:
     def describe(self, facts: dict[str, Any]) -> None:
         """Prints what is about to happen."""
         train, out = self.config.train, f" and {len(self.held_out)} held out" if self.held_out else ""
+        trained, whole = facts["trained"] / 1e6, facts["parameters"] / 1e6
         self.accelerator.print(
-            f"{self.trained.summary}: {facts['trained'] / 1e6:.1f}M of {facts['parameters'] / 1e6:.1f}M parameters in {train.weights}, "
+            f"{self.weights.trained.summary}: {trained:.1f}M of {whole:.1f}M parameters in {train.weights}, "
             f"{facts['pictures']} pictures in {len(self.data.buckets.shapes)} bucket(s){out}, "
             f"{train.steps} steps of {train.batch_size} = {facts['epochs']:.1f} epochs, "
             f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
             f"its curves and pictures: {self.out / 'run.html'}"
         )
+        if compute_dtype(train) == torch.bfloat16 and not has_bfloat16(self.accelerator.device):
+            self.accelerator.print(
+                "warning: this device has no bfloat16 of its own and imitates it, slowly; train.mixed_precision=no, with "
+                "train.weights=float32, is several times as fast"
+            )
 
     def loop(self) -> None:
         """The training loop: every optimizer step, its log row, and what is due after it."""
@@ -217,7 +204,8 @@ class Trainer:
         self.progress.start(self.step, config.steps)
         while self.step < config.steps:
             row = self.gradient(batches)
-            self.update()
+            self.weights.update(self.step + 1)
+            self.step += 1
             if self.accelerator.num_processes == 1:  # nobody to agree with
                 self.asked_to_stop = bool(self.stop.signal)
             times.append(time.monotonic() - paused)
@@ -251,8 +239,8 @@ class Trainer:
         """The sample pictures of this step. What keeps them from being drawn or written is told and noted: the training matters more."""
         problem = "no memory for them"
         try:
-            with self.averaged():
-                drawn = self.samples.draw(self.network, self.step, self.accelerator)
+            with self.weights.averaged():
+                drawn = self.samples.draw(self.models.network, self.step, self.accelerator)
         except InputError as error:
             drawn, problem = None, str(error)
             self.accelerator.print(f"warning: no pictures at step {self.step}: {problem}. The training goes on")
@@ -271,24 +259,22 @@ class Trainer:
 
     def gradient(self, batches: Any) -> dict[str, Any]:
         """The log row of one optimizer step (global mean loss, rate, gradient norm, loss by t), its clipped gradient left in the parts."""
-        options, accelerator = self.config.train, self.accelerator
-        rate = learning_rate(self.step, options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        options, accelerator, parts = self.config.train, self.accelerator, self.weights.parts
+        rate = self.weights.begin(self.step)
         sums = torch.zeros(4 + 2 * INTERVALS, device=accelerator.device)  # loss, stop, prior loss and count, loss and count by t
         seen: list[tuple[Tensor, list[str]]] = []
         for micro in range(options.gradient_accumulation):
             batch = self.data.complete(next(batches), accelerator.device)
             seed_dropout(options, self.step, micro * accelerator.num_processes + accelerator.process_index)
-            with self.parts.summing(last=micro + 1 == options.gradient_accumulation):
+            with parts.summing(last=micro + 1 == options.gradient_accumulation):
                 with accelerator.autocast():
-                    losses, t = cfm_losses(self.parts.model, batch, self.models.null, self.objective)
+                    losses, t = cfm_losses(parts.model, batch, self.models.null, self.objective)
                 weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
                 loss = (weights * losses).mean() / options.gradient_accumulation
-                self.parts.backward(loss)
+                parts.backward(loss)
             self.add(sums, losses.detach(), t, loss.detach(), batch)
             seen.append((losses.detach(), batch.ids))
-        norm = self.parts.gradient_norm(options.max_grad_norm)
+        norm = parts.gradient_norm(options.max_grad_norm)
         sums[1] = self.stop.signal
         found, length = accelerator.reduce(sums, "sum").tolist(), norm.item()  # the one wait of a step
         self.asked_to_stop = found[1] > 0
@@ -324,13 +310,6 @@ class Trainer:
             raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
         raise InputError(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
 
-    def update(self) -> None:
-        """Moves the weights by the gradient and the averages after them, and counts the step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(self.parts.parameters, self.step + 1, self.parts.masters(self.optimizer))
-        self.step += 1
-
     def log(self, row: dict[str, Any]) -> None:
         self.records.metrics({"step": self.step, **row})
         self.track({name: value for name, value in row.items() if isinstance(value, float)})
@@ -344,26 +323,13 @@ class Trainer:
             self.records.event(self.step, f"no more for {', '.join(self.config.output.trackers)}: {error}")
             self.accelerator.print(f"warning: {', '.join(self.config.output.trackers)}: {error}. It gets no more until --resume")
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """A context in which the network holds the averaged weights, in the precision it trains in."""
-        resharded(self.network)
-        try:
-            with self.ema.applied_to(self.parts.parameters):
-                self.parts.refresh()
-                with self.accelerator.autocast():
-                    yield
-                resharded(self.network)
-        finally:
-            self.parts.refresh()
-
     def validate(self) -> None:
         """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
         row = from_main(self.accelerator, self.records.validated(self.step))
         if row is None:
-            with self.averaged():
+            with self.weights.averaged():
                 rank, world = self.accelerator.process_index, self.accelerator.num_processes
-                found = self.validation.run(self.network, rank, world, lambda table: self.accelerator.reduce(table, "sum"))
+                found = self.validation.run(self.models.network, rank, world, lambda table: self.accelerator.reduce(table, "sum"))
             row = {"step": self.step, **found}
             self.records.validation(row)
             self.track({"validation_loss": row["validation_loss"]})
@@ -386,15 +352,11 @@ class Trainer:
         When the disk refuses it the training goes on, says so, and tries again when the next is due; not if it `must`.
         """
         self.records.flush()
-        tensors = checkpoint.pack(self.parts, self.ema, self.optimizer)
         info = self.identity | {"data": self.stream.state(self.step)}
         if self.validation_loss[0] == self.step:
             info["validation_loss"] = self.validation_loss[1]
         try:
-            with together(self.accelerator):
-                folder, keep = self.out / "checkpoints", self.config.output.keep
-                gathering = Gathering(self.accelerator, self.parts.sharded)
-                checkpoint.save(folder, self.step, tensors, info, gathering, keep, lambda path: self.write_model(path, gathering, True))
+            self.weights.save(self.out / "checkpoints", self.step, info)
         except InputError as error:
             self.records.event(self.step, f"not saved: {error}")
             if must:
@@ -402,13 +364,13 @@ class Trainer:
             self.accelerator.print(f"warning: {error}. The training goes on, the next attempt is at the next checkpoint")
 
     def restore(self) -> None:
-        """Puts the newest whole checkpoint into the parts, the averages and the optimizer; raises InputError if it is another run's."""
-        found: Path | None = None
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                found = checkpoint.newest_whole(self.out / "checkpoints", self.accelerator.print)
-        path = from_main(self.accelerator, found)
-        tensors, info = checkpoint.load(path, verify=False)
+        """Goes on from the newest whole checkpoint; raises InputError if it is another run's."""
+        info = self.weights.restore(self.out / "checkpoints", self.refuse_other_run)
+        self.step = self.stream.step_of(info["data"])
+        self.accelerator.print(f"resuming after step {self.step}")
+
+    def refuse_other_run(self, path: Path, info: dict[str, Any]) -> None:
+        """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models."""
         changed = differences(info["config"], self.identity["config"])
         if changed:
             raise InputError(f"{path} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
@@ -417,30 +379,6 @@ class Trainer:
             raise InputError(
                 f"{', '.join(changed)} of this run are not those {path} was trained on; restore them, or choose another output.folder"
             )
-        checkpoint.unpack(tensors, self.parts, self.ema, self.optimizer)
-        self.parts.refresh()
-        self.step = self.stream.step_of(info["data"])
-        self.accelerator.print(f"resuming after step {self.step}")
-
-    def finish(self) -> Path:
-        """Writes the finished pipeline and returns its folder."""
-        target = self.out / "model"
-        with together(self.accelerator):
-            self.write_model(self.out, Gathering(self.accelerator, self.parts.sharded))
-        self.records.event(self.step, "finished")
-        return target
-
-    def write_model(self, folder: Path, gathering: Gathering, small: bool = False) -> None:
-        """Writes folder/model, the pipeline of the averaged weights, all processes together.
-
-        With `small`, in checkpoints, what is frozen is linked where it can be, and of an adapter only folder/lora is written: merged
-        weights would be gigabytes for megabytes.
-        """
-        averages = {name: self.parts.late(name, value) for name, value in self.ema.shadow.items()}
-        if small and self.config.train.adapter:
-            return export.write_adapter_of(folder, self.network, averages, self.config, gathering)
-        network, lengths = resharded(self.network), sorted(self.lengths)
-        export.write_pipeline(folder / "model", self.models, network, averages, self.config, lengths, gathering, link=small)
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 from models.twins import TINY
 from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from latentfm.errors import InputError
@@ -25,6 +25,12 @@ from latentfm.models.cost import (
 )
 from latentfm.models.mmdit import MMDiT
 
+ON_CPU = {  # the attention of CPUs, which torch's own list may lack: as a GPU's
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, out_shape, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
 VARIANTS = {
     "sd3": {},
     "qk-norm": {"qk_norm": "rms_norm"},
@@ -47,7 +53,8 @@ def counted(network: MMDiT, backward: bool) -> tuple[int, int]:
     config = network.config
     side = 6 * config.patch_size
     given = [torch.randn(BATCH, config.in_channels, side, side), torch.randn(BATCH, TEXT, 40), torch.randn(BATCH, 24), torch.rand(BATCH)]
-    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:  # oneDNN's linear it does not know
+    counting = FlopCounterMode(display=False, custom_mapping=ON_CPU)
+    with torch.backends.mkldnn.flags(enabled=False), counting as counter:  # oneDNN's linear it does not know
         out = network(*given, return_dict=False)[0]
         if backward:
             out.sum().backward()

@@ -270,7 +270,7 @@ def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, **tolerance)
     if change is plain:
-        assert dtype not in ONEDNN_DTYPES or "aten.gelu.default" not in seen.names  # it was part of the product
+        assert ONEDNN is None or dtype not in ONEDNN_DTYPES or "aten.gelu.default" not in seen.names  # it was part of the product
     elif change is not cast:
         assert (found - F.gelu(pair()[1].to(dtype)(x), approximate="tanh")).abs().max() > 0.05
     given = x.clone().requires_grad_()

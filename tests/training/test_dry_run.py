@@ -123,6 +123,7 @@ def test_it_prints_every_option_and_marks_those_that_are_not_as_by_default(confi
     changed = {name for name, option in options.items() if "default" in option}
     assert changed == {
         "model.pipeline", "data.folder", "data.t5_lengths", "data.cache", "train.steps", "train.batch_size", "train.seed", "output.folder",
+        "train.mixed_precision",  # what the device has, in the place of auto
     }  # fmt: skip
     assert options["train.seed"] == {"value": 7, "default": 0} and options["train.optimizer"] == {"value": "adamw"}
 

@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_resume_goes_on_exac
     trainer = start(tmp_path / "out", *EVERY_STEP)
 
     def poison():
-        trainer.network.proj_out.bias.data[3] = float("nan")
+        trainer.models.network.proj_out.bias.data[3] = float("nan")
 
     before_step(trainer, {5: poison})
     with pytest.raises(InputError, match=r"the loss is not finite at step 5 for \d\d\.png, .*untouched"):

@@ -124,7 +124,7 @@ def test_the_weighting_and_the_density_are_flows(tmp_path, start, run):
     trainer.set_up()
     batch = next(iter(trainer.micro_batches()))
     with torch.no_grad():
-        losses, t = cfm_losses(trainer.model, batch, trainer.models.null, trainer.objective)
+        losses, t = cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)
     assert torch.equal(t, flow.draw_t(batch.u, flow.Mode(-0.8), 3.0))
     weights = weights_of(t, None, trainer.objective, 1.0)
     torch.testing.assert_close(weights, (1 - t) ** 2)

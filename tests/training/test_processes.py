@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +14,9 @@ from safetensors.torch import load_file
 
 from latentfm.training import checkpoint
 
-WAYS = {  # what accelerate launch puts into the environment
-    "DDP": {},
-    "FSDP2": {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    },
-    "ZeRO 2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "ZeRO 3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "ZeRO 3, optimizer on the CPU": {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
-    },
-}  # fmt: skip
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+HELD_OUT = ["validation.held_out=2", "validation.every=2"]
+ADAPTER = ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
@@ -36,9 +28,15 @@ def column(out, name):
     return [row[name] for row in rows_of(out)]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
-def launch(options, environment, request):
+def launch(options, environment, request, monkeypatch):
     """launch(processes, out, *overrides, way="DDP", resume=False, accelerate=False) -> the started process."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from torture_resume import WAYS
 
     def start(processes, out, *more, way="DDP", resume=False, accelerate=False):
         port = str(29500 + (os.getpid() * 7 + abs(hash(request.node.name)) + processes) % 900)
@@ -65,17 +63,17 @@ def finished(process):
     "way, processes, more",
     [
         ("DDP", 2, ["by accelerate launch"]),
-        ("DDP", 2, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
-        ("DDP", 4, []),
-        ("FSDP2", 2, ["train.gradient_accumulation=2"]),
-        ("FSDP2", 4, ["validation.held_out=2", "validation.every=2"]),
-        ("FSDP2", 2, ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]),
-        ("FSDP2", 2, ["train.blocks=1", "train.ema_device=cpu"]),
+        ("DDP", 4, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
+        ("FSDP2", 2, ["train.gradient_accumulation=2", *ADAPTER]),
+        ("FSDP2", 4, HELD_OUT),
         ("ZeRO 2", 2, ["train.gradient_accumulation=2", "train.blocks=1"]),
-        ("ZeRO 2", 4, ["validation.held_out=2", "validation.every=2"]),
-        ("ZeRO 3", 2, ["train.gradient_accumulation=2", "train.gradient_checkpointing=0.5"]),
-        ("ZeRO 3", 4, ["validation.held_out=2", "validation.every=2", "train.adapter={rank: 2}", "train.learning_rate=1e-2"]),
-        ("ZeRO 3, optimizer on the CPU", 1, []),
+        ("ZeRO 3", 2, ["train.gradient_accumulation=2", "train.gradient_checkpointing=0.5", *HELD_OUT]),
+        slow("FSDP2", 2, ["train.blocks=1", "train.ema_device=cpu"]),
+        slow("ZeRO 2", 4, ["train.ema_device=cpu", "train.optimizer=lion", "train.learning_rate=1e-4"]),
+        slow("ZeRO 3", 4, [*HELD_OUT, *ADAPTER]),
+        slow("ZeRO 3", 2, ["train.blocks=1", "train.adapter={rank: 2, kind: dora}", "train.learning_rate=1e-2"]),
+        slow("ZeRO 3, CPU", 1, []),
+        slow("ZeRO 3, CPU", 2, ["train.gradient_accumulation=2"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -104,12 +102,12 @@ def test_several_processes_train_as_one(tmp_path, run, launch, way, processes, m
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes_after_the_schedulers_signal(tmp_path, run, launch):
-    """One process, then two, then four with the weights split; each is told to stop by SIGTERM, as a scheduler does, and saves."""
+    """One process, then two under ZeRO 3, then four under FSDP2; each is told to stop by SIGTERM, as a scheduler does, and saves."""
     more = ["train.batch_size=8", "train.steps=60", "output.checkpoint_every=1000", "train.dropout_each=0.2"]
     whole, parts = run(tmp_path / "whole", *more), tmp_path / "parts"
-    for processes, sharded in ((1, False), (2, False), (4, True)):
+    for processes, way in ((1, "DDP"), (2, "ZeRO 3"), (4, "FSDP2")):
         before = len(rows_of(parts)) if parts.exists() else 0
-        process = launch(processes, parts, *more, sharded=sharded, resume=before > 0)
+        process = launch(processes, parts, *more, way=way, resume=before > 0)
         if processes < 4:
             began = time.monotonic()
             while not (parts / "metrics.jsonl").exists() or len(rows_of(parts)) < before + 3:

@@ -130,12 +130,12 @@ def test_masks_reach_the_loss_of_their_own_samples(tmp_path, start, pictures):
     assert len(seen) == 4
     with torch.no_grad():
         arguments = (trainer.models.null, trainer.objective)
-        masked = cfm_losses(trainer.model, batch, *arguments)[0]
+        masked = cfm_losses(trainer.models.network, batch, *arguments)[0]
         whole, other = batch.mask, 1 - batch.mask
         batch.mask = None
-        full = cfm_losses(trainer.model, batch, *arguments)[0]
+        full = cfm_losses(trainer.models.network, batch, *arguments)[0]
         batch.mask = other
-        rest = cfm_losses(trainer.model, batch, *arguments)[0]
+        rest = cfm_losses(trainer.models.network, batch, *arguments)[0]
     halves = torch.tensor([mask.mean() == 0.5 for mask in whole])
     torch.testing.assert_close(((masked + rest) / 2)[halves], full[halves])
     torch.testing.assert_close(masked[~halves], full[~halves])
@@ -169,7 +169,7 @@ def test_the_loss_of_a_regularisation_set_is_weighted_and_logged_by_itself(tmp_p
         for _ in range(2):
             batch = next(stream)
             with torch.no_grad():
-                losses.append(cfm_losses(trainer.model, batch, trainer.models.null, trainer.objective)[0])
+                losses.append(cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)[0])
             priors.append(torch.zeros(4, dtype=torch.bool) if batch.prior is None else batch.prior)
             assert priors[-1].tolist() == [name.startswith("prior/") for name in batch.ids]
         losses, is_prior = torch.cat(losses), torch.cat(priors)

@@ -60,10 +60,10 @@ def one_pixel(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_a_run_killed_goes_on_with_two_and_four_processes(script, tmp_path, sharded):
+@pytest.mark.parametrize("name", ["DDP", "FSDP2", "DeepSpeed", "mixed"])
+def test_a_run_killed_goes_on_with_two_and_four_processes(script, tmp_path, name):
     told = []
     torture = script.Torture(tmp_path, random.Random(0), told.append, script.STEPS_OF_A_CHAIN)
     torture.prepare()
-    torture.chain(sharded)
+    torture.chain(name)
     assert not torture.failed and len(told) == 4, "\n".join(told)

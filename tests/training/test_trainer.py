@@ -52,7 +52,7 @@ def first_batch(trainer):
 
 def losses_of(trainer, batch):
     with torch.no_grad():
-        return cfm_losses(trainer.model, batch, trainer.models.null, trainer.objective)[0]
+        return cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)[0]
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_ctrl_c_in_the_middle_of_an_update_saves_a_whole_step(tmp_path, run, sta
 
     def interrupted_set_up():
         set_up()
-        step = trainer.optimizer.step
+        step = trainer.weights.optimizer.step
 
         def press(*arguments):
             if trainer.step == 2 and moment == "before":
@@ -245,7 +245,7 @@ def test_ctrl_c_in_the_middle_of_an_update_saves_a_whole_step(tmp_path, run, sta
             if trainer.step == 2 and moment == "after":
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(trainer.optimizer, "step", press)
+        monkeypatch.setattr(trainer.weights.optimizer, "step", press)
 
     monkeypatch.setattr(trainer, "set_up", interrupted_set_up)
     with pytest.raises(KeyboardInterrupt):
@@ -283,10 +283,10 @@ def test_accumulation_and_checkpointing_really_happen(tmp_path, start, monkeypat
     batch = first_batch(trainer)
     assert batch.moments.shape[0] == 2
     calls = []
-    block = trainer.network.transformer_blocks[0]
+    block = trainer.models.network.transformer_blocks[0]
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
-    cfm_losses(trainer.model, batch, trainer.models.null, trainer.objective)[0].mean().backward()
+    cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)[0].mean().backward()
     assert len(calls) == 2  # once forward, once again in the backward pass
 
 
@@ -295,14 +295,14 @@ def test_a_share_of_the_blocks_is_computed_again(tmp_path, start, monkeypatch, s
     trainer = start(tmp_path / "out", f"train.gradient_checkpointing={share}")
     batch = first_batch(trainer)
     calls = [0, 0]
-    for index, block in enumerate(trainer.network.transformer_blocks):
+    for index, block in enumerate(trainer.models.network.transformer_blocks):
 
         def counted(*arguments, index=index, forward=block.forward):
             calls[index] += 1
             return forward(*arguments)
 
         monkeypatch.setattr(block, "forward", counted)
-    cfm_losses(trainer.model, batch, trainer.models.null, trainer.objective)[0].mean().backward()
+    cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)[0].mean().backward()
     assert calls == runs
 
 
@@ -351,11 +351,11 @@ def test_with_masters_the_averages_follow_them_and_begin_in_float32(tmp_path, ru
     base = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     trainer = start(tmp_path / "first", *more)
     trainer.set_up()
-    assert {p.dtype for p in trainer.network.parameters()} == {torch.bfloat16}
-    for parameter in trainer.network.parameters():
-        name = trainer.parts.names[id(parameter)]
-        assert torch.equal(trainer.ema.shadow[name], base[name]) and torch.equal(parameter, base[name].to(torch.bfloat16))
-        assert torch.equal(trainer.optimizer.state[parameter]["master"], base[name])
+    assert {p.dtype for p in trainer.models.network.parameters()} == {torch.bfloat16}
+    for parameter in trainer.models.network.parameters():
+        name = trainer.weights.parts.names[id(parameter)]
+        assert torch.equal(trainer.weights.ema.shadow[name], base[name]) and torch.equal(parameter, base[name].to(torch.bfloat16))
+        assert torch.equal(trainer.weights.optimizer.state[parameter]["master"], base[name])
     state = last_state(run(tmp_path / "run", *more, "train.steps=3"))
     for name, value in state.items():
         if name.startswith("ema."):
@@ -386,7 +386,7 @@ def test_the_routed_blocks_see_the_kept_tokens_of_each_sample(tmp_path, start, m
     batch = first_batch(trainer)
     assert batch.kept.shape == (4, 4)
     seen = []
-    for block in trainer.network.transformer_blocks:
+    for block in trainer.models.network.transformer_blocks:
         monkeypatch.setattr(block, "forward", lambda *a, forward=block.forward: seen.append(a[0].clone()) or forward(*a))
     losses = losses_of(trainer, batch)
     assert [image.shape[1] for image in seen] == [16, 4]
@@ -570,7 +570,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, start, monkeypatc
     def overflow(loss):
         backward(loss)
         if trainer.step == 1:
-            trainer.network.proj_out.weight.grad[0, 0] = float("inf")
+            trainer.models.network.proj_out.weight.grad[0, 0] = float("inf")
 
     monkeypatch.setattr(trainer.accelerator, "backward", overflow)
     with pytest.raises(InputError, match="gradient is not finite at step 2"):

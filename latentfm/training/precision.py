@@ -1,0 +1,27 @@
+"""What a run computes in, where its options leave it to the device."""
+
+import torch
+
+from latentfm.config import RunConfig, TrainOptions
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 numbers itself; one that imitates it takes several times as long as for float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "xpu"
+
+
+def settled(config: RunConfig, bfloat16: bool) -> RunConfig:
+    """`config` with a precision in the place of train.mixed_precision=auto: bf16 if the device has it."""
+    if config.train.mixed_precision != "auto":
+        return config
+    train = config.train.model_copy(update={"mixed_precision": "bf16" if bfloat16 else "no"})
+    return config.model_copy(update={"train": train})
+
+
+def compute_dtype(options: TrainOptions) -> torch.dtype:
+    """What the network's linears compute in; of settled options."""
+    return torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32

@@ -1,0 +1,55 @@
+"""Work that the processes of a run share, here by threads that meet in one store; real processes are in test_processes.py."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from latentfm.errors import InputError
+from latentfm.training.parallel import shared
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """at_once(world, work) -> what `shared` gives each of `world` processes, or the InputError it raises."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+
+    def run(world, work, items, name="pictures"):
+        def one(rank):
+            try:
+                return shared(SimpleNamespace(num_processes=world, process_index=rank), lambda own: work(rank, own), items, name)
+            except InputError as error:
+                return error
+
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(one, range(world)))
+
+    run.store = store
+    return run
+
+
+@pytest.mark.parametrize("count", [0, 2, 10, 11])
+@pytest.mark.parametrize("world", [1, 3])
+def test_each_does_its_share_once_and_all_are_told(at_once, world, count):
+    did = []
+
+    def work(rank, own):
+        did.extend(own)
+        return [(item * item, None) for item in own]
+
+    for name in ("pictures", "masks"):  # the work of one name leaves nothing in the way of another's
+        found = at_once(world, work, list(range(count)), name)
+        assert found == [[[item * item, None] for item in range(count)]] * world
+    assert sorted(did) == sorted(2 * list(range(count)))
+    assert at_once.store.num_keys() <= 2  # of the results nothing is left
+
+
+def test_what_one_cannot_do_is_raised_by_all(at_once):
+    def work(rank, own):
+        if rank == 1:
+            raise InputError("b.png went")
+        return own
+
+    assert [str(error) for error in at_once(3, work, list(range(9)))] == ["b.png went"] * 3
