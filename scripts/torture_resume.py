@@ -19,7 +19,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -85,68 +84,76 @@ def settings(inputs: Path, out: Path, cache: Path, steps: int = STEPS, *more: st
     ]  # fmt: skip
 
 
-def train_apart(options: list[str], resume: bool, log: Path) -> None:
-    """Runs a training in this process, which leads a group of its own, its output going to the end of `log`."""
+def train_apart(options: list[str], resume: bool, log: Path, environment: dict[str, str]) -> None:
+    """`latentfm train` in this process, which leads a group of its own, its output going to the end of `log`."""
     os.setsid()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ |= environment
     import torch
 
-    from latentfm.config import load_config
-    from latentfm.training.trainer import train
+    from latentfm.cli.main import main
 
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as it is where nobody set another
     torch.set_num_threads(1)
-    train(load_config(None, options), resume)
+    sys.argv = ["latentfm", "train", *(["--resume"] if resume else []), *options]
+    main()
 
 
 class Started:
-    """A training under way: one process, forked from a server that has imported everything, or several under torchrun."""
+    """A training under way, of one process or several, forked from a server that has imported everything, with what torchrun tells them."""
 
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["latentfm.training.trainer", "torch.utils.tensorboard"])
 
     def __init__(self, options: list[str], resume: bool, log: Path, processes: int = 1, way: str = "DDP"):
         self.log, self.began = log, time.time()
-        if processes == 1:
-            self.process = self.forks.Process(target=train_apart, args=(options, resume, log))
-            self.process.start()
-            return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master-port", port]
-        command = [sys.executable, *launcher, "-m", "latentfm", "train", *(["--resume"] if resume else []), *options]
-        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LATENTFM_DEBUG": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with log.open("ab") as file:
-            settings = os.environ | ours | WAYS[way]
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=settings, start_new_session=True)
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | meeting | WAYS[way]
+        alone = processes == 1 and not WAYS[way]
+        self.ranks = []
+        for rank in range(processes):
+            told = {"LATENTFM_DEBUG": "1"} | ({} if alone else world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            self.ranks.append(self.forks.Process(target=train_apart, args=(options, resume, log, told)))
+            self.ranks[-1].start()
 
     def code(self) -> int | None:
-        """The exit code; None while it runs."""
-        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
+        """The exit code, of the process that failed where one did; None while all run, or the others of one that ended well."""
+        codes = [rank.exitcode for rank in self.ranks]
+        failed = next((code for code in codes if code), None)
+        return failed if failed is not None else None if None in codes else 0
+
+    def tell(self, number: int) -> None:
+        """Sends a signal to its first process."""
+        os.kill(self.ranks[0].pid, number)
 
     def kill(self) -> None:
-        """Ends all its processes at once."""
-        try:
-            tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
+        """Ends all its processes at once, and what they have started."""
+        tree = []
+        for rank in self.ranks:
+            try:
+                tree += [psutil.Process(rank.pid), *psutil.Process(rank.pid).children(recursive=True)]
+            except psutil.NoSuchProcess:
+                continue
         for process in tree:
             try:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         psutil.wait_procs(tree, timeout=30)
-        self.finish()
+        for rank in self.ranks:
+            rank.join(timeout=30)
 
-    def finish(self) -> int:
-        """Waits for its end and returns the exit code."""
-        if isinstance(self.process, subprocess.Popen):
-            return self.process.wait(timeout=600)
-        self.process.join(timeout=600)
-        return self.process.exitcode
+    def finish(self, seconds: float = 600.0) -> int:
+        """Waits for its end and returns the exit code; the others of one that failed are killed, as torchrun does."""
+        end = time.monotonic() + seconds
+        while (code := self.code()) is None and time.monotonic() < end:
+            time.sleep(0.02)
+        self.kill()
+        return -signal.SIGALRM if code is None else code
 
 
 # What is in a run's folder

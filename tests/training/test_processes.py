@@ -1,7 +1,6 @@
 """Real trainings in several processes on CPUs: DDP, FSDP2 and DeepSpeed, stopped by the scheduler's signal, going on with other numbers."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from safetensors.torch import load_file
 
 from latentfm.training import checkpoint
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
 HELD_OUT = ["validation.held_out=2", "validation.every=2"]
 ADAPTER = ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 def rows_of(out):
@@ -33,36 +32,31 @@ def slow(*values):
 
 
 @pytest.fixture
-def launch(options, environment, request, monkeypatch):
-    """launch(processes, out, *overrides, way="DDP", resume=False, accelerate=False) -> the started process."""
+def launch(options, tmp_path, monkeypatch):
+    """launch(processes, out, *overrides, way="DDP", resume=False) -> the started training, see scripts/torture_resume.py."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from torture_resume import WAYS
+    from torture_resume import Started
 
-    def start(processes, out, *more, way="DDP", resume=False, accelerate=False):
-        port = str(29500 + (os.getpid() * 7 + abs(hash(request.node.name)) + processes) % 900)
-        run = ["-m", "latentfm", "train", *(["--resume"] if resume else []), *options(out, *more)]
-        if accelerate:
-            command = ["-m", *ACCELERATE, f"--num_processes={processes}", "--main_process_port", port, *run]
-        elif processes > 1 or "ZeRO" in way:
-            command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master-port", port, *run]
-        else:
-            command = run
-        settings = environment | WAYS[way]
-        return subprocess.Popen([sys.executable, *command], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    under_way = []
 
-    return start
+    def start(processes, out, *more, way="DDP", resume=False):
+        under_way.append(Started(options(out, *more), resume, tmp_path / f"{out.name} {way} {processes}.log", processes, way))
+        return under_way[-1]
+
+    yield start
+    for started in under_way:
+        started.kill()
 
 
-def finished(process):
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error[-4000:]
-    return out
+def finished(started):
+    code, said = started.finish(300), started.log.read_text()
+    assert code == 0, said[-4000:]
+    return said
 
 
 @pytest.mark.parametrize(
     "way, processes, more",
     [
-        ("DDP", 2, ["by accelerate launch"]),
         ("DDP", 4, ["train.gradient_accumulation=2", "train.token_routing={keep: 0.5, first: 0, last: 0}"]),
         ("FSDP2", 2, ["train.gradient_accumulation=2", *ADAPTER]),
         ("FSDP2", 4, HELD_OUT),
@@ -78,12 +72,15 @@ def finished(process):
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_several_processes_train_as_one(tmp_path, run, launch, way, processes, more):
-    accelerate, more = "by accelerate launch" in more, [option for option in more if "=" in option]
     more = [*more, "train.batch_size=8", "train.steps=5", "train.dropout_each=0.2", "sample.every=5", "sample.prompts=[a, b, c]"]
     alone = [option for option in more if "accumulation" not in option]
     one, several = run(tmp_path / "one", *alone), tmp_path / "several"
-    said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", way=way, accelerate=accelerate))
-    assert f"{processes} process(es)" in said
+    said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", way=way))
+    assert f"{processes} process(es) on cpu" in said
+    same(one, several)
+
+
+def same(one, several):
     assert column(several, "step") == [1, 2, 3, 4, 5]
     assert column(several, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
     assert column(several, "gradient_norm") == pytest.approx(column(one, "gradient_norm"), rel=1e-4)
@@ -101,27 +98,36 @@ def test_several_processes_train_as_one(tmp_path, run, launch, way, processes, m
     assert (several / "samples" / "step-00000005.png").is_file() and (several / "run.html").is_file()
 
 
+def test_accelerate_launches_it(tmp_path, run, options, environment):
+    more = ["train.batch_size=8", "train.steps=5", "train.dropout_each=0.2", "sample.every=5", "sample.prompts=[a, b, c]"]
+    one, two = run(tmp_path / "one", *more), tmp_path / "two"
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu-2.yaml")]
+    command = [sys.executable, "-m", *launcher, "-m", "latentfm", "train", *options(two, *more)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 process(es) on cpu" in done.stdout
+    same(one, two)
+
+
 def test_a_run_goes_on_with_other_numbers_of_processes_after_the_schedulers_signal(tmp_path, run, launch):
     """One process, then two under ZeRO 3, then four under FSDP2; each is told to stop by SIGTERM, as a scheduler does, and saves."""
     more = ["train.batch_size=8", "train.steps=60", "output.checkpoint_every=1000", "train.dropout_each=0.2"]
     whole, parts = run(tmp_path / "whole", *more), tmp_path / "parts"
     for processes, way in ((1, "DDP"), (2, "ZeRO 3"), (4, "FSDP2")):
         before = len(rows_of(parts)) if parts.exists() else 0
-        process = launch(processes, parts, *more, way=way, resume=before > 0)
+        started = launch(processes, parts, *more, way=way, resume=before > 0)
         if processes < 4:
             began = time.monotonic()
             while not (parts / "metrics.jsonl").exists() or len(rows_of(parts)) < before + 3:
-                assert process.poll() is None and time.monotonic() - began < 120, process.communicate()[1][-3000:]
+                assert started.code() is None and time.monotonic() - began < 120, started.log.read_text()[-3000:]
                 time.sleep(0.01)
-            process.send_signal(signal.SIGTERM)
-            out, error = process.communicate(timeout=120)
-            assert processes > 1 or process.returncode == 0, error  # torchrun itself ends with 1
-            assert "SIGTERM: stopping after this step" in error
+            started.tell(signal.SIGTERM)  # the others are told by this one
+            assert "SIGTERM: stopping after this step" in finished(started)
             done = len(rows_of(parts))
             assert before + 3 <= done < 60, "the run ended before the signal reached it"
             assert [p.name for p in checkpoint.checkpoints(parts / "checkpoints")][-1] == f"step-{done:08d}"
         else:
-            finished(process)
+            finished(started)
     assert column(parts, "step") == list(range(1, 61))
     assert column(parts, "count_by_t") == column(whole, "count_by_t")
     assert column(parts, "loss") == pytest.approx(column(whole, "loss"), rel=0, abs=1e-5)
