@@ -12,6 +12,7 @@ the same times must give the same losses to 1e-5. Prints a line a kill; exit cod
 """
 
 import argparse
+import base64
 import json
 import math
 import multiprocessing
@@ -37,6 +38,9 @@ EXACT = ("loss", "gradient_norm", "learning_rate", "loss_by_t", "count_by_t")
 KINDS = ("step", "save", "validation", "pictures", "rename", "step", "start")
 WAIT = 180.0  # seconds for a moment to come
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+GATHERED = {"zero_optimization": {  # by default weights as small as these would lie whole on every process
+    "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
+}}  # fmt: skip
 WAYS = {  # how processes share a training: what accelerate launch puts into their environment
     "DDP": {},
     "FSDP2": {
@@ -44,7 +48,7 @@ WAYS = {  # how processes share a training: what accelerate launch puts into the
         "FSDP_RESHARD_AFTER_FORWARD": "true",
     },
     "ZeRO 2": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "ZeRO 3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "ZeRO 3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": base64.urlsafe_b64encode(json.dumps(GATHERED).encode()).decode()},
     "ZeRO 3, CPU": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
 }  # fmt: skip
 CHAINS = {  # of two processes, and of the four that go on

@@ -248,7 +248,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         if not self.context_pre_only:
             return image_out, self.to_add_out(text_out.flatten(2))
         if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transformed()):  # torch.func gives zeros by itself
-            unread = [p for part in (self.add_q_proj, self.norm_added_q) for p in part.parameters() if p.requires_grad]
+            parameters = [p for part in (self.add_q_proj, self.norm_added_q) for p in part.parameters()]
+            unread = [p for p in parameters if p.requires_grad and not hasattr(p, "ds_id")]  # ZeRO 3 waits for none, and has none whole
             image_out = Unread.apply(image_out, *unread)
         return image_out
 

@@ -256,11 +256,10 @@ class MMDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixi
 
     def can_precompute(self, device: torch.device) -> bool:
         """Whether the modulations' weights lie on `device` as plain tensors: not offloaded, not sharded over processes."""
+        if torch.is_grad_enabled() or hasattr(next(self.parameters()), "ds_id"):  # ZeRO 3 would gather a weight that is only looked at
+            return False
         weights = (block.norm1.linear.weight for block in self.transformer_blocks)
-        return not torch.is_grad_enabled() and all(
-            weight.device == device and not hasattr(weight, "device_mesh") and not hasattr(weight, "ds_id")  # FSDP2's, ZeRO 3's
-            for weight in weights
-        )
+        return all(weight.device == device and not hasattr(weight, "device_mesh") for weight in weights)
 
     def check_route(self, route: TokenRoute, image: Tensor, residuals: list[Tensor] | None) -> None:
         """Raises ValueError unless the route fits the blocks and the batch."""
