@@ -7,7 +7,8 @@ The loops are diffusers' examples/dreambooth/train_dreambooth_sd3.py without wha
 logit-normal times from the scheduler's table, torch's AdamW, Accelerator. One encodes pictures and captions in every step, as the script
 does; the other has latents and embeddings of all pictures in memory. Ours reads its cache from disk and keeps averages of the weights
 besides. Each is a process of its own, taken in turns; of the seconds a step takes the median after the first steps, and of the turns the
-median again. Start-up is what comes before the first step: imports, loading, filling a cache.
+median again. Start-up is what comes before the first step: imports, loading, filling a cache. bfloat16 is left out on a CPU that only
+imitates it.
 """
 
 import argparse
@@ -227,6 +228,12 @@ def in_its_own_process(name: str, part: str, folder: Path) -> dict[str, tuple[fl
 
 
 def main() -> None:
+    import torch
+
+    from latentfm.training.precision import has_bfloat16
+
+    if not torch.accelerator.is_available() and not has_bfloat16(torch.device("cpu")):
+        del PRECISIONS["bfloat16"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(CASES), help="one of the cases")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each, default 3")

@@ -62,11 +62,11 @@ class Trainer:
         self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
+        # bfloat16 weights, and the copies that DeepSpeed makes, need no autocast: everything the network does is in their precision
+        autocast = "no" if narrow or zero.is_zero() else config.train.mixed_precision
         with zero.not_by_accelerate():
             self.accelerator = Accelerator(
-                # bfloat16 weights, and DeepSpeed's copies, need no autocast: everything the network does is in their precision
-                mixed_precision="no" if narrow or zero.is_zero() else config.train.mixed_precision,
-                log_with=[*config.output.trackers], project_dir=self.out,
+                mixed_precision=autocast, log_with=[*config.output.trackers], project_dir=self.out,
                 kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
                 cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
             )  # fmt: skip

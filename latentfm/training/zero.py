@@ -22,7 +22,6 @@ from latentfm.config import TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.memory import ZERO_BUCKET
 from latentfm.training.optimizers import make_optimizer
-from latentfm.training.parallel import Late
 from latentfm.training.parts import Parts
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"  # what Accelerate's launcher sets
@@ -212,10 +211,6 @@ class ZeroParts(Parts):
         bits.narrow(0, place.start, place.count).copy_(part.view(torch.int32))
         torch.distributed.all_reduce(bits)
         return bits.view(torch.float32).view(shape)
-
-    def late(self, name: str, part: Tensor) -> Late:
-        shape = self.shape(name) if self.is_part(name, part) else part.shape
-        return Late.of(part.dtype, shape, lambda: self.whole(name, part))
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
