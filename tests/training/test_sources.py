@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,8 @@ from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
 from latentfm.training import checkpoint
 from latentfm.training.step import cfm_losses
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def png(picture):
@@ -287,7 +287,7 @@ def test_a_run_of_weighted_sources_resumes_to_the_bit(tmp_path, run, start, pict
     assert Mixture.of(trainer.data.samples, 0).per_epoch == 6 + 13
 
 
-def test_two_processes_train_as_one(tmp_path, run, options, environment, pictures, make_pictures):
+def test_two_processes_train_as_one(tmp_path, run, options, pictures, make_pictures, monkeypatch):
     """Masks, repeats, weights and a regularisation set over two ranks and their loader workers: the same samples, the same numbers."""
     path = write_parquet(pictures, tmp_path / "x.parquet", masks=True)
     prior = make_pictures(tmp_path / "prior", 3, opening="any ")
@@ -298,10 +298,11 @@ def test_two_processes_train_as_one(tmp_path, run, options, environment, picture
     )
     more = [*sources, "data.prior_weight=0.5", "train.batch_size=8", "train.steps=4"]
     one, two = run(tmp_path / "one", *more), tmp_path / "two"
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90)]
-    command = [sys.executable, "-m", *launcher, "-m", "latentfm", "train", *options(two, *more, "data.workers=1")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from torture_resume import Started
+
+    started = Started(options(two, *more, "data.workers=1"), False, tmp_path / "log", processes=2)
+    assert started.finish(300) == 0, started.log.read_text()[-3000:]
     for name in ("loss", "prior_loss", "gradient_norm"):
         assert [row.get(name, -1) for row in rows_of(two)] == pytest.approx([row.get(name, -1) for row in rows_of(one)], rel=1e-4)
     assert any("prior_loss" in row for row in rows_of(one))
