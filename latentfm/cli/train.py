@@ -77,6 +77,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
 
     from latentfm.cli.checks import check_at_least_one, check_name
     from latentfm.cli.dry_run import show
+    from latentfm.cli.plan import SHARDS
     from latentfm.cli.terminal import progress_bar
     from latentfm.models.gpus import GPUS
     from latentfm.training.checks import Launch
@@ -89,7 +90,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
         check_at_least_one({"--gpus": gpus})
         launch = Launch(gpus)
     if shard is not None:
-        check_name("--shard", shard, ("none", "full", "zero2", "zero3"))
+        check_name("--shard", shard, SHARDS)
         zero = int(shard[-1]) if shard.startswith("zero") else 0
         launch = Launch(launch.processes, launch.machines, launch.processes if shard in ("full", "zero3") else 1, zero)
     with progress_bar() as bar:

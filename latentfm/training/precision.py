@@ -3,6 +3,7 @@
 import torch
 
 from latentfm.config import RunConfig, TrainOptions
+from latentfm.models.layers import ONEDNN_DTYPES
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -10,7 +11,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 in ONEDNN_DTYPES
     return device.type == "xpu"
 
 
