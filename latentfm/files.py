@@ -1,12 +1,125 @@
-"""Files and folders that are written whole or not at all."""
+"""How files are opened, read and written: regular files of a bounded size only, and whole or not at all.
 
+Whatever lies in a folder of the user's may be a named pipe that never answers, a device that never ends, or text that claims to be
+small: `open_file` is the one way in, `read_text` and `read_json` go through it, and `reading` turns what a damaged content raises into
+one line that names the file. MemoryError passes through all of them: a passing lack of memory says nothing about a file.
+"""
+
+import json
 import os
 import shutil
+import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from latentfm.errors import InputError
+from latentfm.words import shown
+
+TEXT_BYTES = 256 * 2**20  # the most that is read as text: a metadata.jsonl of a million long captions
+JSON_BYTES = 16 * 2**20  # the most that is read as one JSON value: the index of a model of 100,000 tensors is a tenth
+
+# what is raised by parsers, by numpy, torch and pyarrow, and by plain Python on a content that is not what it should be
+CONTENT_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError, RecursionError, NotImplementedError,
+    RuntimeError, EOFError, OSError, UnicodeError, struct.error, zlib.error,
+)  # fmt: skip
+KINDS = {
+    stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device",
+}  # fmt: skip
+
+
+class SpecialFile(InputError):
+    """What stands under a file's name is a pipe, a device, a socket or a folder."""
+
+
+class TooLarge(InputError):
+    """A file, or what it says of itself, is larger than is read."""
+
+
+@contextmanager
+def reading(path: object, way_out: str = "copy or make it again", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """A context in which whatever a file's content raises becomes an InputError of one line: its name, the reason, the way out.
+
+    `also`: further exceptions that a library raises there. InputError and MemoryError pass through as they are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (*CONTENT_ERRORS, *also) as error:
+        raise InputError(f"{shown(path)} cannot be read: {reason(error)}; {way_out}") from error
+
+
+def reason(error: BaseException, most: int = 300) -> str:
+    """What an exception says, in one short line without the names of our own code; its kind where it says nothing."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0] if error.args else 'such entry'!r}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, (TypeError, AttributeError, IndexError)):
+        return f"it is not laid out as it should be ({shown(' '.join(str(error).split()), most)})"
+    return shown(" ".join(str(error).split()), most) or type(error).__name__
+
+
+def check_regular(path: str | Path) -> os.stat_result:
+    """The status of a regular file, links followed. Raises SpecialFile for anything else, OSError where there is nothing."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in KINDS.items() if test(found.st_mode)), "no file")
+        raise SpecialFile(f"{shown(path)} is {kind}, not a regular file; remove it, or put a file in its place")
+    return found
+
+
+def open_file(path: str | Path, most: int | None = None) -> BinaryIO:
+    """A regular file opened for reading bytes; a pipe without a writer is not waited for, a device is not touched.
+
+    Raises SpecialFile for anything else under that name, TooLarge above `most` bytes, OSError where it cannot be opened.
+    """
+    check_regular(path)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        size = check_regular(descriptor).st_size  # once more: it may have been exchanged in between
+        if most is not None and size > most:
+            raise TooLarge(f"{shown(path)} is {size:,} bytes large, the most that is read here is {most:,}; split or shorten it")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The bytes of a regular file. Raises as open_file; TooLarge too when it has grown beyond `most`."""
+    with open_file(path, most) as file:
+        data = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(data) > most:
+        raise TooLarge(f"{shown(path)} grew beyond {most:,} bytes while it was read; the most that is read here")
+    return data
+
+
+def read_text(path: str | Path, most: int = TEXT_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark. Raises InputError in one line for whatever keeps it from being read."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown(path)} is not UTF-8 text (byte {error.start:,}); save it again as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{shown(path)} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_out: str = "copy or make it again") -> Any:
+    """The JSON value of type `kind` in a file. Raises InputError when it is none, is damaged, or is not to be trusted."""
+    text = read_text(path, most)
+    with reading(path, way_out):
+        value = json.loads(text)
+        if not isinstance(value, kind):
+            raise ValueError(f"it should hold a JSON {'object' if kind is dict else 'list'}, it holds {shown(json.dumps(value), 60)}")
+    return value
 
 
 def flush(path: Path) -> None:

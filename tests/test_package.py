@@ -15,10 +15,11 @@ PACKAGE = Path(latentfm.__file__).parent
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "open_clip", "peft", "PIL", "pydantic", "yaml", "typer", "rich"}
 
 # What each room may import besides itself; "*" is everything. `latentfm` itself is the version and the lazy public names.
-LEAVES = {"errors", "files", "bundled", "pictures"}
+LEAVES = {"errors", "files", "words", "bundled", "pictures"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
+    "words": set(),
+    "files": {"errors", "words"},
     "bundled": {"errors"},
     "pictures": {"errors"},
     "__init__": set(),

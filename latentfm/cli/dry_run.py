@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentfm.cli.plan import count_of, duration
 from latentfm.models.gpus import GIB
+from latentfm.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,8 +89,8 @@ def show_model(found: dict[str, Any], console: "Console") -> None:
     console.print(f"{span} image tokens a picture{through}, {tokens['text']:,} text tokens{mean}")
     console.print(f"P(no condition) = {found['P(no condition)']:.4f}")
     console.print(
-        f"{batch['pictures a step']} pictures a step = {count(batch['processes'], 'process', 'es')} x "
-        f"{count(batch['gradient accumulation'], 'pass', 'es')} x {count(batch['pictures a process at a time'], 'picture', 's')}"
+        f"{batch['pictures a step']} pictures a step = {count(batch['processes'], 'process', 'processes')} x "
+        f"{count(batch['gradient accumulation'], 'pass', 'passes')} x {count(batch['pictures a process at a time'], 'picture')}"
     )
     if batch["processes a copy of the weights"] > 1:
         way = f"ZeRO {batch['ZeRO stage']}" if batch["ZeRO stage"] else "FSDP2"
@@ -143,7 +144,3 @@ def size(amount: int) -> str:
     """Bytes in the unit that suits them."""
     unit, each = ("GiB", GIB) if amount >= GIB else ("MiB", 1 << 20) if amount >= 1 << 20 else ("KiB", 1 << 10)
     return f"{amount / each:.1f} {unit}"
-
-
-def count(number: int, noun: str, plural: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else plural}"

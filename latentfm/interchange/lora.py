@@ -18,8 +18,9 @@ from peft import LoraConfig
 
 from latentfm.errors import InputError
 from latentfm.interchange.recognise import LORA, recognise
-from latentfm.interchange.tensors import Tensors, listed, read_file, write_file
+from latentfm.interchange.tensors import Tensors, read_file, write_file
 from latentfm.models.folder import refuse_pickle
+from latentfm.words import listed
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ENCODERS = ("text_encoder.", "text_encoder_2.")

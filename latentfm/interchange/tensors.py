@@ -7,7 +7,7 @@ the shape and the range of bytes after it; the bytes. Splitting or joining along
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentfm.errors import InputError
+from latentfm.words import listed
 
 CHUNK = 16 * 2**20  # bytes held at a time; a multiple of every item's size
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -206,13 +207,6 @@ def read_folder(folder: Path) -> tuple[Tensors, dict[str, str]]:
     if len(files) > 1 and files[1].name.count(".") == files[0].name.count("."):
         raise InputError(f"{folder} has several weights ({', '.join(file.name for file in files)}) and no index; keep one")
     return read_file(files[0])
-
-
-def listed(names: Iterable[str], most: int = 4) -> str:
-    """ "a, b and 7 more": the first names, and how many others there are."""
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def target_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:

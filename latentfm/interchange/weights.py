@@ -18,10 +18,11 @@ from latentfm.errors import InputError
 from latentfm.interchange import original
 from latentfm.interchange.open_clip import clip_tokenizer
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
-from latentfm.interchange.tensors import Held, Stored, Tensors, listed, read_file, read_folder, target_dtype
+from latentfm.interchange.tensors import Held, Stored, Tensors, read_file, read_folder, target_dtype
 from latentfm.models.folder import check_folder, read_info, refuse_pickle
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
+from latentfm.words import listed
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT = PARTS[2:]

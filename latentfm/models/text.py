@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from latentfm.errors import InputError
 from latentfm.models.folder import refuse_pickle
+from latentfm.words import shortened
 
 logger = logging.getLogger(__name__)
 NULL_FILE = "null_condition.safetensors"
@@ -173,10 +174,6 @@ class PromptEncoder:
             like = next(iter(found.values()), torch.zeros(0))
             found["t5"] = like.new_zeros(len(prompts), t5_length, self.joint_dim)
         return PromptParts(**found)
-
-
-def shortened(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def encoder_name(index: int) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import latentfm
 from latentfm.errors import InputError
 from latentfm.interchange import tensors as room
-from latentfm.interchange.tensors import CHUNK, DTYPES, join, listed, read_file, read_folder, write_file, write_shards
+from latentfm.interchange.tensors import CHUNK, DTYPES, join, read_file, read_folder, write_file, write_shards
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
@@ -177,10 +177,6 @@ def test_a_file_that_shrinks_while_it_is_read_is_said(file):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(InputError, match="ended while it was read"):
         stored.load()
-
-
-def test_listed():
-    assert listed("ab") == "a, b" and listed("abcdefg") == "a, b, c, d and 3 more"
 
 
 MEASURE = """

@@ -25,13 +25,13 @@ from latentfm.data.sources.base import (
     Sample,
     Unusable,
     captions_of,
-    count,
     is_image,
     is_text,
     lines_of,
     path_within,
 )
 from latentfm.errors import InputError, nearest
+from latentfm.words import count
 
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".jxl", ".jp2", ".svg", ".psd", ".tga"})
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
