@@ -151,6 +151,10 @@ class TrainOptions(Section):
         None, description="train a new network faster: {keep: 0.5, first: 2, last: -3} lets half of the image tokens bypass these blocks"
     )
     compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
+    deterministic: bool = Field(
+        False, description="kernels that repeat themselves to the bit on a GPU too, slower in attention's backward pass: a resumed run is "
+        "then the uninterrupted one there as on a CPU"
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1)
     ema_device: Literal["same", "cpu"] = Field("same", description="where the averages are kept; cpu spares the GPU four bytes a weight")
     loss_weighting: Literal["constant", "beta_squared", "inverse_beta_squared", "cosmap", "min_snr"] = Field(

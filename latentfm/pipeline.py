@@ -251,7 +251,8 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         grid = self.sampling_grid(num_inference_steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = num_inference_steps
         state = joined(negative, condition) if guided else condition
-        precomputed = self.precompute(grid)
+        schedule = timesteps(grid[:-1]).to(device)  # here, so that no step waits for its copy
+        precomputed = self.precompute(schedule)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             if self._interrupt:
@@ -280,7 +281,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                 before = state
                 state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
                 if state.embeds is not before.embeds or state.pooled is not before.pooled:
-                    precomputed = self.precompute(grid, i + 1)
+                    precomputed = self.precompute(schedule, i + 1)
                 return answer.get("latents")
 
             latents = flow.integrate(field, latents.to(device), grid, on_step=on_step)
@@ -292,11 +293,11 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
-    def precompute(self, grid: Tensor, step: int = 0) -> Precomputed | None:
-        """What an MMDiT will compute once for the whole grid of times, the next step being `step`; None for another network."""
+    def precompute(self, schedule: Tensor, step: int = 0) -> Precomputed | None:
+        """What an MMDiT will compute once for all timesteps [S] of a schedule, the next being `step`; None for another network."""
         if not isinstance(self.transformer, MMDiT):
             return None
-        precomputed = Precomputed(timesteps(grid[:-1]))
+        precomputed = Precomputed(schedule)
         precomputed.step = step
         return precomputed
 

@@ -22,8 +22,8 @@ from latentfm.training.parallel import Late
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether FSDP2 splits the weights over the processes. Raises InputError for its first version."""
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    """Whether FSDP2 splits the weights over the processes, of which a launcher may start just one. Raises InputError for its first version."""
+    if not torch.distributed.is_initialized() or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     if getattr(accelerator.state, "fsdp_plugin", None) is None:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # on CPUs Accelerate passes over what its configuration asks for

@@ -1,4 +1,8 @@
-"""What a run computes in, where its options leave it to the device."""
+"""What a run computes in, where its options leave it to the device, and whether twice the same is the same to the bit."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,3 +30,24 @@ def settled(config: RunConfig, bfloat16: bool) -> RunConfig:
 def compute_dtype(options: TrainOptions) -> torch.dtype:
     """What the network's linears compute in; of settled options."""
     return torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
+
+
+def choose_workspace() -> None:
+    """Has cuBLAS keep to one order of its sums, which it asks for by a variable of the environment read when it is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """A context in which, if `wanted`, PyTorch takes kernels that repeat themselves to the bit; it raises where an operation has none.
+
+    Without it the backward pass of a GPU's attention adds up in whatever order its blocks finish. `choose_workspace` goes before.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

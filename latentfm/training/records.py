@@ -23,7 +23,7 @@ from latentfm.training.run_page import RunPage
 # options that may change when a run is resumed: they do not touch the course of the training
 FREE_ON_RESUME = {
     "output", "sample", "validation.every", "validation.times", "data.workers", "data.cache", "data.verify", "train.compile",
-    "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device",
+    "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device", "train.deterministic",
 }  # fmt: skip
 SECONDS_BETWEEN_PAGES = 60.0
 

@@ -30,13 +30,14 @@ from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.models.attention import check_backend
+from latentfm.models.text import NullCondition
 from latentfm.training import zero
 from latentfm.training.adapters import seed_dropout
 from latentfm.training.checks import check
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
 from latentfm.training.parallel import from_main, shared, together
-from latentfm.training.precision import compute_dtype, has_bfloat16, settled
+from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
 from latentfm.training.progress import Progress
 from latentfm.training.records import Records, claimed, differences
 from latentfm.training.samples import SamplePictures
@@ -57,6 +58,8 @@ class Trainer:
     def __init__(self, config: RunConfig, resume: bool = False):
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         config = settled(config, has_bfloat16(device))
+        if config.train.deterministic:
+            choose_workspace()
         setup = check(config, resume)
         self.lengths, self.way = setup.lengths, WAYS[setup.launch.way]
         self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
@@ -96,7 +99,7 @@ class Trainer:
 
     def run(self) -> Path:
         """Trains to the last step and returns the folder of the finished pipeline. Raises Stopped when asked to stop by a signal."""
-        with self.progress, self.claimed():
+        with self.progress, self.claimed(), deterministic(self.config.train.deterministic):
             self.set_up()
             try:
                 with self.stop.listening():
@@ -132,8 +135,10 @@ class Trainer:
         bucket_of[self.held_out] = -1  # never drawn
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
         self.reader = self.data.reader(seed, self.dropout, self.routing)
-        for length in self.lengths:
-            self.models.null.parts(length)
+        # on the device once: from a CPU's memory every step would wait for its copy
+        self.null = NullCondition(by_length={
+            length: self.models.null.parts(length).map(lambda value: value.to(accelerator.device)) for length in self.lengths
+        })  # fmt: skip
         size, samples = picture_size(config.data, self.models), self.out / "samples"
         self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
         self.validation = Validation(
@@ -268,7 +273,7 @@ class Trainer:
             seed_dropout(options, self.step, micro * accelerator.num_processes + accelerator.process_index)
             with parts.summing(last=micro + 1 == options.gradient_accumulation):
                 with accelerator.autocast():
-                    losses, t = cfm_losses(parts.model, batch, self.models.null, self.objective)
+                    losses, t = cfm_losses(parts.model, batch, self.null, self.objective)
                 weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
                 loss = (weights * losses).mean() / options.gradient_accumulation
                 parts.backward(loss)
@@ -276,7 +281,7 @@ class Trainer:
             seen.append((losses.detach(), batch.ids))
         norm = parts.gradient_norm(options.max_grad_norm)
         sums[1] = self.stop.signal
-        found, length = accelerator.reduce(sums, "sum").tolist(), norm.item()  # the one wait of a step
+        *found, length = torch.cat([accelerator.reduce(sums, "sum"), norm.view(1)]).tolist()  # the one wait of a step
         self.asked_to_stop = found[1] > 0
         total = found[0] / accelerator.num_processes
         self.refuse_non_finite(total, length, seen)

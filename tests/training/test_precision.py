@@ -1,5 +1,7 @@
 """train.mixed_precision=auto is what the device has."""
 
+import os
+
 import pytest
 import torch
 
@@ -49,3 +51,14 @@ def test_a_run_says_when_its_precision_is_imitated(tmp_path, run, start, monkeyp
         out = run(tmp_path / f"{has} {word}", "train.steps=1", f"train.mixed_precision={word}")
         assert ("imitates it" in capsys.readouterr().out) == warned
         assert out.is_dir()
+
+
+def test_a_deterministic_run_takes_kernels_that_repeat_themselves_and_leaves_the_process_as_it_was(tmp_path, start, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is gone afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    trainer = start(tmp_path, "train.deterministic=true", "train.steps=1")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    asked, gradient = [], trainer.gradient
+    trainer.gradient = lambda batches: asked.append(torch.are_deterministic_algorithms_enabled()) or gradient(batches)
+    trainer.run()
+    assert asked == [True] and not torch.are_deterministic_algorithms_enabled()
