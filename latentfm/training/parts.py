@@ -22,7 +22,7 @@ from latentfm.training.parallel import Late
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether FSDP2 splits the weights over the processes, of which a launcher may start just one. Raises InputError for its first version."""
+    """Whether FSDP2 splits the weights over the processes, be it a single one. Raises InputError for its first version."""
     if not torch.distributed.is_initialized() or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     if getattr(accelerator.state, "fsdp_plugin", None) is None:

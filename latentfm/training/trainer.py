@@ -37,6 +37,7 @@ from latentfm.training.checks import check
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
 from latentfm.training.parallel import from_main, shared, together
+from latentfm.training.parts import is_split
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
 from latentfm.training.progress import Progress
 from latentfm.training.records import Records, claimed, differences
@@ -170,8 +171,9 @@ class Trainer:
         device = self.accelerator.device
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
         encoders = sum(e is not None for e in self.models.encoder.encoders)
+        way = WAYS["full"] if is_split(self.models.network) and not self.way else self.way  # in one process there is nothing to split
         return {
-            "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + self.way,
+            "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + way,
             "processes": self.accelerator.num_processes,
             "parameters": self.weights.size,
             "trained": self.weights.trained_size,
