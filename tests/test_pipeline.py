@@ -451,15 +451,6 @@ class TestDevices:
         assert gap(run(fresh), run(ours)) < ROUNDING
         assert gap(run(fresh), run(ours)) < ROUNDING  # the hooks are back in place
 
-    @pytest.mark.gpu
-    def test_cuda_and_offload(self, fresh, tiny_folder, ours):
-        noise = torch.randn(1, 4, 8, 8)
-        reference = run(ours, latents=noise)
-        assert gap(run(fresh.to("cuda"), latents=noise).cpu(), reference) < 1e-2
-        offloaded = quiet(LatentFMPipeline.from_pretrained(tiny_folder))
-        offloaded.enable_model_cpu_offload()
-        assert gap(run(offloaded, latents=noise).cpu(), reference) < 1e-2
-
 
 def one_line(caught: pytest.ExceptionInfo) -> str:
     message = str(caught.value)

@@ -356,39 +356,6 @@ def test_the_pipeline_with_compiled_fused_and_offloaded_networks(tiny_folder):
     torch.testing.assert_close(draw(pipe), plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "block_level", "leaf_level"])
-def test_offloading_moves_the_network_and_changes_no_picture(tiny_folder, how):
-    plain = draw(LatentFMPipeline.from_pretrained(tiny_folder).to("cuda")).cpu()
-    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
-    if how.startswith("enable"):
-        getattr(pipe, how)()
-    else:
-        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and part is not pipe.transformer]
-        for part in parts:
-            part.to("cuda")
-        pipe.transformer.enable_group_offload(torch.device("cuda"), torch.device("cpu"), offload_type=how, num_blocks_per_group=1)
-    torch.testing.assert_close(draw(pipe).cpu(), plain, rtol=1e-3, atol=1e-3)
-    assert {p.device.type for block in pipe.transformer.transformer_blocks for p in block.parameters()} <= {"cpu", "meta"}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_backends_of_a_gpu_agree_with_math(dtype):
-    from latentfm.models.attention import available_backends
-
-    model = twins(attention_head_dim=64, num_attention_heads=2, caption_projection_dim=128, **DUAL)[0].to("cuda", dtype)
-    given = {name: value.to("cuda") for name, value in inputs(model, dtype=dtype).items()}
-    names = available_backends(torch.device("cuda"), dtype, 64)
-    assert {"flash", "efficient", "math", "cudnn"} <= set(names)
-    with torch.no_grad():
-        model.set_attention("math")
-        expected = model(**given).sample.float()
-        for name in names:
-            model.set_attention(name)
-            torch.testing.assert_close(model(**given).sample.float(), expected, rtol=2**-5, atol=2**-5 * expected.abs().max().item())
-
-
 def test_what_diffusers_asks_of_the_class():
     assert MMDiT._no_split_modules == MMDiT._repeated_blocks == [Block.__name__]
     model = twins()[0]

@@ -366,29 +366,6 @@ def test_dora_on_8_bits_is_refused_on_a_cpu():
     check_base(network, AdapterOptions(kind="dora", base="int8"), "cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", BASES)
-def test_a_quantised_base_trains_on_a_gpu(base, kind):
-    network, _ = twins(**DUAL)
-    options = options_of(weights="bfloat16", kind=kind, base=base, targets="all_linear")
-    said = choose_trainable(network, options, "cuda")
-    network.to("cuda").train()
-    cast_weights(network, options)
-    network.set_gradient_checkpointing(0.5)
-    given = {name: value.cuda() for name, value in inputs(network, dtype=torch.bfloat16).items()}
-    target = torch.randn_like(given["hidden_states"])
-    optimizer = torch.optim.AdamW([network.get_parameter(name) for name in said.names], lr=3e-3)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = (network(**given).sample.float() - target.float()).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
 def test_a_missing_bitsandbytes_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # what an import of a package that is not there finds
     network, _ = twins(**DUAL)

@@ -285,21 +285,3 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name, monk
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)  # what an import of a package that is not there finds
     with pytest.raises(InputError, match=rf"train.optimizer={name} needs .* not installed: pip install 'latentfm\[optimizers\]'"):
         make_optimizer(dict(Net().named_parameters()), options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw8bit"])
-def test_a_paged_state_is_paged_again_when_it_is_restored(name):
-    options = options_of(name)
-    big, again = (nn.Linear(1000, 400, device="cuda") for _ in range(2))
-    optimizer, other = (make_optimizer(dict(module.named_parameters()), options) for module in (big, again))
-    big.weight.grad, big.bias.grad = torch.randn_like(big.weight), torch.randn_like(big.bias)
-    optimizer.step()
-    state = {key: value.detach().cpu().clone() for key, value in optimizer_state(optimizer, names_of(big)).items()}
-    restore_optimizer_state(other, state, names_of(again))
-    assert optimizer.state[big.weight]["state1"].is_paged and other.state[again.weight]["state1"].is_paged
-    again.load_state_dict(big.state_dict())
-    for module, opt in ((big, optimizer), (again, other)):
-        module.weight.grad, module.bias.grad = torch.ones_like(module.weight), torch.ones_like(module.bias)
-        opt.step()
-    assert torch.equal(big.weight, again.weight) and torch.equal(big.bias, again.bias)
