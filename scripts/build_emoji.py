@@ -3,6 +3,7 @@
     pip install -e ".[test]"                                   # brings resvg_py; npm is needed too, for the fetch
     python scripts/build_emoji.py --work build/emoji           # every stage in order; hours on two CPU cores
     python scripts/build_emoji.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
+    bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
 Stages: fetch (npm packages) -> render (PNG at 64 and 96 px) -> captions -> vae -> text (three encoders) -> base (those as a
 pipeline folder without network) -> mmdit (`latentfm train --config configs/emoji.yaml`) -> export (half precision, into assets/).
@@ -107,6 +108,12 @@ def text(work: Path) -> None:
             done.result()
 
 
+def base_of(folder: Path, work: Path) -> None:
+    """Take the frozen models of a finished pipeline `folder` in the place of those that `vae`, `text` and `base` make."""
+    shutil.rmtree(work / "base", ignore_errors=True)
+    shutil.copytree(folder, work / "base", ignore=shutil.ignore_patterns("transformer", "README.md"))
+
+
 def base(work: Path) -> None:
     """Put the frozen models together as a pipeline folder, with the null condition at both T5 lengths."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -140,8 +147,12 @@ def base(work: Path) -> None:
 
 def mmdit(work: Path) -> None:
     """Train the MM-DiT with this package's own trainer."""
-    if (work / "mmdit" / "model" / "model_index.json").exists():
-        return
+    if not (work / "mmdit" / "model" / "model_index.json").exists():
+        subprocess.run(training_command(work), check=True, cwd=ROOT)
+
+
+def training_command(work: Path, *more: str) -> list[str]:
+    """The command that trains the MM-DiT, or goes on with it; `more` are further overrides."""
     from latentfm.training.checkpoint import checkpoints
 
     folders = {
@@ -151,10 +162,8 @@ def mmdit(work: Path) -> None:
         "output.folder": work / "mmdit",
     }
     command = [sys.executable, "-m", "latentfm", "train", "--config", str(ROOT / "configs" / "emoji.yaml")]
-    command += [f"{option}={folder}" for option, folder in folders.items()]
-    if checkpoints(work / "mmdit" / "checkpoints"):
-        command.append("--resume")
-    subprocess.run(command, check=True, cwd=ROOT)
+    command += [*(f"{option}={folder}" for option, folder in folders.items()), *more]
+    return [*command, "--resume"] if checkpoints(work / "mmdit" / "checkpoints") else command
 
 
 def export(work: Path) -> None:

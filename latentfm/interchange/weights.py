@@ -101,7 +101,7 @@ def open_pipeline(folder: Path, parts: tuple[str, ...]) -> Weights:
     check_folder(folder, transformer="transformer" in parts)
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
-    if lost := [name for name in named if not (folder / name).is_dir()]:
+    if lost := [name for name in named if (name in parts or name not in PARTS) and not (folder / name).is_dir()]:
         raise InputError(f"{folder} lacks the folder {', '.join(lost)}, which its model_index.json names; its copy is not complete")
     opened = {name: open_component(folder / name, name) for name in PARTS if name in named and name in parts}
     config = folder / "scheduler" / "scheduler_config.json"

@@ -41,13 +41,16 @@ def preset_model(name: str) -> Model:
     return Model(name, net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, PRESETS[name]["sample_size"] * decoder.factor)
 
 
-def read_model(folder: Path) -> Model:
-    """What a pipeline or transformer folder says of itself; what a transformer's has not is SD3's. Raises InputError when it is neither."""
+def read_model(folder: Path, network: dict[str, Any] | None = None) -> Model:
+    """What a pipeline or transformer folder says of itself; what a transformer's has not is SD3's. Raises InputError when it is neither.
+
+    network: the arguments of a network in the place of the folder's own, which a pipeline folder then need not have.
+    """
     if not folder.is_dir():
         what = "is a file; convert it to a folder first (latentfm convert)" if folder.exists() else "does not exist"
         raise InputError(f"--model {folder} {what}")
-    pipeline = (folder / "transformer" / "config.json").is_file()
-    config = read_json(folder / "transformer" / "config.json" if pipeline else folder / "config.json")
+    pipeline = network is not None or (folder / "transformer" / "config.json").is_file()
+    config = network or read_json(folder / "transformer" / "config.json" if pipeline else folder / "config.json")
     if not pipeline:
         net, decoder = Network.of(config), Decoder()
         return Model(str(folder), net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, config.get("sample_size", 128) * decoder.factor)

@@ -16,7 +16,7 @@ from latentfm.data.loader import Routing
 from latentfm.errors import InputError, nearest
 from latentfm.interchange.weights import PARTS, empty, open_pipeline, read_json
 from latentfm.models.attention import attention_backend
-from latentfm.models.cost import LORA_TARGETS, Network
+from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.described import Model, read_model
 from latentfm.models.folder import check_folder, read_info, t5_length
 from latentfm.models.memory import Shard
@@ -167,8 +167,7 @@ def examined(config: RunConfig, resume: bool, launch: Launch, found: Found) -> S
 def set_up(config: RunConfig, launch: Launch, folder: Path, found: Found) -> Setup | None:
     """The setup of a pipeline folder that is whole; None when something of it could not be made, which is in `found`."""
     settings = network_config(folder, config.model.preset)
-    model = read_model(folder)
-    model = model._replace(network=Network.of(settings), side=settings.get("sample_size", 128) * model.decoder.factor)
+    model = read_model(folder, settings)
     network, buckets, chosen = empty("transformer", settings), None, None
     with found.noting():
         buckets = make_buckets(config, model)

@@ -1,0 +1,128 @@
+"""The bundled model's network, trained on a GPU: scripts/build_emoji.py's stages with the frozen models of the bundled pipeline.
+
+    bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
+    python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the weights together again, and says where they belong
+
+Renders are made there from the packed icons; the weights (the averages, half precision) come back as pieces of 15 MiB beside
+bundled.json, with a sheet of pictures through time.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cells import DEVICE, SHRUNK, Cells
+
+import build_emoji  # isort: skip
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = Path(os.environ.get("KIT_EMOJI", tempfile.gettempdir() + ("/latentfm-emoji-shrunk" if SHRUNK else "/latentfm-emoji")))
+ICONS = ROOT / "build" / "gpu" / "emoji.tar.xz"
+PIECE = 15 * 2**20
+SECONDS_TO_SAVE = 40
+RUN = (
+    ["train.steps=6", "train.batch_size=8", "train.compile=false", "train.mixed_precision=no", "train.warmup_steps=2",
+     "output.checkpoint_every=3", "sample.steps=1", "sample.every=6", "data.workers=1"]
+    if SHRUNK else
+    [f"train.steps={os.environ.get('KIT_STEPS', '30000')}", "train.batch_size=512", "train.ema_decay=0.9995", "train.warmup_steps=1000",
+     "data.workers=12", "output.checkpoint_every=1000", "sample.every=2500"]
+)  # fmt: skip
+
+
+def prepared() -> dict[str, Any]:
+    """The icons unpacked, rendered and captioned, and the frozen models."""
+    if not (WORK / "npm" / "noto").is_dir():
+        if not ICONS.exists():
+            raise FileNotFoundError(f"{ICONS}: made by `bash scripts/gpu/kit.sh prepare`")
+        (WORK / "npm").mkdir(parents=True, exist_ok=True)
+        with tarfile.open(ICONS) as archive:
+            archive.extractall(WORK / "npm", filter="data")
+    if SHRUNK:  # a few of them
+        few = build_emoji.emoji_data.catalogue(WORK / "npm")
+        few = [icon for icon in few if not icon.held_out][:24] + [icon for icon in few if icon.held_out][:2]
+        build_emoji.emoji_data.catalogue = lambda folder: few
+    build_emoji.render(WORK)
+    build_emoji.captions(WORK)
+    if not (WORK / "base" / "model_index.json").exists():
+        build_emoji.base_of(ROOT / "assets" / "emoji", WORK)
+    return {"pictures": len(list((WORK / "pictures" / "train").glob("*.png")))}
+
+
+def trained(deadline: float) -> dict[str, Any]:
+    """Trains until the run is done or the time is up, saved either way; what it reached."""
+    done = WORK / "mmdit" / "model" / "model_index.json"
+    if not done.exists():
+        with subprocess.Popen(build_emoji.training_command(WORK, *RUN), cwd=ROOT) as process:
+            while process.poll() is None:
+                time.sleep(0.5)
+                if time.time() > deadline - SECONDS_TO_SAVE:
+                    process.send_signal(signal.SIGTERM)  # it saves after its step, and ends
+                    process.wait()
+            if process.returncode:
+                raise RuntimeError(f"the training ended with exit code {process.returncode}: see the log")
+    rows = [json.loads(line) for line in (WORK / "mmdit" / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    return {
+        "step": last["step"], "finished": done.exists(), "loss": round(sum(row["loss"] for row in rows[-100:]) / len(rows[-100:]), 5),
+        "images_per_second": round(last["images_per_second"], 1), "seconds": last["seconds"], "memory_gib": last["memory_gib"],
+    }  # fmt: skip
+
+
+def packed(results: Path) -> dict[str, Any]:
+    """The newest weights as pieces in `results`, and the pictures through time."""
+    checkpoints = sorted((WORK / "mmdit" / "checkpoints").glob("step-*/model"))
+    folder = WORK / "mmdit" / "model" if (WORK / "mmdit" / "model").is_dir() else checkpoints[-1]
+    data = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for old in results.glob("weights-*.part"):
+        old.unlink()
+    for number, start in enumerate(range(0, len(data), PIECE)):
+        (results / f"weights-{number:02d}.part").write_bytes(data[start : start + PIECE])
+    sheet = WORK / "mmdit" / "samples" / "progress.png"
+    if sheet.exists():
+        shutil.copy(sheet, results / "progress.png")
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "of": folder.parent.name, "pieces": -(-len(data) // PIECE)}
+
+
+def join(folder: Path) -> Path:
+    """folder/diffusion_pytorch_model.safetensors, put together from its pieces. Raises ValueError when one is missing or damaged."""
+    said = json.loads((folder / "bundled.json").read_text())["rows"]["weights"]
+    data = b"".join(path.read_bytes() for path in sorted(folder.glob("weights-*.part")))
+    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+        raise ValueError(f"{folder}: {len(data):,} bytes in pieces, not the {said['bytes']:,} that were sent; fetch them again")
+    target = folder / "diffusion_pytorch_model.safetensors"
+    target.write_bytes(data)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--join", type=Path, metavar="DIR", help="put the weights together from the pieces in DIR")
+    given = parser.parse_args()
+    if given.join:
+        print(f"{join(given.join)}: belongs into assets/emoji/transformer; then measure it with scripts/eval_emoji.py")
+        return
+    cells = Cells("bundled")
+    for name in ("data", "training", "weights"):  # each goes on by itself
+        cells.rows.pop(name, None)
+    if not cells.run("data", prepared, 120):
+        raise SystemExit(1)
+    row = cells.run("training", lambda: trained(cells.deadline) | {"on": DEVICE}, 60)
+    if not row:
+        raise SystemExit(1)
+    cells.run("weights", lambda: packed(cells.path.parent), 0)
+    if not row["finished"]:
+        print(f"step {row['step']}: start the part again to go on")
+        raise SystemExit(75)
+
+
+if __name__ == "__main__":
+    main()
