@@ -47,13 +47,6 @@ class Cells:
     def __init__(self, part: str):
         if DEVICE == "cpu" and not SHRUNK:
             raise SystemExit("torch sees no GPU here; KIT_SCALE=shrunk tries the kit out in miniature, on a CPU too")
-        from latentfm.cli.terminal import quiet_libraries
-
-        quiet_libraries()
-        if SHRUNK:
-            from latentfm.models.mmdit import MMDiT
-
-            MMDiT.compile_repeated_blocks = lambda network, **_: compile_blocks(network)
         folder = Path(os.environ.get("RESULTS", "build/gpu/results"))
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.call = folder / f"{part}.json", os.environ.get("KIT_CALL", str(os.getpid()))
@@ -106,6 +99,16 @@ class Cells:
     def ceilings(self) -> dict[str, float]:
         """{"tflops", "gb_per_second"}: what this device multiplies and copies, measured in this run of the kit."""
         return self.run("ceilings", ceilings, 20) or {"tflops": float("nan"), "gb_per_second": float("nan")}
+
+
+def quiet() -> None:
+    """Leaves the libraries' own remarks out of the log; in miniature nothing is compiled, which would take minutes."""
+    from latentfm.cli.terminal import quiet_libraries
+    from latentfm.models.mmdit import MMDiT
+
+    quiet_libraries()
+    if SHRUNK:
+        MMDiT.compile_repeated_blocks = lambda network, **_: compile_blocks(network)
 
 
 def machine() -> dict[str, Any]:

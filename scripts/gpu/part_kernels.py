@@ -11,7 +11,7 @@ from collections import defaultdict
 from contextlib import suppress
 
 import torch
-from cells import DEVICE, SHRUNK, Cells, network_settings
+from cells import DEVICE, SHRUNK, Cells, network_settings, quiet
 from part_training import WORK, Case, make_folder, options, theirs
 from torch.profiler import ProfilerActivity, profile
 
@@ -109,6 +109,7 @@ def their_training_step() -> dict:
 
 
 def main() -> None:
+    quiet()
     cells = Cells("kernels")
     for name in ("latentfm", "diffusers"):
         cells.run(f"sampling, two steps, {name}", lambda name=name: sampling_step(name), 40)

@@ -7,7 +7,7 @@ runs. FLOPs are those of SD3Transformer2DModel, also for ours, which leaves some
 """
 
 import torch
-from cells import DEVICE, DTYPE, SHRUNK, Cells, compile_blocks, network_settings, rate, timed
+from cells import DEVICE, DTYPE, SHRUNK, Cells, compile_blocks, network_settings, quiet, rate, timed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from bench_mmdit import TEXT_TOKENS, flops, inputs, twins  # isort: skip
@@ -88,6 +88,7 @@ def forward_steps(preset: str, peak: float) -> dict:
 
 
 def main() -> None:
+    quiet()
     cells = Cells("sampling")
     peak, settings = cells.ceilings()["tflops"], network_settings("sd3-medium")
     wanted = [f"{way}, {PIXELS} px, {pictures}" for way in ("eager", "compiled") for pictures in (1, 4)]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cells import DEVICE, DTYPE, SHRUNK, Cells, clear, compile_blocks, forget_peak, network_settings, peak_memory, rate, seconds
+from cells import DEVICE, DTYPE, SHRUNK, Cells, clear, compile_blocks, forget_peak, network_settings, peak_memory, quiet, rate, seconds
 
 from bench_mmdit import flops  # isort: skip
 
@@ -271,6 +271,7 @@ def start_up() -> dict[str, float]:
 
 
 def main() -> None:
+    quiet()
     cells = Cells("training")
     peak = cells.ceilings()["tflops"]
     made = cells.run("a pipeline of SD3 medium's shapes", lambda: {"bytes": size_of(make_folder())}, 120)

@@ -155,6 +155,15 @@ def test_a_new_network_takes_its_widths_from_the_frozen_models(configure):
     assert setup.model.network.in_channels == setup.model.network.out_channels == 4
 
 
+def test_a_new_network_needs_no_network_in_the_pipeline_folder(configure, tiny_folder, tmp_path):
+    whole = check(configure("model.preset=small", "data.size=32"))
+    without = shutil.copytree(tiny_folder, tmp_path / "without", ignore=shutil.ignore_patterns("transformer"))
+    setup = check(configure("model.preset=small", "data.size=32", f"model.pipeline={without}"))
+    assert setup.model._replace(name="") == whole.model._replace(name="") and setup.trained == whole.trained
+    with pytest.raises(InputError, match="transformer"):
+        check(configure(f"model.pipeline={without}"))
+
+
 def test_its_steps_are_the_streams(configure):
     config = configure("data.size=32", "data.buckets=3")
     found = dry_run(config)
