@@ -24,7 +24,8 @@ from latentfm.errors import InputError
 from latentfm.interchange.pipelines import PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import t5_length
-from latentfm.models.mmdit import MMDiT, Precomputed
+from latentfm.models.mmdit import MMDiT
+from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
 from latentfm.models.velocity import timesteps, velocity
 
@@ -251,8 +252,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         grid = self.sampling_grid(num_inference_steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = num_inference_steps
         state = joined(negative, condition) if guided else condition
-        schedule = timesteps(grid[:-1]).to(device)  # here, so that no step waits for its copy
-        precomputed = self.precompute(schedule)
+        precomputed = self.precompute(grid)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             if self._interrupt:
@@ -271,8 +271,6 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                 if self._interrupt:
                     return None
                 bar.update()
-                if precomputed is not None:
-                    precomputed.step = i + 1
                 if callback_on_step_end is None:
                     return None
                 tensors = {"latents": x, "prompt_embeds": state.embeds, "pooled_prompt_embeds": state.pooled}
@@ -281,10 +279,10 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                 before = state
                 state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
                 if state.embeds is not before.embeds or state.pooled is not before.pooled:
-                    precomputed = self.precompute(schedule, i + 1)
+                    precomputed = self.precompute(grid)
                 return answer.get("latents")
 
-            latents = flow.integrate(field, latents.to(device), grid, on_step=on_step)
+            latents = flow.integrate(field, latents.to(device), grid, on_step=on_step, host_times=True)
 
         if output_type == "latent":
             images = latents
@@ -293,13 +291,9 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
-    def precompute(self, schedule: Tensor, step: int = 0) -> Precomputed | None:
-        """What an MMDiT will compute once for all timesteps [S] of a schedule, the next being `step`; None for another network."""
-        if not isinstance(self.transformer, MMDiT):
-            return None
-        precomputed = Precomputed(schedule)
-        precomputed.step = step
-        return precomputed
+    def precompute(self, grid: Tensor) -> Precomputed | None:
+        """What an MMDiT will compute once for the whole grid of times; None for another network."""
+        return Precomputed(timesteps(grid[:-1])) if isinstance(self.transformer, MMDiT) else None
 
     def transformer_cache(self) -> AbstractContextManager[None]:
         """The context diffusers' feature caches (transformer.enable_cache) work in; nothing where none is on."""

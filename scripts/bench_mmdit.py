@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentfm import LatentFMPipeline, MMDiT, bundled_model
-from latentfm.models.mmdit import Precomputed
 from latentfm.models.presets import PRESETS
+from latentfm.models.schedule import Precomputed
 
 PARTS = ("forward", "compiled", "training", "sampling", "profile")
 TEXT_TOKENS = 77 + 256
@@ -118,11 +118,12 @@ def forward(models: dict[str, torch.nn.Module], config: dict, options: argparse.
         work = flops(config, pixels, training=False)
         for batch in options.batch:
             given = inputs(config, pixels, batch, options.device, dtype)
-            precomputed = Precomputed(torch.linspace(1000.0, 30.0, STEPS, device=options.device))
+            times = torch.linspace(1000.0, 30.0, STEPS)
+            scheduled = given | {"timestep": times[:1]}, Precomputed(times)
             calls = {
                 "diffusers": lambda given=given: models["diffusers"](**given),
                 "latentfm": lambda given=given: models["latentfm"](**given),
-                "in sampling": lambda given=given, precomputed=precomputed: models["latentfm"](**given, precomputed=precomputed),
+                "in sampling": lambda scheduled=scheduled: models["latentfm"](**scheduled[0], precomputed=scheduled[1]),
             }
             with torch.no_grad():
                 found, repeats = compare(calls, options.device, options.repeats)

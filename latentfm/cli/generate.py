@@ -200,7 +200,7 @@ def add_adapters(pipe: "LatentFMPipeline", paths: list[Path]) -> None:
 
 def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device") -> None:
     """Has the backend `name` compute the attention. Raises InputError when it is not installed or cannot work on `device`."""
-    from latentfm.models.attention import check_backend
+    from latentfm.models.backends import check_backend
 
     config = pipe.transformer.config
     check_backend(name, config.num_attention_heads, config.attention_head_dim, device, pipe.transformer.dtype)

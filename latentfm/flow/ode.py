@@ -133,7 +133,7 @@ class AdamsBashforth2:
             if before is None:
                 return x + h * velocity
             t_before, velocity_before = before
-            return x + h * torch.lerp(velocity_before, velocity, 1 + h / (2 * (t - t_before)))
+            return x + h * (velocity + h / (2 * (t - t_before)) * (velocity - velocity_before))
 
         return step
 
@@ -155,6 +155,7 @@ def integrate(
     grid: Tensor,
     solver: Solver = _EULER,
     on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    host_times: bool = False,
 ) -> Tensor:
     """Returns the state at the last time of the grid, given the state x at its first (notes, Alg. 1).
 
@@ -169,6 +170,8 @@ def integrate(
         solver: the method of each step.
         on_step: called as on_step(i, t_next, x) after step i = 0, ..., n - 1 with the time and the state reached;
             a tensor that it returns replaces the state.
+        host_times: the field and on_step are given times on the CPU, not on x's device: a field that looks something up by the time
+            then need not wait for the device to know it. Beside a state on another device such a scalar is as good as a number.
 
     Raises:
         ValueError: the grid is not as above once in float32, x is not floating point, or the field or on_step
@@ -176,7 +179,7 @@ def integrate(
     """
     _check_grid(grid)
     x, velocity = _state_and_velocity(field, x)
-    times = grid.to(device=x.device, dtype=x.dtype).unbind()
+    times = grid.to(device="cpu" if host_times else x.device, dtype=x.dtype).unbind()
     step = solver.stepper()
     for i in range(len(times) - 1):
         x = step(velocity, x, times[i], times[i + 1])

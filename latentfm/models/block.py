@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentfm.models.attention import Attention
-from latentfm.models.layers import Linear, gated_sum, gelu_linear, linear_gelu, modulated_norm
+from latentfm.models.kernels import gelu_linear, modulated_norm
+from latentfm.models.packing import Packing
 
 
 class Modulation(nn.Module):
@@ -15,7 +17,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, parts: int, scales: tuple[int, ...]):
         super().__init__()
         self.parts, self.scales = parts, scales
-        self.linear = Linear(dim, parts * dim)
+        self.linear = nn.Linear(dim, parts * dim)
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
         parts = self.linear(conditioning).unflatten(-1, (self.parts, 1, -1)).unbind(-3)
@@ -29,24 +31,13 @@ class BlockModulation(NamedTuple):
     text: tuple[Tensor, ...]
 
 
-class Packing(NamedTuple):
-    """How the text tokens of a batch lie behind each other without padding: [1, sum(lengths), dim]."""
-
-    lengths: list[int]  # of each sample
-    samples: Tensor  # [sum(lengths)] int64: which sample a token is of
-
-    def per_token(self, vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Vectors [B, 1, dim] of samples as vectors [1, sum(lengths), dim] of tokens."""
-        return tuple(vector[:, 0][self.samples][None] for vector in vectors)
-
-
 class GELUProjection(nn.Module):
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.proj = Linear(dim, inner)
+        self.proj = nn.Linear(dim, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_gelu(self.proj, x)
+        return F.gelu(self.proj(x), approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -54,7 +45,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -110,13 +101,13 @@ class Block(nn.Module):
             modulated_norm(image, scale, shift), modulated_norm(text, text_scale, text_shift), packing and packing.lengths
         )
         attended, text_attended = (attended, None) if self.context_pre_only else attended
-        after = gated_sum(image, gate, attended)
+        after = torch.addcmul(image, gate, attended)
         if self.dual:
             shift2, scale2, gate2 = second
-            after = gated_sum(after, gate2, self.attn2(modulated_norm(image, scale2, shift2)))
-        image = gated_sum(after, ff_gate, self.ff(modulated_norm(after, ff_scale, ff_shift)))
+            after = torch.addcmul(after, gate2, self.attn2(modulated_norm(image, scale2, shift2)))
+        image = torch.addcmul(after, ff_gate, self.ff(modulated_norm(after, ff_scale, ff_shift)))
         if self.context_pre_only:
             return image, text
-        text = gated_sum(text, text_gate, text_attended)
-        text = gated_sum(text, text_ff_gate, self.ff_context(modulated_norm(text, text_ff_scale, text_ff_shift)))
+        text = torch.addcmul(text, text_gate, text_attended)
+        text = torch.addcmul(text, text_ff_gate, self.ff_context(modulated_norm(text, text_ff_scale, text_ff_shift)))
         return image, text

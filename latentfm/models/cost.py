@@ -225,7 +225,7 @@ class Decoder:
 
 
 def checkpointed(block: int, share: float) -> bool:
-    """Whether MMDiT.set_gradient_checkpointing(share) has this block computed again in the backward pass."""
+    """Whether MMDiT.set_gradient_checkpointing(share) has this block computed again in the backward pass, as MMDiT.checkpointed says."""
     return int((block + 1) * share) > int(block * share)
 
 

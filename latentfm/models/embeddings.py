@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentfm.models.layers import Linear
-
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     """[N, dim] float64: sines then cosines of `positions` [N] at dim/2 geometric frequencies from 1 down to 1/10000."""
@@ -66,8 +64,8 @@ class TwoLayer(nn.Module):
 
     def __init__(self, in_features: int, dim: int):
         super().__init__()
-        self.linear_1 = Linear(in_features, dim)
-        self.linear_2 = Linear(dim, dim)
+        self.linear_1 = nn.Linear(in_features, dim)
+        self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))

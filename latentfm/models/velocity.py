@@ -1,8 +1,10 @@
 """The one place where the flow's time meets SD3's: t = 0 noise, t = 1 data here; sigma = 1 - t, prediction -u there."""
 
+import torch
 from torch import Tensor, nn
 
-from latentfm.models.mmdit import Precomputed, TokenRoute
+from latentfm.models.routing import TokenRoute
+from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition
 
 
@@ -18,13 +20,13 @@ def velocity(
 
     x [B, C, H, W] float32; t a scalar or [B] float32 in [0, 1]. The network (MMDiT or diffusers' SD3Transformer2DModel) is
     asked at timestep 1000 (1 - t) and answers eps - z = -u. Times stay in float32 whatever the network runs in.
-    token_route and precomputed are MMDiT.forward's.
+    token_route and precomputed are MMDiT.forward's; precomputed is looked up by t, which should then be on the CPU.
     """
     dtype = next(network.parameters()).dtype
     extra = {"token_route": token_route, "precomputed": precomputed}
     prediction = network(
         hidden_states=x.to(dtype),
-        timestep=timesteps(t).expand(x.shape[0]),
+        timestep=(timesteps(t) if precomputed is not None else on_device(timesteps(t), x.device)).expand(x.shape[0]),
         encoder_hidden_states=condition.embeds.to(dtype),
         pooled_projections=condition.pooled.to(dtype),
         return_dict=False,
@@ -36,3 +38,10 @@ def velocity(
 def timesteps(t: Tensor) -> Tensor:
     """SD3's timesteps 1000 sigma = 1000 (1 - t), float32."""
     return 1000.0 * (1.0 - t.float())
+
+
+def on_device(time: Tensor, device: torch.device) -> Tensor:
+    """`time` on `device`; a scalar of the CPU is written there as a number, since a copy of it would make the host wait."""
+    if time.ndim or time.device.type == device.type or time.device.type != "cpu":
+        return time.to(device)
+    return torch.full((), time.item(), dtype=time.dtype, device=device)

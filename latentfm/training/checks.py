@@ -15,7 +15,7 @@ from latentfm.data.buckets import Buckets, base_shape
 from latentfm.data.loader import Routing
 from latentfm.errors import InputError, nearest
 from latentfm.interchange.weights import PARTS, empty, open_pipeline, read_json
-from latentfm.models.attention import attention_backend
+from latentfm.models.backends import attention_backend
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.described import Model, read_model
 from latentfm.models.folder import check_folder, read_info, t5_length

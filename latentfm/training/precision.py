@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import torch
 
 from latentfm.config import RunConfig, TrainOptions
-from latentfm.models.layers import ONEDNN_DTYPES
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -15,7 +14,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.bfloat16 in ONEDNN_DTYPES
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type == "xpu"
 
 

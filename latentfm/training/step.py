@@ -11,7 +11,7 @@ from latentfm.config import TokenRouting, TrainOptions
 from latentfm.data.loader import Batch
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.models.mmdit import TokenRoute
+from latentfm.models.routing import TokenRoute
 from latentfm.models.text import NullCondition, PromptParts, assemble
 from latentfm.models.velocity import velocity
 

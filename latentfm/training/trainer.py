@@ -29,7 +29,7 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
-from latentfm.models.attention import check_backend
+from latentfm.models.backends import check_backend
 from latentfm.models.text import NullCondition
 from latentfm.training import zero
 from latentfm.training.adapters import seed_dropout

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiff
 from bench_mmdit import TEXT_TOKENS, flops, inputs, twins  # isort: skip
 
 from latentfm import LatentFMPipeline
-from latentfm.models.attention import available_backends
-from latentfm.models.mmdit import Precomputed
+from latentfm.models.backends import available_backends
+from latentfm.models.schedule import Precomputed
 
 PIXELS, STEPS = (64, 2) if SHRUNK else (1024, 28)
 GUIDANCE = 5.0
@@ -75,10 +75,11 @@ def forward_steps(preset: str, peak: float) -> dict:
     settings = network_settings(preset)
     models, given = twins(settings, DEVICE, DTYPE), None
     given = inputs(settings, PIXELS, 2, DEVICE, DTYPE)
-    ahead = Precomputed(torch.linspace(1000.0, 30.0, STEPS, device=DEVICE))
+    times = torch.linspace(1000.0, 30.0, STEPS)
+    ahead = Precomputed(times)
     calls = {
         "diffusers": lambda: models["diffusers"](**given), "latentfm": lambda: models["latentfm"](**given),
-        "in a schedule": lambda: models["latentfm"](**given, precomputed=ahead),
+        "in a schedule": lambda: models["latentfm"](**given | {"timestep": times[:1]}, precomputed=ahead),
     }  # fmt: skip
     with torch.no_grad():
         found: dict = timed(calls, repeats=7)

@@ -140,7 +140,7 @@ def test_the_attention_asked_for_computes_the_picture(run, draw, tiny_folder):
 
 
 def test_the_names_of_attention_are_the_networks():
-    from latentfm.models.attention import BACKENDS
+    from latentfm.models.backends import BACKENDS
 
     assert tuple(BACKENDS) == generate_module.ATTENTION
 

@@ -15,11 +15,13 @@ from models.twins import VARIANTS, difference, inputs, twins
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from latentfm.errors import InputError
-from latentfm.models.attention import ENVIRONMENT, Attention, attention_backend, available_backends, side_by_side
-from latentfm.models.layers import Linear
+from latentfm.models.attention import Attention
+from latentfm.models.backends import ENVIRONMENT, attention_backend, available_backends
+from latentfm.models.fused_qkv import side_by_side
 from latentfm.models.mmdit import MMDiT
 
 CPU = torch.device("cpu")
@@ -172,18 +174,14 @@ class Products:
     """Counts the products an attention computes of its projections: how many, and how wide."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        import latentfm.models.attention as room
-        import latentfm.models.layers as layers
-
         self.widths: list[int] = []
-        plain = layers.linear
+        plain = F.linear
 
         def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             self.widths.append(weight.shape[0])
             return plain(x, weight, bias)
 
-        monkeypatch.setattr(room, "linear", counted)
-        monkeypatch.setattr(layers, "linear", counted)
+        monkeypatch.setattr(F, "linear", counted)
 
     def of(self, model: nn.Module, *arguments: Tensor) -> list[int]:
         self.widths.clear()
@@ -360,7 +358,7 @@ def test_the_last_blocks_text_queries_are_not_computed_and_have_gradients_of_zer
     model = twins(**VARIANTS[variant])[0]
     attention, calls = model.transformer_blocks[-1].attn, []
     for name, module in attention.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     model(**inputs(model)).sample.square().mean().backward()
     assert sorted(calls) == ["add_k_proj", "add_v_proj", "to_k", "to_out.0", "to_q", "to_v"]

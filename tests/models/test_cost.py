@@ -54,7 +54,7 @@ def counted(network: MMDiT, backward: bool) -> tuple[int, int]:
     side = 6 * config.patch_size
     given = [torch.randn(BATCH, config.in_channels, side, side), torch.randn(BATCH, TEXT, 40), torch.randn(BATCH, 24), torch.rand(BATCH)]
     counting = FlopCounterMode(display=False, custom_mapping=ON_CPU)
-    with torch.backends.mkldnn.flags(enabled=False), counting as counter:  # oneDNN's linear it does not know
+    with counting as counter:
         out = network(*given, return_dict=False)[0]
         if backward:
             out.sum().backward()

@@ -197,7 +197,7 @@ def test_a_forward_pass_takes_what_its_attention_or_feed_forward_does(image, tex
     network, net = network_of(SMALL, run).eval(), Network.of(SMALL)
     side = 2 * int(image**0.5)
     given = (torch.randn(2, 16, side, side), torch.randn(2, text, 72), torch.randn(2, 40), torch.rand(2))
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Live(network) as live:  # GELU apart from the product, as on a GPU
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Live(network) as live:  # as on a GPU
         network(*given)
     assert live.most == pytest.approx(forward_memory(net, image, text, 2, 4), rel=0.1)
 

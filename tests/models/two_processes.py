@@ -16,7 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from latentfm.models.mmdit import MMDiT, Precomputed, TokenRoute
+from latentfm.models.mmdit import MMDiT
+from latentfm.models.routing import TokenRoute
+from latentfm.models.schedule import Precomputed
 
 FOUR_HEADS = {"num_attention_heads": 4, "caption_projection_dim": 64, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
 

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from latentfm.config import AdapterOptions, TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.cost import LORA_TARGETS, Network, lora_parameters
-from latentfm.models.mmdit import MMDiT, Precomputed
+from latentfm.models.mmdit import MMDiT
+from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition
 from latentfm.models.velocity import velocity
 from latentfm.training import adapters

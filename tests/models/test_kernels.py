@@ -1,6 +1,5 @@
-"""The layers against PyTorch's plain ones: nn.Linear, gelu(linear), layer_norm(x) * scale + shift."""
+"""The kernels against PyTorch's plain formulas: linear(gelu(x)), layer_norm(x) * scale + shift."""
 
-import copy
 
 import pytest
 import torch
@@ -9,129 +8,22 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentfm.models.layers import ONEDNN, ONEDNN_DTYPES, Linear, gated_sum, gelu_linear, linear_gelu, modulated_norm
-
-onednn = pytest.mark.skipif(ONEDNN is None, reason="this PyTorch has no oneDNN")
+from latentfm.models.kernels import gelu_linear, modulated_norm
 
 
-class Kernels(TorchDispatchMode):
-    """Collects the names of the operations that run inside it."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def onednn(self) -> int:
-        """How many of them were oneDNN's fused linear."""
-        return sum("_linear_pointwise" in name for name in self.names)
-
-
-def pair(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Linear, nn.Linear]:
-    """A Linear 24 -> 40 and an nn.Linear with its weights."""
+def layer_of(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A linear 24 -> 40, the same each time."""
     torch.manual_seed(0)
-    ours, theirs = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
-    theirs.load_state_dict(ours.state_dict())
-    return ours.to(dtype), theirs.to(dtype)
+    return nn.Linear(24, 40).to(dtype)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 7, 24), (2, 3, 5, 24), (0, 24), (2, 0, 24)])
-def test_linear_is_nn_linear(shape, bias):
-    ours, theirs = pair(bias)
-    x = torch.randn(shape)
-    with torch.no_grad():
-        close(ours(x), theirs(x))
-    found = []
-    for layer in (ours, theirs):
-        given = x.clone().requires_grad_()
-        out = layer(given)
-        (out * torch.linspace(-1, 1, 40)).sum().backward()
-        found.append([out.detach(), given.grad, *(p.grad for p in layer.parameters())])
-    assert found[0][0].shape == (*shape[:-1], 40)
-    for mine, reference in zip(*found, strict=True):
-        close(mine, reference)
-
-
-@pytest.mark.parametrize("with_grad", [True, False])
-def test_linear_takes_views_as_they_come(with_grad):
-    ours, theirs = pair()
-    views = {
-        "transposed": torch.randn(24, 7).t(),
-        "heads": torch.randn(2, 3, 7, 8).transpose(1, 2).flatten(2),
-        "every other": torch.randn(7, 48)[:, ::2],
-        "expanded": torch.randn(1, 24).expand(7, 24),
-        "permuted": torch.randn(5, 2, 24).transpose(0, 1),
-    }
-    for x in views.values():
-        with torch.set_grad_enabled(with_grad):
-            close(ours(x), theirs(x))
-    for layer in (ours, theirs):  # a gradient that is one number seen everywhere
-        layer(views["transposed"]).sum().backward()
-    close(ours.weight.grad, theirs.weight.grad)
-    transposed = torch.randn(24, 40)
-    ours.weight = theirs.weight = nn.Parameter(transposed.t())
-    close(ours(views["heads"]), theirs(views["heads"]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_linear_in_other_dtypes_is_nn_linear_bitwise(dtype):
-    ours, theirs = pair(dtype=dtype)
-    x = torch.randn(3, 7, 24, dtype=dtype)
-    assert torch.equal(ours(x), theirs(x))
-
-
-def test_linear_under_autocast_is_nn_linear_bitwise():
-    ours, theirs = pair()
-    x = torch.randn(3, 7, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        mine, reference = ours(x), theirs(x)
-    assert mine.dtype == torch.bfloat16 and torch.equal(mine, reference)
-
-
-@pytest.mark.parametrize("wanted", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1)])
-def test_linear_gives_the_gradients_that_are_asked_for(wanted):
-    found = []
-    for layer in pair():
-        given = torch.linspace(-1, 1, 7 * 24).view(7, 24)
-        parts = (given, layer.weight, layer.bias)
-        for part, required in zip(parts, wanted, strict=True):
-            part.requires_grad_(bool(required))
-        out = layer(given)
-        assert out.requires_grad == any(wanted)
-        if any(wanted):
-            out.square().sum().backward()
-        found.append([part.grad for part in parts])
-    for mine, reference, required in zip(*found, wanted, strict=True):
-        assert (mine is not None) == (reference is not None) == bool(required)
-        if required:
-            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_differentiated_twice(bias):
-    found = []
-    for layer in pair(bias):
-        x = torch.linspace(-1, 1, 7 * 24).view(7, 24).requires_grad_()
-        (slope,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
-        slope.square().sum().backward()
-        found.append([slope.detach(), x.grad, *(p.grad for p in layer.parameters())])
-    for mine, reference in zip(*found, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
-
-
 def test_linear_and_norm_go_through_torch_func_and_forward_mode():
-    ours, theirs = pair()
+    ours = theirs = layer_of()
     x, direction, scale, shift = torch.randn(4, 1, 24), torch.randn(4, 1, 24), torch.randn(1, 1, 40), torch.randn(1, 1, 40)
 
     def mine(value: Tensor) -> Tensor:
@@ -158,11 +50,11 @@ def test_linear_and_norm_go_through_torch_func_and_forward_mode():
 
 
 def test_linear_and_norm_compile_in_one_graph():
-    ours, theirs = pair()
+    ours, theirs = layer_of(), layer_of()
     scale, shift = torch.randn(2, 1, 40), torch.randn(2, 1, 40)
 
     def mine(x: Tensor) -> Tensor:
-        return gated_sum(shift, scale, modulated_norm(F.gelu(ours(x), approximate="tanh"), scale, shift))
+        return torch.addcmul(shift, scale, modulated_norm(F.gelu(ours(x), approximate="tanh"), scale, shift))
 
     def reference(x: Tensor) -> Tensor:
         return shift + scale * (F.layer_norm(F.gelu(theirs(x), approximate="tanh"), (40,), eps=1e-6) * scale + shift)
@@ -179,108 +71,33 @@ def test_linear_and_norm_compile_in_one_graph():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@onednn
-@pytest.mark.parametrize("trains", [True, False])
-def test_linear_runs_on_onednn_in_float32(trains, monkeypatch):
-    """In training only where that is the faster one."""
-    monkeypatch.setattr("latentfm.models.layers.TRAINS_ON_ONEDNN", trains)
-    ours, theirs = pair()
-    x = torch.randn(2, 7, 24)
-    for layer, expected in ((ours, (1, trains, 2 * trains)), (theirs, (0, 0, 0))):
-        with Kernels() as inference, torch.no_grad():
-            layer(x)
-        with Kernels() as training:
-            out = layer(x.clone().requires_grad_())
-        with Kernels() as backward:
-            out.sum().backward()
-        assert (inference.onednn, training.onednn, backward.onednn) == expected
-
-
-class Scaled(Tensor):
-    """A tensor subclass with a way of its own to be multiplied by, as quantised weights are."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        out = super().__torch_function__(function, types, args, kwargs)
-        return 2 * out.as_subclass(Tensor) if function is F.linear else out
-
-
-def test_linear_leaves_to_pytorch_what_onednn_cannot_do():
-    ours, theirs = pair()
-    x = torch.randn(7, 24)
-    with Kernels() as seen, torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            ours(x)
-        with torch.backends.mkldnn.flags(enabled=False):
-            close(ours(x), theirs(x))
-        ours.bfloat16()(x.bfloat16())
-    assert seen.onednn == 0
-    ours = pair()[0]
-    ours.weight = nn.Parameter(ours.weight.detach().as_subclass(Scaled))
-    with Kernels() as seen, torch.no_grad():
-        torch.testing.assert_close(ours(x).as_subclass(Tensor), 2 * theirs(x), rtol=1e-5, atol=1e-5)
-    assert seen.onednn == 0
-    with torch.device("meta"):
-        elsewhere = Linear(24, 40)
-        assert elsewhere(torch.empty(7, 24)).shape == (7, 40)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="device"):
-            elsewhere(x)
-
-
-def in_lora(layer: Linear) -> nn.Module:
+def in_lora(layer: nn.Linear) -> nn.Module:
     """The layer with a random LoRA around it."""
     holder = nn.ModuleDict({"proj": layer})
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False), holder)
     return holder["proj"]
 
 
-def with_hook(layer: Linear) -> Linear:
+def with_hook(layer: nn.Linear) -> nn.Linear:
     """The layer with a forward hook that doubles its output."""
     layer.register_forward_hook(lambda module, args, out: 2 * out)
     return layer
 
 
-def with_pre_hook(layer: Linear) -> Linear:
+def with_pre_hook(layer: nn.Linear) -> nn.Linear:
     """The layer with a hook that doubles its input."""
     layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
     return layer
 
 
-def cast(layer: Linear) -> Linear:
+def cast(layer: nn.Linear) -> nn.Linear:
     """The layer with frozen weights in eight bits, cast at each call."""
     apply_layerwise_casting(layer, torch.float8_e4m3fn, torch.float32)
     return layer.requires_grad_(False)
 
 
-def plain(layer: Linear) -> Linear:
+def plain(layer: nn.Linear) -> nn.Linear:
     return layer
-
-
-@pytest.mark.parametrize(
-    ("change", "dtype"),
-    [(cast, torch.float32), *((c, t) for c in (plain, with_hook, with_pre_hook, in_lora) for t in (torch.float32, torch.bfloat16))],
-)
-def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
-    layer = change(pair(dtype=dtype)[0])
-    layer = layer if change is cast else layer.to(dtype)
-    x = torch.randn(2, 7, 24).to(dtype)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-8}
-    with torch.no_grad():
-        expected = F.gelu(layer(x), approximate="tanh")
-        with Kernels() as seen:
-            found = linear_gelu(layer, x)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected, **tolerance)
-    if change is plain:
-        assert ONEDNN is None or dtype not in ONEDNN_DTYPES or "aten.gelu.default" not in seen.names  # it was part of the product
-    elif change is not cast:
-        assert (found - F.gelu(pair()[1].to(dtype)(x), approximate="tanh")).abs().max() > 0.05
-    given = x.clone().requires_grad_()
-    linear_gelu(layer, given).float().square().sum().backward()
-    other = x.clone().requires_grad_()
-    F.gelu(layer(other), approximate="tanh").float().square().sum().backward()
-    torch.testing.assert_close(given.grad, other.grad, **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +106,7 @@ def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gelu_linear_is_whatever_the_layer_has_become_of_gelu(change, dtype, autocast):
-    layer = change(pair(dtype=dtype)[0])
+    layer = change(layer_of(dtype))
     layer = layer if change is cast else layer.to(dtype)
     narrow = autocast or dtype == torch.bfloat16
     found = []
@@ -310,11 +127,11 @@ def test_gelu_linear_is_whatever_the_layer_has_become_of_gelu(change, dtype, aut
 
 
 def test_gelu_linear_and_its_two_derivatives():
-    layer = Linear(5, 3).double()
+    layer = nn.Linear(5, 3).double()
     x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        holder = Linear(5, 3).double()
+        holder = nn.Linear(5, 3).double()
         del holder.weight, holder.bias
         holder.weight, holder.bias = weight, bias
         return gelu_linear(holder, x)
@@ -323,7 +140,7 @@ def test_gelu_linear_and_its_two_derivatives():
 
 
 def test_gelu_linear_keeps_what_comes_in_and_not_what_gelu_makes_of_it():
-    layer, x = pair()[0], torch.randn(2, 7, 24, requires_grad=True)
+    layer, x = layer_of(), torch.randn(2, 7, 24, requires_grad=True)
     hidden = x * 1.0
 
     def kept(function) -> int:
@@ -428,19 +245,3 @@ def test_modulated_norm_keeps_its_input_only():
     mine = kept(modulated_norm)
     assert [value.data_ptr() for value in mine] == [x.data_ptr()]  # x is there anyway: nothing more is held for the backward pass
     assert {value.data_ptr() for value in kept(plain_norm)} > {x.data_ptr()}
-
-
-@pytest.mark.parametrize("rows", [(2, 1), (1, 5)])
-def test_gated_sum(rows):
-    x, gate, update = torch.randn(2, 5, 12), torch.randn(*rows, 12), torch.randn(2, 5, 12)
-    torch.testing.assert_close(gated_sum(x, gate, update), x + gate * update)
-
-
-def test_a_copied_and_saved_layer_is_still_one():
-    ours, theirs = pair()
-    again = copy.deepcopy(ours)
-    assert type(again) is Linear and {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
-    x = torch.randn(7, 24)
-    assert torch.equal(again(x), ours(x))
