@@ -421,9 +421,9 @@ def test_an_attention_backend_is_taken_or_refused_before_any_work(tmp_path, run,
 
 
 def test_an_attention_without_a_gradient_is_refused(tmp_path, start, monkeypatch):
-    from latentfm.models import attention
+    from latentfm.models import backends
 
-    monkeypatch.setattr(attention, "attend", lambda query, key, value, backend: query.detach())  # as quantised kernels do
+    monkeypatch.setattr(backends, "attend", lambda query, key, value, backend: query.detach())  # as quantised kernels do
     with pytest.raises(InputError, match="'auto' has no gradient"):
         start(tmp_path / "out")
 
