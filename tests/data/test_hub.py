@@ -69,11 +69,16 @@ def test_files_laid_out_as_on_the_hub(files, streaming):
 def test_files_whose_columns_are_not_declared(tmp_path, monkeypatch, streaming):
     """JSON lines that name their pictures: a stream of them does not know its columns before its first row."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "0.png").write_bytes(png())
-    (tmp_path / "lines" / "train.jsonl").write_text(json.dumps({"image": str(tmp_path / "0.png"), "text": ["a", "b"]}) + "\n")
-    (sample,) = read_dataset(str(tmp_path / "lines"), streaming=streaming).samples
-    assert (sample.captions, sample.path.read_bytes()) == (("a", "b"), png())
+    folder = tmp_path / "lines"
+    (folder / ".pictures").mkdir(parents=True)
+    (folder / ".pictures" / "0.png").write_bytes(png())
+    names = [".pictures/0.png", str(folder / ".pictures" / "0.png"), "../outside.png", str(tmp_path / "outside.png"), "http://localhost/0.png"]
+    (tmp_path / "outside.png").write_bytes(png())
+    (folder / "train.jsonl").write_text("".join(json.dumps({"image": name, "text": ["a", "b"]}) + "\n" for name in names))
+    dataset = read_dataset(str(folder), streaming=streaming)
+    assert [(s.id, s.captions, s.path.read_bytes()) for s in dataset.samples] == [(f"train:{i}", ("a", "b"), png()) for i in (0, 1)]
+    reasons = ["row whose picture leads out of the folder"] * 2 + ["row whose picture is a URL, which is not followed (fetch it beside)"]
+    assert [problem.reason for problem in dataset.problems] == reasons
 
 
 def test_a_stream_is_read_forward_once_for_listing_and_once_for_its_pictures(saved, monkeypatch):
