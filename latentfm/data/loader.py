@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from latentfm.data.cache import Entries
-from latentfm.data.images import Transform, apply, load_mask, open_rgb
+from latentfm.data.entries import Entries
+from latentfm.data.images import Transform, apply, load_mask, opened_rgb
 from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable, bounds_of, choose
@@ -228,9 +228,10 @@ class PictureReader(TorchDataset):
         pixels, masks = [], []
         for (_, index, _), flip in zip(members, flipped, strict=True):
             sample, transform = self.samples[index], self.transforms[self.bucket_of[index]][int(flip)]
-            picture = open_rgb(sample.path, self.read(sample.path, self.digests[index]))
-            pixels.append(torch.from_numpy(apply(picture, transform)).permute(2, 0, 1))
-            masks.append(load_mask(sample.mask, None, picture.size, transform, self.factor) if sample.mask else None)
+            with opened_rgb(sample.path, self.read(sample.path, self.digests[index])) as picture:
+                size, array = picture.size, apply(picture, transform)
+            pixels.append(torch.from_numpy(array).permute(2, 0, 1))
+            masks.append(load_mask(sample.mask, None, size, transform, self.factor) if sample.mask else None)
         ones = torch.ones(1, *shape[1:])
         return replace(
             batch,

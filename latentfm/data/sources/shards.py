@@ -178,12 +178,12 @@ def read_groups(url: str, columns: Columns, groups: dict[str, Group]) -> None:
             with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
                 for member in archive:
                     archive.members.clear()  # tarfile remembers every header otherwise
+                    name, dot, extension = split(member.name)
+                    key = name if member.isreg() and dot else key
                     if member.size < 0 or archive.offset < member.offset_data:
                         raise CutOff(f"a file of {member.size:,} bytes", key)
-                    name, dot, extension = split(member.name)
                     if not member.isreg() or not dot:
                         continue
-                    key = name
                     add(groups.setdefault(key, Group(key)), extension, member, file, columns)
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0") or file.tell() < archive.offset + tarfile.BLOCKSIZE:
