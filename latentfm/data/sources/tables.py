@@ -1,5 +1,6 @@
 """Rows of a table -> samples, and parquet files: the picture as bytes in a cell, or as a path beside the file."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,9 +25,10 @@ from latentfm.files import CONTENT_ERRORS, SpecialFile, reason
 from latentfm.words import shown
 
 ROWS_AT_ONCE, FEW_ROWS = 16, 4  # pictures held while one is read; few where the rows of a group might be very large ones
-LARGE_GROUP = 64 * 2**20  # bytes of a column in a row group: one row may have them all
+LARGE_GROUP = 64 * 2**20  # bytes of a row group: one row may have them all
 WAY_OUT = "each row needs a picture (bytes, or the path of a file) and a caption"
 BROKEN = "parquet file that cannot be read, or not to its end"
+TOO_MUCH = f"parquet file that unfolds to more than {UNFOLDED_TIMES} times its size, the rest of it is lost"
 
 Fetch = Callable[[int], Mapping[str, Any]]  # row number -> the row
 
@@ -85,23 +87,26 @@ def column_names(file: str) -> list[str]:
 def parquet_rows(file: str, columns: list[str]) -> Iterator[Mapping[str, Any]]:
     """Yields the rows of a parquet file as {column: value}, a few in memory at a time; UNREADABLE for a text that is not UTF-8.
 
-    Raises Unusable, before it reads a row, for a file that unfolds to more than UNFOLDED_TIMES its size.
+    Raises Unusable where the file unfolds to more than UNFOLDED_TIMES its size.
     """
     import pyarrow.parquet as pq
 
     with open_url(file) as opened:
         table = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)  # else pyarrow holds whole column chunks
-        largest = 0
-        for group in map(table.metadata.row_group, range(table.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                unfolded, size = column.total_uncompressed_size, column.total_compressed_size
-                if unfolded > UNFOLDED_BYTES and unfolded > UNFOLDED_TIMES * size:
-                    raise Unusable(f"parquet file that unfolds to more than {UNFOLDED_TIMES} times its size")
-                largest = max(largest, unfolded)
+        # of whole row groups: what a damaged file says of a column ends the process when pyarrow is asked for it
+        groups = [table.metadata.row_group(number).total_byte_size for number in range(table.num_row_groups)]
+        largest, size = max(groups, default=0), opened.seek(0, os.SEEK_END)
+        most, unfolded = max(UNFOLDED_BYTES, UNFOLDED_TIMES * size), 0
+        if largest > most:
+            raise Unusable(TOO_MUCH)
         for batch in table.iter_batches(ROWS_AT_ONCE if largest <= LARGE_GROUP else FEW_ROWS, columns=columns):
             cells = [(name, batch.column(name)) for name in columns]
-            for row in range(batch.num_rows):
-                yield {name: value_of(column[row]) for name, column in cells}
+            for number in range(batch.num_rows):
+                if unfolded > most:
+                    raise Unusable(TOO_MUCH)
+                row = {name: value_of(column[number]) for name, column in cells}
+                unfolded += sum(map(size_of, row.values()))
+                yield row
 
 
 UNREADABLE = object()  # instead of a cell whose bytes are no value of its type
@@ -113,6 +118,14 @@ def value_of(cell: Any) -> Any:
         return cell.as_py()
     except (ValueError, OverflowError):  # a text that is not UTF-8, a date before there were any
         return UNREADABLE
+
+
+def size_of(value: Any) -> int:
+    """Bytes of a cell, about."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(size_of, values))
 
 
 def samples_of(
