@@ -17,7 +17,7 @@ def show(found: dict[str, Any]) -> None:
     """Prints a dry run as tables on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=True, soft_wrap=True)
+    console = Console(highlight=False, markup=True, emoji=False, soft_wrap=True)
     show_options(found["options"], console)
     show_data(found, console)
     show_model(found, console)

@@ -16,14 +16,13 @@ from latentfm.cli.generate import generate
 from latentfm.cli.plan import plan
 from latentfm.cli.train import train
 from latentfm.errors import InputError
-from latentfm.words import shown
 
 UsageError = typer.BadParameter.__base__  # an option or argument that typer refuses; typer carries its own click and exports no more
 
 
 @contextmanager
 def one_way_to_fail() -> Iterator[None]:
-    """A context that turns bad input into one line "error: ..." on stderr and exit code 2, Ctrl-C into exit code 130, no memory into 1.
+    """A context that turns bad input into one line "error: ..." on stderr and exit code 2, and Ctrl-C into exit code 130.
 
     With LATENTFM_DEBUG=1 the exception goes through, traceback and all.
     """
@@ -36,13 +35,8 @@ def one_way_to_fail() -> Iterator[None]:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
         message = error.format_message() if isinstance(error, UsageError) else str(error)
-        print("error:", shown(" ".join(message.splitlines())), file=sys.stderr)
+        print("error:", " ".join(message.splitlines()), file=sys.stderr)
         raise typer.Exit(2) from None
-    except MemoryError as error:
-        if os.environ.get("LATENTFM_DEBUG") == "1":
-            raise
-        print("error:", shown(str(error) or "the memory does not suffice"), file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 class Commands(TyperGroup):
@@ -116,7 +110,7 @@ def root(
 
 
 def main() -> None:
-    """Runs the command line on sys.argv and exits with its code: 0 done, 1 out of memory, 2 bad input, 130 interrupted."""
+    """Runs the command line on sys.argv and exits with its code: 0 done, 2 bad input, 130 interrupted."""
     app(prog_name="latentfm")
 
 

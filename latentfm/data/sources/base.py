@@ -116,7 +116,7 @@ class Columns:
         there = f"there are {listed(names, 50)}"
         for wanted in (self.image, self.mask, *self.captions):
             if wanted is not None and wanted not in names:
-                raise InputError(f"{shown(where)} has no column '{shown(wanted)}'{nearest(wanted, names)}; {there}")
+                raise InputError(f"{shown(where)} has no column '{shown(wanted)}'{shown(nearest(wanted, names))}; {there}")
         image = self.image or next((name for name in IMAGE_COLUMNS if name in names), None)
         if image is None:
             raise InputError(f"{shown(where)} has no column {' or '.join(IMAGE_COLUMNS)}; name one as image_column, {there}")

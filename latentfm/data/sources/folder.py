@@ -179,7 +179,7 @@ def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: C
     for wanted in (columns.image, columns.mask, *columns.captions):
         if wanted is not None and wanted not in seen:
             names = sorted(name for name in seen if isinstance(name, str))
-            there = f"{nearest(wanted, names)}; there are {listed(names, 50)}"
+            there = f"{shown(nearest(wanted, names))}; there are {listed(names, 50)}"
             raise InputError(f"no row of {shown(root / metadata)} has '{shown(wanted)}'{there}")
 
     samples = []

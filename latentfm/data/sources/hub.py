@@ -72,7 +72,7 @@ def opened(name: str, subset: str | None, split: str, revision: str | None, stre
         raise InputError(f"cannot open the dataset {shown(name)}: {reason(error)}") from error
     if isinstance(data, dict):
         if split not in data:
-            there = f"{nearest(split, data)}; there are {listed(data, 50)}"
+            there = f"{shown(nearest(split, data))}; there are {listed(data, 50)}"
             raise InputError(f"the dataset {shown(name)} has no split '{shown(split)}'{there}")
         data = data[split]
     return data.to_iterable_dataset() if streaming and isinstance(data, datasets.Dataset) else data

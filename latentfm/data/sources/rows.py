@@ -72,7 +72,7 @@ def csv_rows(text: io.TextIOWrapper, path: Path, columns: Columns) -> Rows:
         for wanted in ((image,), *([wanted_captions] if columns.caption is None else [])):
             if not set(wanted) & set(names):
                 raise InputError(
-                    f"{shown(path)} has no column {' or '.join(map(shown, wanted))}{nearest(wanted[0], names)}, only "
+                    f"{shown(path)} has no column {' or '.join(map(shown, wanted))}{shown(nearest(wanted[0], names))}, only "
                     f"[{listed(names, 50)}]: its first line must name the columns, as in file_name,text"
                 )
             twice = [name for name in wanted if names.count(name) > 1]

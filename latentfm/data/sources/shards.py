@@ -148,7 +148,7 @@ def read_shards(place: str, columns: Columns | None = None) -> Dataset:
             problems.append(Problem(where, FETCH if str(broken) == FETCH else BROKEN))
     for wanted in (columns.image, columns.mask, *columns.captions):
         if wanted is not None and wanted not in seen and seen:
-            there = f"{nearest(wanted, seen)}; there are {listed(sorted(seen), 50)}"
+            there = f"{shown(nearest(wanted, seen))}; there are {listed(sorted(seen), 50)}"
             raise InputError(f"no sample of {shown(place)} has '{shown(wanted)}'{there}")
     if not samples:
         raise nothing_usable(place, problems, WAY_OUT)

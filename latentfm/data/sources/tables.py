@@ -54,6 +54,8 @@ def read_parquet(place: str, columns: Columns | None = None) -> Dataset:
             again = Forward(partial(parquet_rows, file, wanted))
             folder = file.rpartition("/")[0]
             samples_of(parquet_rows(file, wanted), found, name, again.__getitem__, partial(read_beside, folder), samples, rows)
+        except MemoryError:  # Arrow's own is one of its exceptions too
+            raise
         except SpecialFile as error:
             broken.append(Problem(f"{name} ({error})", BROKEN))
         except Unusable as error:
