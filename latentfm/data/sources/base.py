@@ -198,7 +198,7 @@ def path_within(name: object, what: str = "file_name", root: Path | None = None)
         places = {os.path.abspath(root): os.path.normpath(name)}
         places[os.path.realpath(root)] = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
         for folder, place in places.items():
-            if place.startswith(os.path.join(folder, "")):
+            if place == folder or place.startswith(os.path.join(folder, "")):
                 path = Path(os.path.relpath(place, folder))
                 break
     normal = posixpath.normpath(path.as_posix())

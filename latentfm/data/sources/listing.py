@@ -63,6 +63,8 @@ def kind_of(entry: os.DirEntry) -> str | None:
     try:
         if entry.is_file():
             return None
+        if entry.is_dir():
+            return "a folder"
         mode = entry.stat().st_mode
     except OSError:
         return "a link that leads nowhere" if entry.is_symlink() else "a file that cannot be looked at"
