@@ -89,7 +89,7 @@ def open_url(url: str) -> BinaryIO:
 
     system, path = located(url)
     raw = open_file(path) if isinstance(system, LocalFileSystem) else system.open(path, "rb")
-    method = "gzip" if url.endswith(".tgz") else infer_compression(url)
+    method = "gzip" if path.endswith(".tgz") else infer_compression(path)
     return raw if method is None else Unfolded(compr[method](raw, mode="rb"), raw)
 
 
