@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,6 +90,8 @@ def open_url(url: str) -> BinaryIO:
 
     system, path = located(url)
     raw = open_file(path) if isinstance(system, LocalFileSystem) else system.open(path, "rb")
+    with suppress(AttributeError):
+        raw.system = system  # an archive's closes the archive when nobody has it any more
     method = "gzip" if path.endswith(".tgz") else infer_compression(path)
     return raw if method is None else Unfolded(compr[method](raw, mode="rb"), raw)
 
