@@ -313,13 +313,13 @@ def _metadata_after_pixels(file: BinaryIO) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture of any Pillow mode as a new RGB picture, strip by strip where more than the two would be in memory."""
+    """A loaded picture of any Pillow mode as RGB, strip by strip where more than the two would be in memory; RGB is given back."""
     if image.mode.startswith("I") or image.mode == "F":
         convert = _grey_to_8_bits(image)
     elif image.has_transparency_data:
         convert = _on_white
     else:
-        return image.convert("RGB")  # a copy, also when it is RGB already
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
     for top, strip in _strips(image):
         rgb.paste(convert(strip), (0, top))

@@ -55,7 +55,7 @@ class OnlineDataset(CachedDataset):
         draws = Draws(seed, dropout, self.options.flip, routing)
         digests = [self.digests[sample.id] for sample in self.samples]
         return PictureReader(
-            SampleTable.of(self.samples), draws, self.samples, digests, self.bucket_of, self.transforms,
+            SampleTable.of(self.samples), draws, self.samples, digests, self.mask_digests, self.bucket_of, self.transforms,
             self.models.vae.config.latent_channels, self.factor, unchanged,
         )  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_odd_names_in_a_row(tmp_path, name, reason):
 def test_a_csv_is_read_by_the_delimiter_that_finds_its_columns(tmp_path, delimiter, begins):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
-    lines = [["file_name", "text", "n"], ["a.png", '"one, two; three"', "1"], [], ["b.png", "four", "2"]]
+    lines = [["file_name", " text ", "n"], ["a.png", '"one, two; three"', "1"], [], ["b.png", "four", "2"]]
     lines += [["b.png"], ["", "", ""], list("abcd")]
     (tmp_path / "metadata.csv").write_text(begins + "\n".join(map(delimiter.join, lines)) + "\n", "utf-8")
     dataset = read_folder(tmp_path)
@@ -346,9 +346,9 @@ def test_a_picture_that_became_a_pipe_is_not_waited_for(tmp_path, within, reader
 
 @pytest.fixture
 def deep(tmp_path, monkeypatch):
-    """A folder with 2,500 folders in one another, a picture in the thousandth; no library removes what is so deep."""
+    """A folder with 2,100 folders in one another, a picture in the thousandth; no library removes what is so deep."""
     monkeypatch.chdir(tmp_path)
-    for depth in range(2500):
+    for depth in range(2100):
         os.mkdir("d")
         os.chdir("d")
         if depth == 999:

@@ -11,6 +11,7 @@ from PIL import Image, ImageFile
 from latentfm.config import DataOptions, ModelOptions, SourceOptions
 from latentfm.data import images
 from latentfm.data.sources import read_folder
+from latentfm.errors import InputError
 from latentfm.training import prepare
 from latentfm.training.models import load_models
 from latentfm.training.online import dataset_of
@@ -155,6 +156,15 @@ def test_what_is_made_is_counted_among_what_is_used(filled, pictures):
     (pictures / "3.txt").write_text("another thing")
     before, data = data.keys_there(), filled()
     assert {kind: found[:2] for kind, found in data.contents(before).items()} == {"moments": (3, 0), "prompts": (3, 1), "masks": (0, 0)}
+
+
+def test_a_mask_that_changes_while_it_is_trained_on_is_noticed(filled, pictures):
+    Image.new("L", (32, 32), 255).save(pictures / "1.mask.png")
+    reader = filled(online=True).reader(0, prepare.Dropout(0, 0))
+    assert reader[[(0, 1, 0)], 8].mask.min() == 1
+    Image.new("L", (32, 32), 128).save(pictures / "1.mask.png")
+    with pytest.raises(InputError, match=r"1\.mask\.png changed"):
+        reader[[(0, 1, 0)], 8]
 
 
 # Captions

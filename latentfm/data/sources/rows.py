@@ -67,7 +67,7 @@ def csv_rows(text: io.TextIOWrapper, path: Path, columns: Columns) -> Rows:
     delimiter = next((delimiter for delimiter in DELIMITERS if image in fields(first, delimiter)), ",")
     reader = csv.DictReader(chain([first], lines), strict=True, delimiter=delimiter)
     try:
-        names = list(reader.fieldnames or [])
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
         wanted_captions = tuple(columns.captions) or CAPTION_COLUMNS
         for wanted in ((image,), *([wanted_captions] if columns.caption is None else [])):
             if not set(wanted) & set(names):
@@ -90,7 +90,7 @@ def csv_rows(text: io.TextIOWrapper, path: Path, columns: Columns) -> Rows:
 def fields(line: str, delimiter: str) -> list[str]:
     """The fields of one line of a csv; [] when it is none."""
     try:
-        return next(csv.reader([line], delimiter=delimiter), [])
+        return [field.strip() for field in next(csv.reader([line], delimiter=delimiter), [])]
     except csv.Error:
         return []
 
