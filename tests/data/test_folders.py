@@ -289,7 +289,7 @@ def test_a_folder_is_read_once_under_its_own_name(tmp_path):
     dataset = read_folder(root)
     assert captions_of(dataset) == {"real/a.png": ("x",), "first/b.png": ("x",)}
     assert {problem.path for problem in dataset.problems if problem.used} == {
-        "alias (folder that is read as real)", "second (folder that is read as first)", "loop (folder that is read as .)"
+        "alias (read as real)", "second (read as first)", "loop (read as .)"
     }  # fmt: skip
     assert len(dataset.problems) == 3
 

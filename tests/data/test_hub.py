@@ -204,7 +204,10 @@ def test_a_picture_of_the_hub_is_read_from_its_repository_or_what_was_fetched(tm
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
     asked = []
     monkeypatch.setattr(hub, "read_whole", lambda url: asked.append(url) or b"")
-    places = ["hf://datasets/user/name@main/a.png", "hf://datasets/user/name/a.png", f"{tmp_path}/downloads/extracted/a.png",
+    (tmp_path / "downloads" / "extracted").mkdir(parents=True)
+    (tmp_path / "downloads" / "extracted" / "a.png").write_bytes(png())
+    assert hub.read_of_hub("user/name", f"{tmp_path}/downloads/extracted/a.png") == png()
+    places = ["hf://datasets/user/name@main/a.png", "hf://datasets/user/name/a.png", f"zip://a.png::{tmp_path}/downloads/a.zip",
               "zip://a.png::hf://datasets/user/name@main/a.zip"]  # fmt: skip
     for place in places:
         hub.read_of_hub("user/name", place)

@@ -123,17 +123,15 @@ def read_of_hub(name: str, path: str) -> bytes:
     from huggingface_hub import constants
 
     inner, chained, place = path.rpartition("::")
-    if not place.startswith((f"hf://datasets/{name}/", f"hf://datasets/{name}@")) or "/../" in place:
-        kept = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-        for folder in map(str, kept):
-            try:
-                place = os.path.join(folder, path_within(place, "picture", Path(folder)))
-                break
-            except Unusable:
-                continue
-        else:
-            raise Unusable("row whose picture leads out of the folder")
-    return read_whole(f"{archived(inner)}::{place}" if chained else place)
+    if place.startswith((f"hf://datasets/{name}/", f"hf://datasets/{name}@")) and "/../" not in place:
+        return read_whole(f"{archived(inner)}::{place}" if chained else place)
+    for folder in map(str, (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)):
+        try:
+            path_within(place, "picture", Path(folder))
+        except Unusable:
+            continue
+        return read_inside(folder, path)
+    raise Unusable("row whose picture leads out of the folder")
 
 
 def archived(inner: str) -> str:

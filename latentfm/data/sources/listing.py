@@ -16,18 +16,21 @@ CAPTION_SUFFIXES = (".txt", ".caption")  # the first goes before the second
 
 
 class Found(NamedTuple):
-    """Something below a folder: its path from there, with "/", and what it is; `kind` None is a regular file."""
+    """Something below a folder: its path from there, with "/", and what it is; `kind` None is a regular file.
+
+    A folder is only told of when it is not entered: it cannot be listed, or was already, `under` another name.
+    """
 
     name: str
     path: str
     kind: str | None = None
+    under: str | None = None
 
 
 def walk(root: str | Path) -> Iterator[Found]:
     """Every visible file below `root`, whatever the depth, in an order of the names alone.
 
-    Links to folders are followed after the folders themselves; a folder that is reached again is not entered, and given with the
-    kind "a folder that is read as NAME".
+    Links to folders are followed after the folders themselves; a folder that is reached again is not entered.
     """
     entered: dict[object, str] = {}
     folders, links = [("", os.fspath(root))], []
@@ -37,13 +40,13 @@ def walk(root: str | Path) -> Iterator[Found]:
             status = os.stat(path)
             key = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
             if key in entered:
-                yield Found(name, path, f"a folder that is read as {entered[key] or '.'}")
+                yield Found(name, path, "a folder", entered[key] or ".")
                 continue
             entered[key] = name
             with os.scandir(path) as listed:
                 entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda entry: entry.name)
         except OSError:
-            yield Found(name or ".", path, "a folder that cannot be listed")
+            yield Found(name or ".", path, "a folder")
             continue
         below = []
         for entry in entries:
@@ -75,13 +78,13 @@ def list_files(root: Path) -> tuple[dict[str, Path], list[Problem]]:
     """Every visible file under `root` by id, sorted, and what is not used of the rest. Ids have their accents composed."""
     problems: list[Problem] = []
     plain: dict[str, Path] = {}
-    for name, path, kind in walk(root):
+    for name, path, kind, under in walk(root):
         printable = name if is_text(name) else name.encode("utf-8", "backslashreplace").decode()
         suffix = os.path.splitext(name)[1].lower()
-        if kind is not None and kind.startswith("a folder that is read as"):
-            problems.append(Problem(f"{printable} ({kind.removeprefix('a ')})", "folder that is there under another name too", used=True))
-        elif kind == "a folder that cannot be listed":
-            problems.append(Problem(printable, kind.removeprefix("a ")))
+        if under is not None:
+            problems.append(Problem(f"{printable} (read as {under})", "folder that is there under another name too", used=True))
+        elif kind == "a folder":
+            problems.append(Problem(printable, "folder that cannot be listed"))
         elif kind is not None:
             if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES or name in METADATA_NAMES:
                 problems.append(Problem(printable, f"{kind.removeprefix('a ')}, not a regular file"))
@@ -102,7 +105,7 @@ def list_files(root: Path) -> tuple[dict[str, Path], list[Problem]]:
 
 def check_files(root: Path) -> None:
     """Raises SpecialFile for the first pipe, device or socket below `root`: readers that are not ours open whatever is there."""
-    for _, path, kind in walk(root):
-        if kind in KINDS.values():
+    for _, path, kind, _ in walk(root):
+        if kind in KINDS.values() and kind != "a folder":
             check_regular(path)
 

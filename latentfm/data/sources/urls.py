@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from latentfm.data.sources.base import PICTURE_BYTES, path_within
 from latentfm.data.sources.texts import Unusable, composed
 from latentfm.errors import InputError
-from latentfm.files import open_file, reason
+from latentfm.files import TooLarge, open_file, read_bytes, reason
 from latentfm.words import count, shown
 
 FILES = 100_000  # the most that one name may stand for
@@ -21,6 +21,7 @@ BRACES, MOST_BRACES = r"\{(\d{1,12})\.\.(\d{1,12})\}", 8
 UNFOLDED_BYTES = 256 * 2**20  # beyond it, what is compressed may unfold to UNFOLDED_TIMES its size and no more
 UNFOLDED_TIMES = 100
 BLOCK = 2**20
+TOO_LARGE = f"row whose picture or mask has more than {PICTURE_BYTES:,} bytes"
 
 
 def expand(place: str, suffixes: Sequence[str]) -> list[str]:
@@ -59,6 +60,7 @@ def braces(name: str) -> list[str]:
 
 
 def unfolded_braces(name: str) -> list[str]:
+    """What `braces` gives, however many they are."""
     match = re.search(BRACES, name)
     if match is None:
         return [name]
@@ -101,7 +103,7 @@ def read_whole(url: str) -> bytes:
     with open_url(url) as file:
         data = file.read(PICTURE_BYTES + 1)
     if len(data) > PICTURE_BYTES:
-        raise Unusable(f"picture or mask of more than {PICTURE_BYTES:,} bytes")
+        raise Unusable(TOO_LARGE)
     return data
 
 
@@ -117,7 +119,10 @@ def read_beside(folder: str, name: str) -> bytes:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), inner)
     if not os.path.exists(os.path.join(folder, inner)) and os.path.exists(os.path.join(folder, composed(inner))):
         inner = composed(inner)
-    return read_whole(os.path.join(folder, inner))
+    try:
+        return read_bytes(os.path.join(folder, inner), PICTURE_BYTES)  # a name with "::" in it is no URL here
+    except TooLarge:
+        raise Unusable(TOO_LARGE) from None
 
 
 class Unfolded(io.RawIOBase):
