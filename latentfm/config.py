@@ -38,6 +38,7 @@ class SourceOptions(Section):
     caption_columns: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None, description="a name, or {name: weight}: one caption is drawn each time, by weight"
     )
+    caption: str | None = Field(None, description="one caption for all its pictures, whatever captions it holds")
     mask_column: str | None = Field(None, description="pictures whose white counts in the loss")
     repeats: int = Field(1, ge=1, description="draws of each sample an epoch, each with randomness of its own")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="times repeats: draws of each sample an epoch, in the mean")
@@ -49,6 +50,8 @@ class SourceOptions(Section):
             raise ValueError("give exactly one of path, url and dataset")
         if self.dataset and self.kind not in (None, "datasets"):
             raise ValueError(f"a dataset is of the kind datasets, not {self.kind}; leave kind out, or give its path or url instead")
+        if self.caption is not None and self.caption_columns:
+            raise ValueError("caption stands for every caption; leave it or caption_columns out")
         if self.caption_columns == {}:
             raise ValueError("caption_columns names no column; leave it out or name one")
         return self
@@ -60,9 +63,12 @@ class DataOptions(Section):
     folder: str | None = Field(None, description="images with same-stem .txt captions, or with metadata.jsonl / metadata.csv")
     sources: list[SourceOptions] | None = Field(
         None, min_length=1,
-        description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, mask_column, "
+        description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, caption, mask_column, "
         "repeats, weight, regularisation, subset, split, revision, streaming}",
     )  # fmt: skip
+    caption: str | None = Field(
+        None, description="one caption for every picture, as \"a photo of sks dog\", whatever captions there are; a source's own goes first"
+    )
     size: int | tuple[int, int] | None = Field(None, description="pixels, or [width, height]; the model's own size if not given")
     buckets: int = Field(
         1, ge=1, description="shapes of about size's area that pictures are brought to, each to the one that crops least; 1 is size alone"

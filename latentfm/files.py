@@ -5,6 +5,7 @@ small: `open_file` is the one way in, `read_text` and `read_json` go through it,
 one line that names the file. MemoryError passes through all of them: a passing lack of memory says nothing about a file.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -158,12 +159,15 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         flush(target.parent)
         remove(old)
     except BaseException as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        remove(partial)
+        with suppress(OSError):  # a disk that takes nothing does not take this either
+            if old.exists() and not target.exists():
+                old.rename(target)
+            remove(partial)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the latter for a full disk too
             reason = getattr(error, "strerror", None) or error
+            refused = getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
+            way_out = "choose a place that can be written" if refused else "free some space"
             raise InputError(
-                f"could not write {target}: {reason}. Nothing of it was left, and nothing saved earlier was touched; free some space"
+                f"could not write {shown(target)}: {reason}. Nothing of it was left, and nothing saved earlier was touched; {way_out}"
             ) from error
         raise

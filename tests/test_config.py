@@ -114,7 +114,7 @@ def test_a_value_out_of_range_is_refused_by_name(override):
 
 def test_every_option_with_a_range_is_tried_above():
     tried = {override.split("=")[0] for override in OUT_OF_RANGE}
-    free = {"model.pipeline", "model.preset", "data.cache", "output.folder", "train.attention", "train.blocks"}  # any text
+    free = {"model.pipeline", "model.preset", "data.cache", "data.caption", "output.folder", "train.attention", "train.blocks"}  # any text
     assert tried | free == {f"{section}.{key}" for section, key in OPTIONS}
 
 

@@ -11,6 +11,7 @@ import typer
 
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
+from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
@@ -106,7 +107,7 @@ def check(
         show(findings)
     if target is not None:
         write(target, page(findings, sheet), overwrite)
-        typer.echo(f"the page: {target}", err=True)
+        typer.echo(f"the page: {shown(target)}", err=True)
     if strict and (findings["dropped"] or findings["truncated"]):
         raise typer.Exit(1)
 
@@ -118,7 +119,7 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
     overrides = [word for word in words if re.match(r"[a-z_]+\.\w+=", word)]
     paths = [word for word in words if word not in overrides]
     if len(paths) > 1:
-        raise InputError(f"one path at a time, not {', '.join(paths)}; list several as data.sources in a configuration")
+        raise InputError(f"one path at a time, not {listed(paths)}; list several as data.sources in a configuration")
     if paths:
         from latentfm.data.sources.several import kind_of
 
@@ -165,19 +166,29 @@ def held_out_of(run: "RunConfig") -> "Callable[[Sequence[Sample]], Sequence[int]
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises InputError when the page cannot be written, or exists and may not be replaced."""
+    from latentfm.files import open_file, reading
+
     if target.is_dir():
-        raise InputError(f"--out {target} is a folder; give a file, as in {target / 'data-check.html'}")
-    if target.exists() and not overwrite and b"latentfm data check" not in target.read_bytes()[:2000]:
-        raise InputError(f"{target} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out")
+        raise InputError(f"--out {shown(target)} is a folder; give a file, as in {shown(target / 'data-check.html')}")
+    if target.exists() and not overwrite:
+        with reading(target, "give another --out"), open_file(target) as file:
+            ours = b"latentfm data check" in file.read(2000)
+        if not ours:
+            raise InputError(
+                f"{shown(target)} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out"
+            )
 
 
 def write(target: Path, text: str, overwrite: bool) -> None:
-    """Writes the page whole or not at all."""
+    """Writes the page whole or not at all. Raises InputError when the disk refuses it."""
     from latentfm.files import whole_or_nothing
 
     check_target(target, overwrite)
-    with whole_or_nothing(target) as partial:
-        partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    try:
+        with whole_or_nothing(target) as partial:
+            partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    except InputError as error:
+        raise InputError(f"{error}, or give another place as --out") from error
 
 
 def show(findings: dict[str, Any]) -> None:
@@ -192,32 +203,29 @@ def show(findings: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
-    console.print(Text(headline(findings)))
+    console.print(Text(shown(headline(findings))))
     for table in tables(findings):
-        console.print(Text(f"\n{table.title}", style="bold"))
+        console.print(Text(f"\n{shown(table.title)}", style="bold"))
         if table.rows:
             made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
             for column, head in enumerate(table.heads):
-                made.add_column(head, justify="right" if table.right(column) else "left", overflow="fold")
-            shown = table.rows[:ROWS_SHOWN] if table.folded else table.rows
-            for row in shown:
+                made.add_column(Text(head), justify="right" if table.right(column) else "left", overflow="fold")
+            first = table.rows[:ROWS_SHOWN] if table.folded else table.rows
+            for row in first:
                 made.add_row(*(Text(plain(value)) for value in row))
             console.print(made)
-            if len(shown) < len(table.rows):
-                console.print(Text(f"and {len(table.rows) - len(shown):,} more on the page"))
+            if len(first) < len(table.rows):
+                console.print(Text(f"and {len(table.rows) - len(first):,} more on the page"))
         if table.note:
-            console.print(Text(table.note))
+            console.print(Text(shown(table.note)))
 
 
 def plain(value: Any) -> str:
-    """A cell as text: a bar of blocks, a few of many names, a long text cut short."""
+    """A cell as text that a terminal shows and does not obey: a bar of blocks, a few of many names, a long text cut short."""
     from latentfm.data.check.tables import Bar, Names
 
     if isinstance(value, Bar):
         return "█" * math.ceil(24 * value)
     if isinstance(value, Names):
-        rest = f" and {len(value) - NAMES_SHOWN:,} more" if len(value) > NAMES_SHOWN else ""
-        return ", ".join(value[:NAMES_SHOWN]) + rest
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value if len(value) <= LONGEST else value[: LONGEST - 4] + " ..."
+        return listed(value, NAMES_SHOWN)
+    return f"{value:,}" if isinstance(value, int) else shown(value, LONGEST)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentfm.cli.plan import count_of, duration
 from latentfm.models.gpus import GIB
-from latentfm.words import count
+from latentfm.words import count, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,7 @@ def show(found: dict[str, Any]) -> None:
     """Prints a dry run as tables on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=True, soft_wrap=True)
+    console = Console(highlight=False, markup=True, emoji=False, soft_wrap=True)
     show_options(found["options"], console)
     show_data(found, console)
     show_model(found, console)
@@ -29,7 +29,7 @@ def show(found: dict[str, Any]) -> None:
     ]
     table(console, "Disk", ("", "needs at most", "in that place now", "free", "where"), rows)
     for what, place in found["places"].items():
-        console.print(f"{what}: {place}", markup=False)
+        console.print(f"{what}: {shown(place)}", markup=False)
 
 
 def show_options(options: dict[str, dict[str, Any]], console: "Console") -> None:
@@ -38,29 +38,31 @@ def show_options(options: dict[str, dict[str, Any]], console: "Console") -> None
     for name, option in options.items():
         if "default" in option:
             default = "" if option["default"] is None else f"   (default {option['default']})"
-            console.print(f"* {name} = {option['value']}{default}", markup=False)
+            console.print(shown(f"* {name} = {option['value']}{default}"), markup=False)
     sections: dict[str, list[str]] = {}
     for name, option in options.items():
         if "default" not in option:
             section, key = name.split(".")
             sections.setdefault(section, []).append(f"{key}={option['value']}")
     for section, entries in sections.items():
-        console.print(f"  {section}: {', '.join(entries)}", markup=False, style="dim")
+        console.print(shown(f"  {section}: {', '.join(entries)}"), markup=False, style="dim")
 
 
 def show_data(found: dict[str, Any], console: "Console") -> None:
     """Prints the pictures, what is not used of them, the buckets and the epochs."""
     data, steps = found["data"], found["steps"]
     more = "".join(f", {data[what]:,} {what}" for what in ("held out", "masks") if data[what])
-    console.print(f"\n[bold]Data[/bold] {data['where']}: {data['pictures']:,} pictures, {data['captions']:,} captions{more}")
+    numbers = f"{count(data['pictures'], 'picture')}, {count(data['captions'], 'caption')}{more}"
+    console.print(f"\n[bold]Data[/bold] {plain(data['where'])}: {numbers}")
     for source in data["sources"]:
         if source["name"]:
             kind = ", a regularisation set" if source["regularisation"] else ""
-            console.print(f"  {source['name']}: {source['pictures']:,} pictures, {source['rate']:g} x an epoch{kind}", markup=False)
+            each = f"{count(source['pictures'], 'picture')}, {source['rate']:g} x an epoch{kind}"
+            console.print(f"  {shown(source['name'])}: {each}", markup=False)
     for problem in data["not used"]:
         rest = f" and {problem['count'] - NAMES_SHOWN:,} more" if problem["count"] > NAMES_SHOWN else ""
-        names = "; ".join(problem["first"][:NAMES_SHOWN]) + rest
-        console.print(f"  not used, {problem['reason']}: {problem['count']:,} ({names})", markup=False)
+        names = "; ".join(shown(name, 300) for name in problem["first"][:NAMES_SHOWN]) + rest
+        console.print(f"  not used, {shown(problem['reason'])}: {problem['count']:,} ({names})", markup=False)
     rows = [
         (f"{row['width']} x {row['height']}", f"{row['pictures']:,}", f"{row['share']:.1%}", f"{row['mean crop']:.1%}",
          f"{row['worst crop']:.1%}", f"{row['steps an epoch']:.4g}", f"{tokens:,}")
@@ -77,7 +79,7 @@ def show_data(found: dict[str, Any], console: "Console") -> None:
 def show_model(found: dict[str, Any], console: "Console") -> None:
     """Prints what trains, on how many tokens, and how a batch is split."""
     run, tokens, counts, batch = found["run"], found["tokens"], found["parameters"], found["batch"]
-    console.print(f"\n[bold]Model[/bold] {run['pipeline']}, {run['network']}; trains {run['trains']}")
+    console.print(f"\n[bold]Model[/bold] {plain(run['pipeline'])}, {plain(run['network'])}; trains {run['trains']}")
     own = {"the network": counts["frozen"]} if counts["frozen"] else {}
     frozen = ", ".join(f"{name} {count_of(count)}" for name, count in (own | counts["frozen models"]).items())
     console.print(f"{count_of(counts['trained'])} parameters train; frozen: {frozen}")
@@ -136,8 +138,15 @@ def table(console: "Console", title: str, columns: tuple[str, ...], rows: Iterab
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index and column != "where" else "left", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(plain, row))
     console.print(made)
+
+
+def plain(text: str) -> str:
+    """`text` as rich prints it unchanged, neither obeyed by the terminal nor taken for markup."""
+    from rich.markup import escape
+
+    return escape(shown(text))
 
 
 def size(amount: int) -> str:

@@ -101,6 +101,8 @@ def assemble(parts: PromptParts, joint_dim: int, pooled_dim: int) -> Condition:
 class PromptEncoder:
     """The tokenizers and text encoders of a pipeline, in SD3's order (CLIP, CLIP, T5); None where absent."""
 
+    tells_cuts = True  # whether a prompt that is cut is logged; who encodes many says so of all at once
+
     def __init__(self, tokenizers: Sequence, encoders: Sequence, joint_dim: int, pooled_dim: int):
         self.tokenizers, self.encoders = tuple(tokenizers), tuple(encoders)
         self.joint_dim, self.pooled_dim = joint_dim, pooled_dim
@@ -138,7 +140,7 @@ class PromptEncoder:
         """Token ids [B, length] of encoder `index`, padded; a text too long is cut, and the cut part is logged."""
         tokenizer = self.tokenizers[index]
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        for text, lost in self.lost_text(index, texts, length):
+        for text, lost in self.lost_text(index, texts, length) if self.tells_cuts else ():
             logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), shortened(text), shortened(lost))
         return ids
 

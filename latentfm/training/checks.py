@@ -144,7 +144,7 @@ def examined(config: RunConfig, resume: bool, launch: Launch, found: Found) -> S
         check_output(config, resume)
     with found.noting():
         if not config.data.online:
-            check_place(Path(config.data.cache).expanduser(), "data.cache")
+            check_place(Path(config.data.cache).expanduser(), "data.cache", may_be_complete=True)
     with found.noting():
         check_batch(config, launch.processes)
     with found.noting():
@@ -241,12 +241,12 @@ def check_output(config: RunConfig, resume: bool) -> None:
         raise InputError(f"{out} already holds a run; go on with --resume, or choose another output.folder")
 
 
-def check_place(folder: Path, option: str) -> None:
-    """A folder exists or can be made, and can be written."""
+def check_place(folder: Path, option: str, may_be_complete: bool = False) -> None:
+    """A folder exists or can be made, and can be written; one that is there and `may_be_complete` need not be."""
     existing = existing_parent(folder)
     if not existing.is_dir():
         raise InputError(f"{option} {folder}: {existing} is a file, not a folder; choose another")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK) and not (may_be_complete and existing == folder.absolute()):
         raise InputError(f"{option} {folder}: no permission to write in {existing}; choose another")
 
 

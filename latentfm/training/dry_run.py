@@ -156,6 +156,8 @@ def data_of(dataset: Dataset, pictures: Pictures, setup: Setup) -> dict[str, Any
     sources = Counter(sample.share for sample in dataset.samples)
     reasons: dict[str, list[str]] = {}
     for problem in dataset.problems:
+        if problem.used:
+            continue
         reasons.setdefault(problem.reason, []).append(problem.path)
     reasons |= {"picture that cannot be read": pictures.unreadable} if pictures.unreadable else {}
     reasons |= {f"more than data.max_crop {setup.config.data.max_crop:g} cropped away": pictures.cropped} if pictures.cropped else {}

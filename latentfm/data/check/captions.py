@@ -10,7 +10,9 @@ import numpy as np
 
 from latentfm.data.sources.base import Sample
 from latentfm.errors import InputError
+from latentfm.files import reason
 from latentfm.models.text import PromptEncoder, encoder_name
+from latentfm.words import shown
 
 AT_ONCE = 1024
 SHOWN = 20  # of the worst truncations and the most shared captions
@@ -28,10 +30,12 @@ def load_tokenizers(folder: Path) -> PromptEncoder:
             continue
         try:
             found.append(kind.from_pretrained(place, local_files_only=True))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{place} cannot be read: {' '.join(str(error).split())}; copy the folder again") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # the tokenizers' own library raises nothing more particular
+            raise InputError(f"{shown(place)} cannot be read: {reason(error)}; copy the folder again") from error
     if not any(found):
-        raise InputError(f"{folder} has no text_encoder; it is not an SD3-style pipeline, or its copy is not complete")
+        raise InputError(f"{shown(folder)} has no text_encoder; it is not an SD3-style pipeline, or its copy is not complete")
     return PromptEncoder(found, (None, None, None), 0, 0)
 
 
