@@ -15,13 +15,15 @@ PACKAGE = Path(latentfm.__file__).parent
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "open_clip", "peft", "PIL", "pydantic", "yaml", "typer", "rich"}
 
 # What each room may import besides itself; "*" is everything. `latentfm` itself is the version and the lazy public names.
-LEAVES = {"errors", "files", "words", "bundled", "pictures"}
+LEAVES = {"errors", "files", "words", "bounds", "arguments", "bundled", "pictures"}
 MAY_IMPORT = {
     "errors": set(),
     "words": set(),
     "files": {"errors", "words"},
+    "bounds": set(),
+    "arguments": {"errors", "words"},
     "bundled": {"errors"},
-    "pictures": {"errors"},
+    "pictures": {"errors", "files", "words"},
     "__init__": set(),
     "config": LEAVES,
     "flow": set(),

@@ -56,7 +56,8 @@ class PipelineFiles(SD3LoraLoaderMixin):
             )  # fmt: skip
         pipe = super().from_pretrained(str(folder), **kwargs, **{DTYPE: dtype})
         pipe.info = read_info(folder)
-        pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
+        replaced = [i for i, suffix in enumerate(("", "_2", "_3")) if {f"text_encoder{suffix}", f"tokenizer{suffix}"} & kwargs.keys()]
+        pipe.null = NullCondition.load(folder, pipe.prompt_encoder, replaced)
         return pipe
 
     @classmethod

@@ -30,6 +30,7 @@ from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.models.attention import check_backend
+from latentfm.models.folder import t5_length
 from latentfm.training import zero
 from latentfm.training.adapters import seed_dropout
 from latentfm.training.checks import check
@@ -132,8 +133,7 @@ class Trainer:
         bucket_of[self.held_out] = -1  # never drawn
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
         self.reader = self.data.reader(seed, self.dropout, self.routing)
-        for length in self.lengths:
-            self.models.null.parts(length)
+        self.models.null = self.models.null.kept({*self.lengths, t5_length(self.models.info)})
         size, samples = picture_size(config.data, self.models), self.out / "samples"
         self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
         self.validation = Validation(
