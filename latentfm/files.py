@@ -67,6 +67,11 @@ def reason(error: BaseException, most: int = 300) -> str:
     return shown(" ".join(str(error).split()), most) or type(error).__name__
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as a person writes it: a leading ~ or ~name stands for a home, where there is such a user; else it is part of the name."""
+    return Path(os.path.expanduser(path))
+
+
 def check_regular(path: str | Path) -> os.stat_result:
     """The status of a regular file, links followed. Raises SpecialFile for anything else, OSError where there is nothing."""
     found = os.stat(path)

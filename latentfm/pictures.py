@@ -15,7 +15,7 @@ from latentfm.errors import InputError
 CHUNK = "latentfm"  # the PNG text chunk with the settings as JSON
 SMALLEST, LARGEST = 192, 512  # pixels of a contact sheet cell's longer side: below it is enlarged, above it is reduced
 PAPER, INK = (255, 255, 255), (60, 60, 60)
-LABEL_LINES = 2
+LABEL_LINES, LABEL_LETTERS = 2, 500  # of a label; more letters than two lines could hold
 
 
 def save_png(image: Image.Image, folder: Path, stem: str, settings: dict) -> Path:
@@ -186,7 +186,7 @@ def unaccented(text: str) -> str:
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """At most LABEL_LINES lines of `text`, each within `width` pixels; what is left out is marked by "..."."""
     lines = [""]
-    for word in text.split():
+    for word in text[:LABEL_LETTERS].split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

@@ -11,6 +11,7 @@ import typer
 
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
+from latentfm.files import expanded
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
@@ -77,7 +78,7 @@ def check(
     target = out if out is not None else None if as_json else Path("data-check.html")
     if target is not None:
         check_target(target, overwrite)
-    folder = model_folder(Path(run.model.pipeline).expanduser() if run.model.pipeline else None)
+    folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
     plan = plan_of(run, folder)
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries
@@ -123,13 +124,13 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
         from latentfm.data.sources.several import kind_of
 
         if kind_of(paths[0]) == "folder":
-            overrides += ["data.sources=null", f"data.folder={json.dumps(paths[0])}"]
+            overrides += ["data.sources=null", f"data.folder={paths[0]}"]
         else:
             place = "url" if "://" in paths[0] else "path"
-            overrides += ["data.folder=null", f"data.sources={json.dumps([{place: paths[0]}])}"]
+            overrides += ["data.folder=", f"data.sources={json.dumps([{place: paths[0]}])}"]
     elif config is None and not any(word.startswith("data.") for word in overrides):
         raise InputError("nothing to check: give a path, or a configuration with --config")
-    overrides += [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
 
 

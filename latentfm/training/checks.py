@@ -14,6 +14,7 @@ from latentfm.config import RunConfig
 from latentfm.data.buckets import Buckets, base_shape
 from latentfm.data.loader import Routing
 from latentfm.errors import InputError, nearest
+from latentfm.files import expanded
 from latentfm.interchange.weights import PARTS, empty, open_pipeline, read_json
 from latentfm.models.attention import attention_backend
 from latentfm.models.cost import LORA_TARGETS, Network
@@ -144,7 +145,7 @@ def examined(config: RunConfig, resume: bool, launch: Launch, found: Found) -> S
         check_output(config, resume)
     with found.noting():
         if not config.data.online:
-            check_place(Path(config.data.cache).expanduser(), "data.cache")
+            check_place(expanded(config.data.cache), "data.cache")
     with found.noting():
         check_batch(config, launch.processes)
     with found.noting():
@@ -157,7 +158,7 @@ def examined(config: RunConfig, resume: bool, launch: Launch, found: Found) -> S
         attention_backend(config.train.attention)
     with found.noting():
         density(config.train)
-    folder = Path(config.model.pipeline).expanduser() if config.model.pipeline else bundled_model()
+    folder = expanded(config.model.pipeline) if config.model.pipeline else bundled_model()
     with found.noting():
         check_parts(folder, config.model.preset is None)
         return set_up(config, launch, folder, found)
@@ -231,7 +232,7 @@ def make_buckets(config: RunConfig, model: Model) -> Buckets:
 
 def check_output(config: RunConfig, resume: bool) -> None:
     """The output folder can be written, and holds a run if and only if one is to be resumed."""
-    out = Path(config.output.folder).expanduser()
+    out = expanded(config.output.folder)
     if out.exists() and not out.is_dir():
         raise InputError(f"output.folder {out} is a file; choose another")
     check_place(out, "output.folder")
@@ -298,7 +299,7 @@ def given_places(config: RunConfig) -> list[tuple[str, str]]:
 
 def check_data(option: str, place: str) -> None:
     """A local source is there; a pattern of several files is left to its reader."""
-    path = Path(place).expanduser()
+    path = expanded(place)
     if option == "data.folder" and path.is_file():
         raise InputError(f"{option}: {path} is a file, not a folder: give the folder that holds the pictures")
     if not path.exists() and not re.search(r"[*?{\[]", place):

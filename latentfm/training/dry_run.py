@@ -20,6 +20,7 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.interchange.weights import read_json
 from latentfm.models.cost import block_products, forward_flops, parameters, trained, training_flops
 from latentfm.models.folder import read_info, t5_length
@@ -325,7 +326,7 @@ def time_of(setup: Setup, pictures: Pictures, device: Device) -> dict[str, Any]:
 def disk_needs(setup: Setup, pictures: Pictures, device: Device) -> list[dict[str, Any]]:
     """What is written where, its size, what of that size may be there already, and the room on its disk."""
     config = setup.config
-    out, cache = Path(config.output.folder).expanduser(), Path(config.data.cache).expanduser()
+    out, cache = expanded(config.output.folder), expanded(config.data.cache)
     train, whole, numbers = config.train, sum(parameters(setup.model.network).values()), sum(setup.trained)
     run = training_of(setup, device, len(pictures.samples))
     state = 8 / (2 if run.narrow_moments else 1) if run.state is None else run.state
@@ -402,8 +403,8 @@ def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def places(config: RunConfig, setup: Setup) -> dict[str, str]:
     """Where everything is written."""
-    out = Path(config.output.folder).expanduser().absolute()
-    cache = {} if config.data.online else {"cache": str(Path(config.data.cache).expanduser().absolute())}
+    out = expanded(config.output.folder).absolute()
+    cache = {} if config.data.online else {"cache": str(expanded(config.data.cache).absolute())}
     return {
         **cache, "metrics": str(out / "metrics.jsonl"), "run page": str(out / "run.html"), "pictures": str(out / "samples"),
         "checkpoints": str(out / "checkpoints"), "model": str(out / "model"),

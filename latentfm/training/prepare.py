@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Ro
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.models import vae as vae_room
 from latentfm.training.models import Models
 from latentfm.training.parallel import alone
@@ -52,7 +52,7 @@ class CachedDataset(Pictures):
         self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = alone
     ):
         self.models, self.lengths = models, tuple(lengths)
-        self.cache = Cache(Path(options.cache).expanduser())
+        self.cache = Cache(expanded(options.cache))
         self.vae_print = fingerprint(models.vae)
         self.text_print = key_of(
             str(models.encoder.joint_dim),  # the width of the zeros that stand for an absent T5

@@ -29,6 +29,7 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.models.attention import check_backend
 from latentfm.models.folder import t5_length
 from latentfm.training import zero
@@ -60,7 +61,7 @@ class Trainer:
         config = settled(config, has_bfloat16(device))
         setup = check(config, resume)
         self.lengths, self.way = setup.lengths, WAYS[setup.launch.way]
-        self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
+        self.config, self.out, self.resuming = config, expanded(config.output.folder), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
         # bfloat16 weights, and the copies that DeepSpeed makes, need no autocast: everything the network does is in their precision
@@ -383,7 +384,7 @@ class Trainer:
 
 def train(config: RunConfig, resume: bool = False) -> Path:
     """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
-    model = Path(config.output.folder).expanduser() / "model"
+    model = expanded(config.output.folder) / "model"
     if resume and (model / "model_index.json").is_file():
         print(f"{model.parent} is finished already")
         return model

@@ -8,6 +8,7 @@ from latentfm.data.sources.base import Columns, Dataset, Forward, Problem, Sampl
 from latentfm.data.sources.tables import WAY_OUT, samples_of
 from latentfm.data.sources.urls import open_url
 from latentfm.errors import InputError, nearest
+from latentfm.files import expanded
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 
@@ -45,7 +46,7 @@ def opened(name: str, subset: str | None, split: str, revision: str | None, stre
     """Returns one split as a datasets.Dataset or IterableDataset."""
     import datasets
 
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     try:
         if is_saved(folder):
             data = datasets.load_from_disk(str(folder))
