@@ -156,7 +156,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         yield partial
         for path in (*sorted(partial.rglob("*")), partial):  # rglob of a file finds nothing
             flush(path)
-        if target.is_dir():
+        if target.is_dir() and partial.is_dir():  # a file never takes the place of a folder
             remove(old)
             target.rename(old)  # a folder cannot be renamed over another
         partial.replace(target)

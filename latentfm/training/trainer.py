@@ -121,7 +121,7 @@ class Trainer:
         with ExitStack() as stack:
             with together(self.accelerator):
                 if self.accelerator.is_main_process:
-                    stack.enter_context(claimed(self.out))
+                    self.records.claim = stack.enter_context(claimed(self.out))
             yield
 
     def set_up(self) -> None:
