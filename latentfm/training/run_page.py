@@ -214,7 +214,7 @@ def load_json(path: Path) -> dict:
     """The object in a JSON file; an empty one where there is none."""
     try:
         return clean(read_json(path))
-    except InputError:
+    except (InputError, RecursionError):
         return {}
 
 
