@@ -25,7 +25,7 @@ from latentfm.training.optimizers import optimizer_state, restore_optimizer_stat
 from latentfm.training.parallel import Gathering, Late
 from latentfm.training.parts import Parts
 from latentfm.training.rows import number
-from latentfm.words import shown
+from latentfm.words import listed, shown
 
 NAME = re.compile(r"step-(\d{8})")
 CHECKSUM = "checksum"  # in state.json: of all else that it says
@@ -188,6 +188,9 @@ def unpack(tensors: Tensors, parts: Parts, ema: EMA, optimizer: torch.optim.Opti
     differing = wanted ^ {name for name in tensors if not name.startswith("optimizer.")}
     if differing:
         raise InputError(f"the checkpoint does not hold this run's trained parameters; differing: {', '.join(sorted(differing)[:5])}")
+    shapes = [name for name in parts.parameters if any(tensors[f"{share}.{name}"].shape != parts.shape(name) for share in ("model", "ema"))]
+    if shapes:
+        raise InputError(f"the checkpoint's parameters are of other shapes than this run's: {listed(sorted(shapes))}")
     for name, parameter in parts.parameters.items():
         parameter.copy_(parts.part(name, tensors[f"model.{name}"].load()))
         ema.shadow[name].copy_(parts.part(name, tensors[f"ema.{name}"].load()))

@@ -28,6 +28,7 @@ from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
 from latentfm.training.optimizers import NOT_SPLIT, check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
 from latentfm.training.zero import asked_of_zero, check_zero
+from latentfm.words import count, shown
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,18 @@ def make_buckets(config: RunConfig, model: Model) -> Buckets:
     return Buckets.make(width, height, multiple, options.buckets, options.max_aspect, largest)
 
 
+def cautions(config: RunConfig) -> list[str]:
+    """What is allowed and is hardly meant, a line each."""
+    train, found = config.train, []
+    if train.warmup_steps >= train.steps:
+        share = train.steps / train.warmup_steps
+        found.append(
+            f"the warm-up, train.warmup_steps {train.warmup_steps:,}, is as long as the run of {count(train.steps, 'step')} or longer: the "
+            f"rate climbs to {share:.0%} of train.learning_rate and the run ends; train.warmup_steps={train.steps // 10} is a tenth"
+        )
+    return found
+
+
 # the checks, each raising InputError
 
 
@@ -238,7 +251,10 @@ def check_output(config: RunConfig, resume: bool) -> None:
     check_place(out, "output.folder")
     saved = checkpoint.checkpoints(out / "checkpoints")
     if resume and not saved:
-        raise InputError(f"nothing to resume: {out} holds no checkpoint; leave --resume out to start from the first step")
+        way_out = "leave --resume out to start from the first step"
+        if (out / "model").exists():
+            way_out = f"to train its result on, start a new run with model.pipeline={shown(out / 'model')} and another output.folder"
+        raise InputError(f"nothing to resume: {shown(out)} holds no checkpoint; {way_out}")
     if (saved or (out / "model").exists()) and not resume:
         raise InputError(f"{out} already holds a run; go on with --resume, or choose another output.folder")
 

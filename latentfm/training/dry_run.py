@@ -26,9 +26,10 @@ from latentfm.models.cost import block_products, forward_flops, parameters, trai
 from latentfm.models.folder import read_info, t5_length
 from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
 from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
-from latentfm.training.checks import Found, Launch, Setup, examined, existing_parent
+from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
 from latentfm.training.precision import has_bfloat16, settled
 from latentfm.training.prepare import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
+from latentfm.training.resuming import check_goes_on
 from latentfm.training.samples import DEFAULT_PROMPTS
 from latentfm.training.sources import open_dataset
 from latentfm.training.validation import split_held_out
@@ -78,8 +79,11 @@ def dry_run(
     launch = launch or Launch.here()
     device, found = device or Device.here(launch), Found()
     bfloat16 = has_bfloat16(torch.device("cpu" if device.cpu else "cuda")) if device.gpu is None else True  # all that are known have it
-    config = settled(config, bfloat16)
+    given, config = config, settled(config, bfloat16)
     setup, dataset = examined(config, resume, launch, found), None
+    if resume:
+        with found.noting():
+            check_goes_on(config)
     with found.noting():
         dataset = open_dataset(config.data)
     if setup is None or dataset is None:
@@ -94,7 +98,8 @@ def dry_run(
         check_disk(disk)
     found.raised()
     return {
-        "run": what_trains(setup), "options": options_of(config), "data": data_of(dataset, pictures, setup),
+        "run": what_trains(setup), "options": options_of(given, config), "notes": cautions(config),
+        "data": data_of(dataset, pictures, setup),
         "buckets": table(setup, pictures), "steps": steps_of(setup, pictures), "tokens": tokens_of(setup),
         "parameters": parameters_of(setup),
         "P(no condition)": Dropout(config.train.dropout, config.train.dropout_each).p_unconditional(setup.encoders),
@@ -388,16 +393,18 @@ def check_disk(needs: list[dict[str, Any]]) -> None:
 # In words
 
 
-def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Every option by name: its value, and its default where that is another one."""
+def options_of(given: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Every option by name: its value, its default where that is another one, and what was given where the value was chosen here."""
     found: dict[str, dict[str, Any]] = {}
     for section, field in RunConfig.model_fields.items():
-        values = getattr(config, section)
+        values, asked = getattr(config, section), getattr(given, section)
         dumped = values.model_dump(mode="json")
         for key, option in field.annotation.model_fields.items():
             default = None if option.is_required() else option.get_default(call_default_factory=True)
             same = not option.is_required() and getattr(values, key) == default
+            chosen = getattr(asked, key) != getattr(values, key)
             found[f"{section}.{key}"] = {"value": dumped[key]} | ({} if same else {"default": default})
+            found[f"{section}.{key}"] |= {"given": getattr(asked, key)} if chosen else {}
     return found
 
 

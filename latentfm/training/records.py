@@ -9,20 +9,15 @@ from typing import Any
 
 import torch
 
-from latentfm.config import RunConfig
 from latentfm.errors import InputError
 from latentfm.files import flush, read_json, whole_or_nothing
 from latentfm.training.claim import Claim, Taken, claimed
+from latentfm.training.resuming import differences
 from latentfm.training.rows import add_whole, keep_rows, number, read_or_set_aside, rows_of, set_aside
 from latentfm.training.run_page import RunPage
 from latentfm.words import shown
 
 __all__ = ["Records", "claimed", "differences", "peak_memory", "rows_of"]
-# options that may change when a run is resumed: they do not touch the course of the training
-FREE_ON_RESUME = {
-    "output", "sample", "validation.every", "validation.times", "data.workers", "data.cache", "data.verify", "train.compile",
-    "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device",
-}  # fmt: skip
 SECONDS_BETWEEN_PAGES = 60.0
 
 
@@ -111,7 +106,10 @@ class Records:
     def flush(self) -> None:
         """Forces the rows to disk: a checkpoint that outlives a power cut should not lack the rows before it."""
         if self.main and (self.folder / "metrics.jsonl").is_file():
-            flush(self.folder / "metrics.jsonl")
+            try:
+                flush(self.folder / "metrics.jsonl")
+            except OSError as error:
+                say(f"warning: the rows of {shown(self.folder)} may not be on the disk yet: {error.strerror}. The training goes on")
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.began
@@ -135,15 +133,3 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of the options that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
-    found = []
-    for section, options in now.items():
-        defaults = RunConfig.model_fields[section].annotation.model_fields
-        for key, value in options.items():
-            was = before.get(section, {}).get(key, defaults[key].get_default(call_default_factory=True))
-            if section not in FREE_ON_RESUME and f"{section}.{key}" not in FREE_ON_RESUME and was != value:
-                found.append(f"{section}.{key} was {was!r}, is {value!r}")
-    return found

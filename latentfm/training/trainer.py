@@ -34,19 +34,22 @@ from latentfm.models.attention import check_backend
 from latentfm.models.folder import t5_length
 from latentfm.training import zero
 from latentfm.training.adapters import seed_dropout
-from latentfm.training.checks import check
+from latentfm.training.checks import cautions, check
+from latentfm.training.launcher import Peers, fewer_than_asked
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
 from latentfm.training.parallel import from_main, shared, together
 from latentfm.training.precision import compute_dtype, has_bfloat16, settled
 from latentfm.training.progress import Progress
-from latentfm.training.records import Records, claimed, differences
+from latentfm.training.records import Records, claimed
+from latentfm.training.resuming import check_options, finished
 from latentfm.training.samples import SamplePictures
 from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
 from latentfm.training.weights import Weights
+from latentfm.words import count, shown
 
 INTERVALS = 8  # of t, for the loss by t in the log
 STEPS_OF_PACE = 50  # that pictures a second are counted over
@@ -57,7 +60,7 @@ class Trainer:
     """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
 
     def __init__(self, config: RunConfig, resume: bool = False):
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = computing_device()
         config = settled(config, has_bfloat16(device))
         setup = check(config, resume)
         self.lengths, self.way = setup.lengths, WAYS[setup.launch.way]
@@ -72,6 +75,8 @@ class Trainer:
                 kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
                 cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
             )  # fmt: skip
+        for note in filter(None, [*cautions(config), fewer_than_asked(self.accelerator.num_processes)]):
+            self.accelerator.print(f"warning: {note}")
         dataset = open_dataset(config.data)
         self.accelerator.print(summary(dataset))
         self.models = load_models(config.model)
@@ -98,7 +103,7 @@ class Trainer:
 
     def run(self) -> Path:
         """Trains to the last step and returns the folder of the finished pipeline. Raises Stopped when asked to stop by a signal."""
-        with self.progress, self.claimed():
+        with Peers(self.accelerator).watched(), self.progress, self.claimed():
             self.set_up()
             try:
                 with self.stop.listening():
@@ -145,7 +150,8 @@ class Trainer:
         self.weights = Weights(self.models, config, accelerator, self.micro_batch, sorted(self.lengths))
         frozen = self.weights.trained.base
         base = {"frozen weights": frozen} if frozen else {}
-        self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity() | base}
+        inputs = self.data.identity() | base | {"T5 lengths": ", ".join(map(str, sorted(self.lengths)))}
+        self.identity = {"config": config.model_dump(mode="json"), "inputs": inputs}
         if self.resuming:
             self.restore()
         self.has_prior = any(sample.share.regularisation for sample in self.data.samples)
@@ -184,10 +190,10 @@ class Trainer:
         trained, whole = facts["trained"] / 1e6, facts["parameters"] / 1e6
         self.accelerator.print(
             f"{self.weights.trained.summary}: {trained:.1f}M of {whole:.1f}M parameters in {train.weights}, "
-            f"{facts['pictures']} pictures in {len(self.data.buckets.shapes)} bucket(s){out}, "
-            f"{train.steps} steps of {train.batch_size} = {facts['epochs']:.1f} epochs, "
+            f"{count(facts['pictures'], 'picture')} in {len(self.data.buckets.shapes)} bucket(s){out}, "
+            f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
             f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
-            f"its curves and pictures: {self.out / 'run.html'}"
+            f"its curves and pictures: {shown(self.out / 'run.html')}"
         )
         if compute_dtype(train) == torch.bfloat16 and not has_bfloat16(self.accelerator.device):
             self.accelerator.print(
@@ -244,7 +250,7 @@ class Trainer:
                 drawn = self.samples.draw(self.models.network, self.step, self.accelerator)
         except InputError as error:
             drawn, problem = None, str(error)
-            self.accelerator.print(f"warning: no pictures at step {self.step}: {problem}. The training goes on")
+            self.accelerator.print(f"warning: no pictures at step {self.step}: {shown(problem)}. The training goes on")
         if drawn is None:
             self.records.event(self.step, f"no pictures: {problem}")
 
@@ -322,7 +328,8 @@ class Trainer:
         except Exception as error:  # TensorBoard's writer is broken for good after a write that the disk refused
             self.accelerator.trackers = []
             self.records.event(self.step, f"no more for {', '.join(self.config.output.trackers)}: {error}")
-            self.accelerator.print(f"warning: {', '.join(self.config.output.trackers)}: {error}. It gets no more until --resume")
+            names = ", ".join(self.config.output.trackers)
+            self.accelerator.print(f"warning: {names}: {shown(error, 300)}. It gets no more until --resume")
 
     def validate(self) -> None:
         """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
@@ -362,7 +369,7 @@ class Trainer:
             self.records.event(self.step, f"not saved: {error}")
             if must:
                 raise
-            self.accelerator.print(f"warning: {error}. The training goes on, the next attempt is at the next checkpoint")
+            self.accelerator.print(f"warning: {shown(error)}. The training goes on, the next attempt is at the next checkpoint")
 
     def restore(self) -> None:
         """Goes on from the newest whole checkpoint; raises InputError if it is another run's."""
@@ -372,20 +379,25 @@ class Trainer:
 
     def refuse_other_run(self, path: Path, info: dict[str, Any]) -> None:
         """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models."""
-        changed = differences(info["config"], self.identity["config"])
-        if changed:
-            raise InputError(f"{path} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
-        changed = [what for what, value in self.identity["inputs"].items() if info.get("inputs", {}).get(what) != value]
+        check_options(path, info, self.config)
+        now = self.identity["inputs"]
+        before = {"T5 lengths": now["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
+        changed = ", ".join(what for what, value in now.items() if before.get(what) != value)
         if changed:
             raise InputError(
-                f"{', '.join(changed)} of this run are not those {path} was trained on; restore them, or choose another output.folder"
+                f"{changed} of this run are not those {shown(path)} was trained on; restore them, or choose another output.folder"
             )
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
     """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
-    model = expanded(config.output.folder) / "model"
-    if resume and (model / "model_index.json").is_file():
-        print(f"{model.parent} is finished already")
+    model = finished(settled(config, has_bfloat16(computing_device()))) if resume else None
+    if model is not None:
+        print(f"{shown(model.parent)} is finished already")
         return model
     return Trainer(config, resume).run()
+
+
+def computing_device() -> torch.device:
+    """The kind of device that a training computes on here."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
