@@ -30,11 +30,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         defaults = RunConfig.model_fields[section].annotation.model_fields
         given = before.get(section)
         for key, value in options.items():
-            was = (given if isinstance(given, dict) else {}).get(key, defaults[key].get_default(call_default_factory=True))
+            was = (given if isinstance(given, dict) else {}).get(key, in_json(defaults[key].get_default(call_default_factory=True)))
             same = was == value or (f"{section}.{key}" == "data.sources" and without_places(was) == without_places(value))
             if section not in FREE_ON_RESUME and f"{section}.{key}" not in FREE_ON_RESUME and not same:
                 found.append(f"{section}.{key} was {shown(repr(was), LONGEST)}, is {shown(repr(value), LONGEST)}")
     return found
+
+
+def in_json(default: Any) -> Any:
+    """A default as it stands in a configuration that was written down."""
+    return list(default) if isinstance(default, tuple) else default
 
 
 def without_places(sources: Any) -> Any:
@@ -72,6 +77,17 @@ def check_goes_on(config: RunConfig) -> None:
             check_options(saved[-1], checkpoint.state_of(saved[-1]), config)
 
 
+def options_of_run(out: Path) -> dict[str, Any] | None:
+    """The options that a run's newest checkpoint was made with, or its config.json; None where neither can be read."""
+    saved = checkpoint.checkpoints(out / "checkpoints")
+    for read in (lambda: checkpoint.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
+        with suppress(InputError, LookupError, OSError):
+            found = read()
+            if isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in RunConfig.model_fields):
+                return found
+    return None
+
+
 def way_on(config: RunConfig) -> str:
     """How to train the result of a run further."""
     model = expanded(config.output.folder) / "model"
@@ -89,18 +105,17 @@ def finished(config: RunConfig) -> Path | None:
     model = out / "model"
     if not (model / "model_index.json").is_file():
         return None
-    before, done = {}, None
-    try:
+    done = None
+    with suppress(ValueError, OSError, AttributeError):  # what cannot be read of a finished run does not make it less so
         trained = read_info(model).get("trained")
         done = number(trained.get("steps")) if isinstance(trained, dict) else None
-        before = read_json(out / "config.json")
-    except (InputError, ValueError, OSError, AttributeError):
-        pass  # what cannot be read of a finished run does not make it less so
     if done is not None and config.train.steps > done:
         return None
-    now = config.model_dump(mode="json")
-    changed = [line for line in differences(before, now) if not line.startswith("train.steps was ")] if before else []
-    was = (before.get("output") if isinstance(before.get("output"), dict) else {}).get("dtype", config.output.dtype)
+    before = options_of_run(out)
+    if before is None:
+        return model
+    changed = [line for line in differences(before, config.model_dump(mode="json")) if not line.startswith("train.steps was ")]
+    was = before["output"].get("dtype", config.output.dtype)
     if was != config.output.dtype:
         raise InputError(
             f"{shown(out)} is finished, its model saved in {shown(was, LONGEST)}; for another dtype: "
