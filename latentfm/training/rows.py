@@ -84,12 +84,13 @@ def keep_rows(path: Path, tell: Tell, step: float = math.inf) -> list[dict[str, 
                 if row is not None and row["step"] <= step:
                     kept.write(line.rstrip(b"\r\n") + b"\n")
                     last = [row]
-                elif row is None and line.strip() and line.endswith(b"\n"):
+                elif row is None and line.strip() and (line.endswith(b"\n") or len(line) == LONGEST):
                     damaged.append(line)
     except SpecialFile as error:
         set_aside(path, tell, str(error))
     except (OSError, Unread) as error:  # a link to nowhere, or a disk that does not answer
         tell(f"warning: {shown(path)} cannot be read now ({reason(error)}); it is left as it is, and the run goes on")
+        return []
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
         add_whole(aside, b"".join(damaged))
