@@ -11,7 +11,7 @@ import shutil
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -125,6 +125,15 @@ def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_o
         if not isinstance(value, kind):
             raise ValueError(f"it should hold a JSON {'object' if kind is dict else 'list'}, it holds {shown(json.dumps(value), 60)}")
     return value
+
+
+def follow_umask(files: Iterable[Path]) -> None:
+    """Gives files that were just written the mode that any other new file has: safetensors' own writer leaves its to the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

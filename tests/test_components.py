@@ -1,15 +1,19 @@
 """What a pipeline's components are, and say of themselves, counts at every call: encoders, schedulers, modes, the folder's own words."""
 
 import copy
+import json
+import os
 import shutil
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
+from latentfm.interchange.pipelines import scheduler_in
 from latentfm.pipeline import LatentFMPipeline
 
 ROUNDING = 2e-5
@@ -213,3 +217,29 @@ def test_a_scheduler_that_cannot_be_followed_is_refused(both, scheduler, message
     with pytest.raises(InputError, match=message) as caught:
         draw(both[1])
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_another_scheduler_is_not_drawn_with_ours(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "heun")
+    text = (folder / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(text.replace("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"))
+    with pytest.raises(InputError, match="heun has a FlowMatchHeunDiscreteScheduler, which steps in another way"):
+        scheduler_in(folder)
+    config = json.loads((saved / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler_in(saved).config.shift == config["shift"]
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"shift": "x"}))
+    (folder / "model_index.json").write_text((saved / "model_index.json").read_text())
+    with pytest.raises(InputError, match=r"configuration in .*heun cannot be read"):
+        scheduler_in(folder)
+
+
+def test_what_is_written_follows_the_umask(both, tmp_path):
+    before = os.umask(0o027)
+    try:
+        both[1].save_pretrained(tmp_path / "saved")
+        both[1].transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+        both[1].save_lora_weights(tmp_path / "lora", transformer_lora_layers=get_peft_model_state_dict(both[1].transformer))
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
