@@ -116,7 +116,7 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
     """The run that the command line describes: the configuration, the overrides, the path and the flags. Raises InputError."""
     from latentfm.config import load_config
 
-    overrides = [word for word in words if re.match(r"[a-z_]+\.\w+=", word)]
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)+=", word)]
     paths = [word for word in words if word not in overrides]
     if len(paths) > 1:
         raise InputError(f"one path at a time, not {', '.join(paths)}; list several as data.sources in a configuration")

@@ -131,10 +131,15 @@ def progress_bar() -> "Progress":
 
 
 def show(path: Path, bar: "Progress") -> None:
-    """Prints `path`, a result, on stdout, where the bar leaves room for it; a terminal is shown it, a program gets it as it is."""
+    """Prints `path`, a result, on stdout, where the bar leaves room for it."""
     bar.stop()
-    print(shown(path) if sys.stdout.isatty() else path, flush=True)
+    result(path)
     bar.start()
+
+
+def result(path: Path) -> None:
+    """Prints `path` on stdout: as it is for a program, safe to look at on a terminal."""
+    print(shown(path) if sys.stdout.isatty() else path, flush=True)
 
 
 def say(line: str, bar: "Progress | None" = None) -> None:

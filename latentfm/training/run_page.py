@@ -22,7 +22,7 @@ from latentfm.files import TEXT_BYTES, read_bytes, read_json, whole_or_nothing
 from latentfm.training.curves import POINTS, Log, curves, parsed
 from latentfm.training.rows import MOST_STEP, number
 from latentfm.training.sample_files import COLUMNS, cells_of, has_cells, opened, settings_of, step_of, steps, thinned
-from latentfm.words import count, shortened
+from latentfm.words import count, shortened, shown
 
 LARGEST = 4 * 10**6  # bytes of pictures in the page
 WHOLE_GRIDS = 8  # pictures of steps whose small pictures are not there: each is read and made smaller anew
@@ -46,7 +46,7 @@ class RunPage:
         data = json.dumps(clean(self.data()), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         for letter in "<>&\u2028\u2029":  # nothing in the data can end the script that holds it
             data = data.replace(letter, f"\\u{ord(letter):04x}")
-        page = before.replace("{{title}}", html.escape(f"{self.name()} - latentfm")) + data + after
+        page = before.replace("{{title}}", html.escape(f"{shown(self.name())} - latentfm")) + data + after
         with whole_or_nothing(target) as partial:
             partial.write_bytes(page.encode("utf-8", "backslashreplace"))  # a half of a character is no reason for no page
         return target
