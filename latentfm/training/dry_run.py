@@ -337,7 +337,8 @@ def disk_needs(setup: Setup, pictures: Pictures, device: Device) -> list[dict[st
     state = 8 / (2 if run.narrow_moments else 1) if run.state is None else run.state
     drawn_with = numbers * 4 if train.adapter else whole * WIDTHS[config.output.dtype]
     one = int(numbers * (run.trained_width + 4 + state + 4 * run.master)) + drawn_with
-    kept = config.output.keep + 1 + (config.validation.held_out > 0)  # one more while it is written, and the best
+    made = -(-train.steps // config.output.checkpoint_every)
+    kept = min(config.output.keep, made) + 1 + (config.validation.held_out > 0)  # one more while it is written, and the best
     needs = [
         ("checkpoints", out / "checkpoints", kept * one, f"{kept} of {one / GIB:.2f} GiB, one of them while it is written"),
         ("model", out / "model", whole * WIDTHS[config.output.dtype], "the network; the frozen models are linked where the disk allows it"),
