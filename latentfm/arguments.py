@@ -44,9 +44,13 @@ def whole_number(name: str, value: Any, least: int | None = 1, most: int | None 
 def real_number(name: str, value: Any, meaning: str) -> float:
     """`value` as a float. Raises InputError, saying what the number means, for what is none or not finite."""
     number = plain_number(value)
-    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not math.isfinite(number):
+    try:
+        found = float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
         raise InputError(f"{name} {told(value)} is not a number {meaning}")
-    return float(number)
+    return found
 
 
 def texts(name: str, value: Any) -> str | list[str] | None:

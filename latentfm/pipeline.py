@@ -29,7 +29,8 @@ from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT, Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble, evaluating
 from latentfm.models.velocity import timesteps, velocity
-from latentfm.words import shortened, shown
+from latentfm.sampling import sampling_grid
+from latentfm.words import shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SHOWN = 80  # characters of a prompt in a warning
@@ -290,7 +291,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
             what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else told(latents)
             raise InputError(f"latents {what}, these arguments need floating-point ones of shape {shape}")
 
-        grid = self.sampling_grid(steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
+        grid = sampling_grid(self.scheduler, steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = steps
         state = joined(negative, condition) if guided else condition
         precomputed = self.precompute(grid)
@@ -329,7 +330,11 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
             latents = flow.integrate(field, latents.to(device), grid, on_step=on_step)
             images = latents
             if output_type != "latent":
-                images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
+                pixels = vae_room.decode(self.vae, latents).float()
+                if bool(torch.isfinite(latents).all()) and not bool(torch.isfinite(pixels).all()):
+                    way_out = "use float32, or its weights are damaged"
+                    raise InputError(f"the VAE makes no picture of good latents in {self.vae.dtype}: {way_out}")
+                images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
@@ -368,36 +373,6 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         if len(prompts) != count:
             raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
         return self.assemble(self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts)))
-
-    def sampling_grid(self, steps: int, tokens: int) -> Tensor:
-        """The times t of `steps` Euler steps, [steps + 1] from about 0 to 1: those that the model's own scheduler visits.
-
-        It is asked for its sigmas, so that all of its configuration counts. `tokens` is the number of image tokens, for schedulers whose
-        shift depends on it. Raises InputError for a scheduler that steps in another way, or counts time in another way than the network.
-        """
-        scheduler, own = self.scheduler, FlowMatchEulerDiscreteScheduler
-        own_step = getattr(type(scheduler), "step", None) is own.step and "step" not in vars(scheduler)
-        if not own_step or scheduler.config.get("stochastic_sampling"):
-            raise InputError(f"this {type(scheduler).__name__} does not fit; use a FlowMatchEulerDiscreteScheduler, not stochastic")
-        config, extra = scheduler.config, {}
-        if config.get("use_dynamic_shifting"):
-            low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            slope = (config.get("max_shift", 1.16) - config.get("base_shift", 0.5)) / (high - low)
-            extra["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
-        try:
-            scheduler.set_timesteps(steps, device="cpu", **extra)
-            sigmas = scheduler.sigmas.float()
-            told_network = (scheduler.timesteps.float() - 1000.0 * sigmas[:-1]).abs().max()
-        except (ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
-            raise InputError(f"the scheduler's configuration cannot be followed for {steps} steps: {shown(error, 200)}") from error
-        moves = sigmas.diff()
-        if not (sigmas.isfinite().all() and ((moves < 0).all() or (moves > 0).all())):
-            found = shortened(str(sigmas.tolist()), 80)
-            raise InputError(f"the scheduler's {steps} steps are no way from noise to a picture: its sigmas are {found}")
-        if told_network > 0.01:
-            count = config.get("num_train_timesteps")
-            raise InputError(f"the scheduler counts time to {count} (num_train_timesteps), the network to 1000; use one that does too")
-        return 1.0 - sigmas
 
 
 def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | None:

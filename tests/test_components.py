@@ -208,6 +208,8 @@ def patched():
         (FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), "counts time to 500 .*the network to 1000"),
         (FlowMatchEulerDiscreteScheduler(shift=0.0), "no way from noise to a picture"),
         (FlowMatchEulerDiscreteScheduler(shift=float("nan")), "no way from noise to a picture"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=256), "cannot be followed for 4 steps"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=None), "cannot be followed for 4 steps"),
         (Halved(), "Halved does not fit"), (patched(), "does not fit"),
     ],
     ids=lambda value: type(value).__name__,
@@ -243,3 +245,11 @@ def test_what_is_written_follows_the_umask(both, tmp_path):
         os.umask(before)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+def test_a_vae_that_makes_no_numbers_makes_no_picture(both):
+    with torch.no_grad():
+        both[1].vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="the VAE makes no picture of good latents in torch.float32"):
+        draw(both[1], output_type="pil")
+    assert draw(both[1]).isfinite().all()

@@ -521,6 +521,7 @@ class TestBadInput:
             ({"generator": []}, "generator must be"),
             ({"guidance_scale": "3"}, "guidance_scale '3' is not a number"),
             ({"guidance_scale": True}, "guidance_scale True"),
+            ({"guidance_scale": 10**400}, "guidance_scale 1000.* is not a number"),
             ({"guidance_scale": torch.ones(2)}, r"guidance_scale a tensor of shape \(2,\)"),
             ({"height": "64"}, "height '64' must be a whole number"),
             ({"height": 0}, "height 0 is too small"),

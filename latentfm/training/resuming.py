@@ -114,7 +114,8 @@ def finished(config: RunConfig) -> Path | None:
     before = options_of_run(out)
     if before is None:
         return model
-    changed = [line for line in differences(before, config.model_dump(mode="json")) if not line.startswith("train.steps was ")]
+    now = config.model_dump(mode="json")
+    changed = [line for line in differences(before, now) if not line.startswith("train.steps was ")]
     was = before["output"].get("dtype", config.output.dtype)
     if was != config.output.dtype:
         raise InputError(
@@ -123,4 +124,8 @@ def finished(config: RunConfig) -> Path | None:
         )
     if changed:
         raise InputError(f"{shown(out)} is finished, with other options: {'; '.join(changed)}. Restore them, or {way_on(config)}")
+    late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
+            if before[section].get(key, value) != value]  # fmt: skip
+    if late:
+        print(f"warning: {', '.join(late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)
     return model

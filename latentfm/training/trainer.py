@@ -384,8 +384,9 @@ class Trainer:
         before = {"T5 lengths": now["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
         changed = ", ".join(what for what, value in now.items() if before.get(what) != value)
         if changed:
+            named = " (pictures go by their source's name: give it where its folder has another)" if self.config.data.sources else ""
             raise InputError(
-                f"{changed} of this run are not those {shown(path)} was trained on; restore them, or choose another output.folder"
+                f"{changed} of this run are not those {shown(path)} was trained on; restore them{named}, or choose another output.folder"
             )
 
 

@@ -60,6 +60,8 @@ def test_a_finished_run_asked_for_more_becomes_what_a_longer_one_is(tmp_path, ru
     assert train(again, "train.steps=5") == again / "model" and "is finished already" in capsys.readouterr().out
     assert train(again) == again / "model"  # what it was once asked for it has more than done
     assert "is finished already" in capsys.readouterr().out
+    assert train(again, "train.steps=5", "sample.prompts=[b]", "sample.seed=9", "data.workers=1") == again / "model"
+    assert "warning: sample.prompts, sample.seed came too late" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
