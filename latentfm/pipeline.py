@@ -38,7 +38,7 @@ SHOWN = 80  # characters of a prompt in a warning
 
 @dataclass(frozen=True)
 class Said:
-    """What a model's folder says of itself beside its weights. It hangs on the network, so that it comes along where that goes."""
+    """What a model's folder says of itself beside its weights. It hangs on the components, so that it comes along where they go."""
 
     info: dict[str, Any] = field(default_factory=dict)
     null: NullCondition = field(default_factory=NullCondition)
@@ -51,8 +51,8 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
     unload_lora_weights.
 
     `info` holds what the model's folder says of itself in latentfm.json ("max_sequence_length": the T5 length it is
-    meant for); `null` is its null condition, for the text encoders that are loaded now. Both go with the transformer: a pipeline made of
-    another's components draws what that one draws.
+    meant for); `null` is its null condition, for the text encoders that are loaded now. Both go with the components: a pipeline made of
+    another's draws what that one draws.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -83,11 +83,18 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         )  # fmt: skip
         self.vae_scale_factor = vae_room.downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.say(getattr(transformer, "said", None) or Said())
+        self.say(next((said for part in self.carriers() if (said := getattr(part, "said", None))), Said()))
+
+    def carriers(self) -> list[torch.nn.Module]:
+        """The components that what their folder says goes with; the network's own word goes before the text encoders'."""
+        parts = (self.transformer, self.text_encoder_3, self.text_encoder_2, self.text_encoder)
+        return [part for part in parts if part is not None]
 
     def say(self, said: Said) -> None:
-        """Takes on what a folder says, and hangs it on the network."""
-        self._said = self.transformer.said = said
+        """Takes on what a folder says, and hangs it on the components."""
+        self._said = said
+        for part in self.carriers():
+            part.said = said
 
     @property
     def info(self) -> dict[str, Any]:

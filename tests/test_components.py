@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
 from latentfm.interchange.pipelines import scheduler_in
+from latentfm.models.mmdit import MMDiT
 from latentfm.pipeline import LatentFMPipeline
 
 ROUNDING = 2e-5
@@ -162,6 +163,8 @@ def test_what_the_folder_says_goes_with_the_components(both, saved):
     embeds = {"prompt_embeds": encoded, "pooled_prompt_embeds": pooled}
     no_texts = quiet(LatentFMPipeline(**ours.components | bare))
     assert gap(draw(no_texts, prompt=None, **embeds, **given), draw(ours)) < ROUNDING
+    apart = MMDiT.from_pretrained(saved, subfolder="transformer")
+    assert gap(draw(quiet(LatentFMPipeline(**ours.components | {"transformer": apart})), **given), draw(ours)) < ROUNDING
     assert quiet(LatentFMPipeline(**both[0].components)).max_sequence_length == 256  # stock diffusers' own
 
 
