@@ -36,10 +36,15 @@ def saved(tiny_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return [kind.from_pretrained(saved, torch_dtype=torch.float32) for kind in (StableDiffusion3Pipeline, LatentFMPipeline)]
+
+
 @pytest.fixture
-def both(saved):
+def both(loaded):
     """The folder in stock diffusers and here, each to be changed."""
-    return [quiet(kind.from_pretrained(saved, torch_dtype=torch.float32)) for kind in (StableDiffusion3Pipeline, LatentFMPipeline)]
+    return [quiet(copy.deepcopy(pipe)) for pipe in loaded]
 
 
 def draw(pipe, **changes):
