@@ -12,7 +12,7 @@ import shutil
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,6 +66,11 @@ def reason(error: BaseException, most: int = 300) -> str:
     if isinstance(error, (TypeError, AttributeError, IndexError)):
         return f"it is not laid out as it should be ({shown(' '.join(str(error).split()), most)})"
     return shown(" ".join(str(error).split()), most) or type(error).__name__
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as a person writes it: a leading ~ or ~name stands for a home, where there is such a user; else it is part of the name."""
+    return Path(os.path.expanduser(path))
 
 
 def check_regular(path: str | Path) -> os.stat_result:
@@ -123,6 +128,15 @@ def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_o
     return value
 
 
+def follow_umask(files: Iterable[Path]) -> None:
+    """Gives files that were just written the mode that any other new file has: safetensors' own writer leaves its to the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
+
+
 def flush(path: Path) -> None:
     """Forces the file or folder `path` to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -152,7 +166,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         yield partial
         for path in (*sorted(partial.rglob("*")), partial):  # rglob of a file finds nothing
             flush(path)
-        if target.is_dir():
+        if target.is_dir() and partial.is_dir():  # a file never takes the place of a folder
             remove(old)
             target.rename(old)  # a folder cannot be renamed over another
         partial.replace(target)

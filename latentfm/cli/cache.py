@@ -41,8 +41,9 @@ def cache(
     from latentfm.cli.terminal import quiet_libraries
     from latentfm.data.cache import Cache
     from latentfm.errors import InputError
+    from latentfm.files import expanded
 
-    folder = Path(run.data.cache).expanduser()
+    folder = expanded(run.data.cache)
     quiet_libraries()
     try:
         if prune:

@@ -11,6 +11,7 @@ import typer
 
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def check(
     target = out if out is not None else None if as_json else Path("data-check.html")
     if target is not None:
         check_target(target, overwrite)
-    folder = model_folder(Path(run.model.pipeline).expanduser() if run.model.pipeline else None)
+    folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
     plan = plan_of(run, folder)
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries
@@ -116,7 +117,7 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
     """The run that the command line describes: the configuration, the overrides, the path and the flags. Raises InputError."""
     from latentfm.config import load_config
 
-    overrides = [word for word in words if re.match(r"[a-z_]+\.\w+=", word)]
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)+=", word)]
     paths = [word for word in words if word not in overrides]
     if len(paths) > 1:
         raise InputError(f"one path at a time, not {listed(paths)}; list several as data.sources in a configuration")
@@ -124,13 +125,13 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
         from latentfm.data.sources.several import kind_of
 
         if kind_of(paths[0]) == "folder":
-            overrides += ["data.sources=null", f"data.folder={json.dumps(paths[0])}"]
+            overrides += ["data.sources=null", f"data.folder={paths[0]}"]
         else:
             place = "url" if "://" in paths[0] else "path"
-            overrides += ["data.folder=null", f"data.sources={json.dumps([{place: paths[0]}])}"]
+            overrides += ["data.folder=", f"data.sources={json.dumps([{place: paths[0]}])}"]
     elif config is None and not any(word.startswith("data.") for word in overrides):
         raise InputError("nothing to check: give a path, or a configuration with --config")
-    overrides += [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
 
 

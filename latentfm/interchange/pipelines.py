@@ -13,14 +13,32 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from latentfm.errors import InputError
+from latentfm.files import follow_umask, read_json, reading
 from latentfm.interchange.lora import ADAPTER_METADATA, check_names, diffusers_adapter, is_adapter, open_adapter
 from latentfm.interchange.weights import check_transformer, completed, load_part, load_tokenizer, open_weights
 from latentfm.models.folder import INFO_FILE, check_folder, read_info, refuse_pickle, write_stock_names
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NullCondition
+from latentfm.words import shown
 
 logger = logging.getLogger(__name__)
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 41) else "torch_dtype"  # the old name warns
+
+
+def scheduler_of(config: dict[str, Any], where: object) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a configuration. Raises InputError for one of another kind, and for values that it does not take."""
+    own = FlowMatchEulerDiscreteScheduler.__name__
+    if (name := config.get("_class_name", own)) != own:
+        raise InputError(f"{shown(where)} has a {shown(name, 80)}, which steps in another way; here there is {own} alone")
+    with reading(f"the scheduler's configuration in {where}", also=(ImportError,)):
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
+def scheduler_in(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a pipeline folder. Raises InputError as `scheduler_of`."""
+    named = read_json(folder / "model_index.json").get("scheduler")
+    kind = {"_class_name": named[1]} if isinstance(named, list) and len(named) == 2 and named[1] else {}
+    return scheduler_of(read_json(folder / "scheduler" / "scheduler_config.json") | kind, folder)
 
 
 class PipelineFiles(SD3LoraLoaderMixin):
@@ -56,7 +74,8 @@ class PipelineFiles(SD3LoraLoaderMixin):
             )  # fmt: skip
         pipe = super().from_pretrained(str(folder), **kwargs, **{DTYPE: dtype})
         pipe.info = read_info(folder)
-        pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
+        replaced = [i for i, suffix in enumerate(("", "_2", "_3")) if {f"text_encoder{suffix}", f"tokenizer{suffix}"} & kwargs.keys()]
+        pipe.null = NullCondition.load(folder, pipe.prompt_encoder, replaced)
         return pipe
 
     @classmethod
@@ -81,7 +100,7 @@ class PipelineFiles(SD3LoraLoaderMixin):
         components = {name: load_part(name, part, torch_dtype) for name, part in weights.parts.items()}
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
         components |= {name: load_tokenizer(name, weights) for name in tokenizers}
-        pipe = cls(scheduler=FlowMatchEulerDiscreteScheduler.from_config(weights.scheduler), **components)
+        pipe = cls(scheduler=scheduler_of(weights.scheduler, pipeline or path), **components)
         pipe.info = weights.info
         if weights.null:
             pipe.null = NullCondition.load(weights.null.parent, pipe.prompt_encoder)
@@ -108,6 +127,12 @@ class PipelineFiles(SD3LoraLoaderMixin):
         check_names(source, list(found[0] if isinstance(found, tuple) else found))
         return found
 
+    @classmethod
+    def save_lora_weights(cls, save_directory: str | Path, *layers: Any, **kwargs: Any) -> None:
+        """Writes LoRA adapters as SD3LoraLoaderMixin, whose arguments these are; readable by whom the umask says."""
+        super().save_lora_weights(save_directory, *layers, **kwargs)
+        follow_umask(Path(save_directory).glob("*.safetensors"))
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json and the null condition."""
         folder = Path(save_directory)
@@ -115,6 +140,7 @@ class PipelineFiles(SD3LoraLoaderMixin):
         if self.has_encoders:
             self.null.parts(self.max_sequence_length)
         super().save_pretrained(str(folder), **kwargs)
+        follow_umask(file for name in self.components for file in (folder / name).glob("*.safetensors"))
         self.null.save(folder)
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)

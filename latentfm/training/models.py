@@ -13,6 +13,7 @@ from latentfm.bundled import bundled_model
 from latentfm.config import DataOptions, ModelOptions
 from latentfm.data.buckets import base_shape
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.interchange.weights import check_transformer, empty
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import check_folder, read_info
@@ -58,7 +59,7 @@ def load_models(options: ModelOptions, weights: bool = True) -> Models:
     The frozen ones are loaded whole, the VAE in float32 and the text encoders as the options say; with weights=False the network has no
     memory (it is on the meta device), only its configuration. Raises InputError for a folder that lacks something.
     """
-    folder = Path(options.pipeline).expanduser() if options.pipeline else bundled_model()
+    folder = expanded(options.pipeline) if options.pipeline else bundled_model()
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")

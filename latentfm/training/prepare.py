@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Ro
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.models import vae as vae_room
 from latentfm.models.text import PromptEncoder, encoder_name
 from latentfm.training.models import Models
@@ -69,7 +69,7 @@ class CachedDataset(Pictures):
     ):
         self.models, self.lengths = models, tuple(lengths)
         # earlier versions kept "unreadable" in place of a picture's moments, even where it was the memory that lacked
-        self.cache = Cache(Path(options.cache).expanduser(), outdated="unreadable")
+        self.cache = Cache(expanded(options.cache), outdated="unreadable")
         self.made: dict[str, list[str]] = {}  # the keys that this process made, by kind
         self.vae_print = fingerprint(models.vae)
         self.text_print = key_of(

@@ -35,8 +35,8 @@ class Progress:
 
     def advance(self, task: int, count: int) -> None:
         self.bar.advance(task, count)
-        if self.due():
-            now = self.bar.tasks[self.bar.task_ids.index(task)]
+        now = self.bar.tasks[self.bar.task_ids.index(task)]
+        if self.due(count > 0 and now.completed >= now.total):
             print(f"{now.description}: {now.completed:,.0f} of {now.total:,.0f}", flush=True)
 
     def update(self, task: int, description: str) -> None:

@@ -1,15 +1,14 @@
 """The sources that a run's options describe."""
 
-from pathlib import Path
-
 from latentfm.config import DataOptions, SourceOptions
 from latentfm.data.sources import Columns, Dataset, Source, read_folder, read_sources
+from latentfm.files import expanded
 
 
 def open_dataset(options: DataOptions) -> Dataset:
     """The dataset of data.folder or data.sources. Raises InputError when there is nothing to train on."""
     if options.folder:
-        return read_folder(Path(options.folder).expanduser(), Columns(caption=stripped(options.caption)))
+        return read_folder(expanded(options.folder), Columns(caption=stripped(options.caption)))
     return read_sources([source(each, options.caption) for each in options.sources])
 
 

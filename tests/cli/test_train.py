@@ -213,3 +213,24 @@ def test_a_dry_run_shows_names_as_they_are(arguments, pictures, tmp_path):
     assert all(line.isprintable() for line in answer.output.split("\n"))
     assert answer.output.count(r"x\x1b[31mRED\x1b]0;TITLE\x07 [bold][red]:smile:") == 2
     assert f"Data {moved}: 3 pictures" in answer.output and f"run page: {moved}-run" in answer.output
+def test_a_stream_outlives_its_reader():
+    from latentfm.cli.terminal import Steady
+
+    read, write = os.pipe()
+    stream = Steady(open(write, "w", encoding="utf-8"))  # noqa: SIM115
+    os.close(read)
+    for _ in range(2):
+        assert stream.write("a line\n") == 7
+        stream.flush()
+    assert stream.lost and not stream.isatty()
+    stream.close()
+
+
+def test_no_memory_is_one_line(monkeypatch):
+    def no_memory(*given):
+        raise MemoryError
+
+    monkeypatch.setattr("latentfm.config.load_config", no_memory)
+    result = CliRunner().invoke(app, ["train", "data.folder=a"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: out of memory (nothing is left); ask for less at once, or close other programs\n"

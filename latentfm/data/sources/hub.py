@@ -12,7 +12,7 @@ from latentfm.data.sources.tables import WAY_OUT, is_pointer, samples_of
 from latentfm.data.sources.texts import FETCH, Unusable
 from latentfm.data.sources.urls import read_beside, read_whole
 from latentfm.errors import InputError, nearest
-from latentfm.files import read_json, reason
+from latentfm.files import expanded, read_json, reason
 from latentfm.words import listed, shown
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # what save_to_disk writes
@@ -57,7 +57,7 @@ def opened(name: str, subset: str | None, split: str, revision: str | None, stre
     """One split as a datasets.Dataset or IterableDataset. Raises InputError."""
     import datasets
 
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     try:
         if folder.is_dir():
             check_files(folder)
