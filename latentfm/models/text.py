@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentfm.errors import InputError
-from latentfm.models.folder import refuse_pickle
 from latentfm.words import shortened
 
 logger = logging.getLogger(__name__)
@@ -104,29 +104,8 @@ class PromptEncoder:
     def __init__(self, tokenizers: Sequence, encoders: Sequence, joint_dim: int, pooled_dim: int):
         self.tokenizers, self.encoders = tuple(tokenizers), tuple(encoders)
         self.joint_dim, self.pooled_dim = joint_dim, pooled_dim
-        first = next((t for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None), None)
-        self.clip_length = first.model_max_length if first is not None else 77
-
-    @classmethod
-    def from_folder(cls, folder: Path, joint_dim: int, pooled_dim: int, dtype: torch.dtype = torch.float32) -> "PromptEncoder":
-        """Loads whichever of text_encoder{,_2,_3} and its tokenizer a pipeline folder holds, in evaluation mode."""
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-        tokenizers, encoders = [], []
-        for suffix, model, tokenizer in (
-            ("", CLIPTextModelWithProjection, CLIPTokenizer),
-            ("_2", CLIPTextModelWithProjection, CLIPTokenizer),
-            ("_3", T5EncoderModel, T5Tokenizer),
-        ):
-            weights = folder / f"text_encoder{suffix}"
-            if not weights.is_dir():
-                encoders.append(None)
-                tokenizers.append(None)
-                continue
-            refuse_pickle(weights)
-            encoders.append(model.from_pretrained(weights, dtype=dtype, use_safetensors=True).eval())
-            tokenizers.append(tokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
-        return cls(tokenizers, encoders, joint_dim, pooled_dim)
+        clips = [(t, e) for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None]
+        self.clip_length = min((length_of(*clip) for clip in clips[:1]), default=77)
 
     def to(self, device: torch.device) -> "PromptEncoder":
         for encoder in self.encoders:
@@ -138,6 +117,9 @@ class PromptEncoder:
         """Token ids [B, length] of encoder `index`, padded; a text too long is cut, and the cut part is logged."""
         tokenizer = self.tokenizers[index]
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        encoder = self.encoders[index]
+        if encoder is not None and int(ids.max()) >= (size := encoder.config.vocab_size):
+            raise InputError(f"the tokenizer of {encoder_name(index)} has tokens beyond its vocabulary of {size:,}: they are not a pair")
         for text, lost in self.lost_text(index, texts, length):
             logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), shortened(text), shortened(lost))
         return ids
@@ -174,6 +156,11 @@ class PromptEncoder:
             like = next(iter(found.values()), torch.zeros(0))
             found["t5"] = like.new_zeros(len(prompts), t5_length, self.joint_dim)
         return PromptParts(**found)
+
+
+def length_of(tokenizer: Any, clip: torch.nn.Module) -> int:
+    """How many tokens a CLIP is given: what its tokenizer says, and no more than it has positions for."""
+    return int(min(tokenizer.model_max_length, clip.config.max_position_embeddings))
 
 
 def encoder_name(index: int) -> str:

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from latentfm.config import SampleOptions
 from latentfm.data.sources import Sample
+from latentfm.interchange.components import load_scheduler
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
@@ -86,7 +86,7 @@ class SamplePictures:
 
     def pictures(self, network: MMDiT, indices: list[int]) -> list[Image.Image]:
         """The pictures of the prompts `indices`; the network is afterwards as it was before. The VAE runs in float32, autocast or not."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.models.folder, subfolder="scheduler")
+        scheduler = load_scheduler(self.models.folder)
         pipe = LatentFMPipeline(network, scheduler, self.models.vae)
         pipe.set_progress_bar_config(disable=True)
         vae = self.models.vae

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
-from latentfm.models.folder import PICKLES, refuse_pickle
+from latentfm.models.folder import refuse_pickle
+from latentfm.models.stored import PICKLES
 
 
 @pytest.mark.parametrize("suffix", [*PICKLES, ".CKPT"])
