@@ -15,6 +15,7 @@ from latentfm.cli.data import app as data
 from latentfm.cli.generate import generate
 from latentfm.cli.plan import plan
 from latentfm.cli.train import train
+from latentfm.cli.verify import verify
 from latentfm.errors import InputError
 
 UsageError = typer.BadParameter.__base__  # an option or argument that typer refuses; typer carries its own click and exports no more
@@ -90,6 +91,12 @@ app.command(
     "latentfm plan --model runs/mine/model --resolution 512x768 --steps 20000\n\n"
     "latentfm plan --preset sd3.5-medium --mode generate --batch 4 --steps 40 --guidance 4.5"
 )(plan)
+app.command(
+    epilog="Examples\n\n"
+    "latentfm verify runs/mine/model\n\n"
+    "latentfm verify runs/mine/lora\n\n"
+    "latentfm verify --renew runs/mine/model  (after a change made on purpose)"
+)(verify)
 
 app.add_typer(data, name="data")
 

@@ -63,7 +63,7 @@ def write_manifest(folder: Path, known: Mapping[str, Saved] | None = None) -> No
             saved = hash_of(folder / name)
         lines += [f"# {saved.size}", f"{saved.sha256}  {name}"]
     with whole_or_nothing(folder / MANIFEST) as path:
-        path.write_text("\n".join(lines) + "\n", "utf-8")
+        path.write_bytes(("\n".join(lines) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Saved] | None:

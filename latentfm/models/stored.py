@@ -120,7 +120,7 @@ def other_format(path: Path, start: bytes) -> InputError:
 
 
 def cut_short(path: Path, missing: int, of: str) -> InputError:
-    return InputError(f"{shown(path)} is cut short: {missing:,} bytes {of} are missing; its copy is not complete, download or copy it again")
+    return InputError(f"{shown(path)} is cut short: {missing:,} bytes {of} are missing; its copy is not complete, copy it again")
 
 
 def is_pickle(path: Path) -> bool:
