@@ -100,9 +100,7 @@ def open_adapter(path: str | Path, verify: bool = False) -> Adapter:
 
 def read_adapter(path: Path, name: str | None = None, verify: bool = False) -> tuple[Parts, dict[str, str]]:
     """The tensors of the LoRA at `path`, which stay on disk, by owner, and its file's metadata."""
-    if path.is_dir():
-        check_manifest(path, verify)
-    elif verify:
+    if verify and not path.is_dir():
         raise InputError(f"{shown(path)} is a single file, and verifying is for folders, which have a manifest; leave it out")
     said: dict[str, Any] = {}
     if path.is_dir() and name is None and (path / PEFT_CONFIG).is_file():
@@ -121,7 +119,10 @@ def read_adapter(path: Path, name: str | None = None, verify: bool = False) -> t
             said = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
             if not isinstance(said, dict):
                 raise ValueError("it is no table")
-    return parts_of(file, tensors, said), metadata
+    parts = parts_of(file, tensors, said)
+    if path.is_dir():
+        check_manifest(path, verify)
+    return parts, metadata
 
 
 def parts_of(path: Path, tensors: Mapping[str, Stored | Tensor], said: Mapping[str, Any]) -> Parts:

@@ -52,15 +52,15 @@ class PipelineFiles(SD3LoraLoaderMixin):
                     f"no such model folder: {shown(folder)}; as a model on the hub it did not load either: {reason(error)}"
                 ) from error
         given = {name: kwargs[name] for name in COMPONENTS if name in kwargs}
-        device = place_asked_for(kwargs.get("device_map"))
-        index = check_folder(folder, transformer="transformer" not in given, without=given.keys(), verify=verify)
+        device, variant = place_asked_for(kwargs.get("device_map")), kwargs.get("variant")
+        index = check_folder(folder, transformer="transformer" not in given, without=given.keys(), verify=verify, variant=variant)
         if unknown := index.keys() - set(COMPONENTS):
             logger.warning("%s has components that are not of this pipeline and are left out: %s", shown(folder), listed(sorted(unknown)))
         loaded = dict(given)
         for name in (name for name in COMPONENTS if name in index and name not in given):
             wanted = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
             quantization = quantisation_of(name, kwargs.get("quantization_config"))
-            loaded[name] = load_component(folder, name, index[name][1], wanted, kwargs.get("variant"), quantization)
+            loaded[name] = load_component(folder, name, index[name][1], wanted, variant, quantization)
         if lost := [name for name in ("transformer", "vae", "scheduler") if name not in loaded]:
             raise InputError(f"{shown(folder)} has no {' and no '.join(lost)}; give one, or another folder")
         pipe = cls(**loaded)

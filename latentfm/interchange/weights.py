@@ -110,8 +110,8 @@ def open_weights(
         raise InputError(f"{shown(path)} is a LoRA adapter, not a model; load it on top of one, or convert it")
     if not (path / "config.json").is_file():
         raise InputError(f"{shown(path)} is no model folder: it has neither a model_index.json nor a config.json")
-    check_manifest(path, verify)
     part, metadata = open_component(path, "transformer")
+    check_manifest(path, verify)
     return Weights(path, "transformer folder", {"transformer": part}, metadata)
 
 

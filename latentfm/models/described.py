@@ -54,7 +54,6 @@ def read_model(folder: Path) -> Model:
     if not folder.is_dir():
         what = "is a file; convert it to a folder first (latentfm convert)" if folder.exists() else "does not exist"
         raise InputError(f"--model {shown(folder)} {what}")
-    check_manifest(folder)
     pipeline = (folder / "transformer" / "config.json").is_file()
     path = folder / "transformer" / "config.json" if pipeline else folder / "config.json"
     if not path.is_file():
@@ -66,6 +65,7 @@ def read_model(folder: Path) -> Model:
             raise KeyError(unsaid[0])
     latents = config.get("sample_size") or 128
     if not pipeline:
+        check_manifest(folder)
         decoder = Decoder()
         return Model(str(folder), net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, latents * decoder.factor)
     clip = folder / "text_encoder" / "config.json"
@@ -74,9 +74,10 @@ def read_model(folder: Path) -> Model:
         if unsaid := [key for key in ("block_out_channels", "layers_per_block", "latent_channels") if not settings[key]]:
             raise KeyError(unsaid[0])
         decoder = Decoder(tuple(settings["block_out_channels"]), settings["layers_per_block"], settings["latent_channels"])
+    encoders = {part: stored_numbers(folder / part) for part in TEXT if (folder / part).is_dir()}
+    vae, text_tokens = stored_numbers(folder / "vae"), (clip_tokens.get("max_position_embeddings") or 77) + t5_length(read_info(folder))
+    check_manifest(folder)
     return Model(
-        name=str(folder), network=net, decoder=decoder, vae=stored_numbers(folder / "vae"),
-        encoders={part: stored_numbers(folder / part) for part in TEXT if (folder / part).is_dir()},
-        text_tokens=(clip_tokens.get("max_position_embeddings") or 77) + t5_length(read_info(folder)),
+        name=str(folder), network=net, decoder=decoder, vae=vae, encoders=encoders, text_tokens=text_tokens,
         side=latents * decoder.factor,
     )  # fmt: skip

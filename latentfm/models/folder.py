@@ -9,7 +9,7 @@ from typing import Any
 from latentfm.errors import InputError
 from latentfm.files import read_json
 from latentfm.models.manifest import check_manifest
-from latentfm.models.stored import is_pickle, pickle_refused, weight_files
+from latentfm.models.stored import is_pickle, pickle_refused, read_header, weight_files
 from latentfm.words import shown
 
 INFO_FILE, INDEX_FILE = "latentfm.json", "model_index.json"
@@ -123,12 +123,12 @@ def refuse_pickle(path: Path) -> None:
 
 
 def check_folder(
-    folder: Path, transformer: bool = True, without: Collection[str] = (), verify: bool = False
+    folder: Path, transformer: bool = True, without: Collection[str] = (), verify: bool = False, variant: str | None = None
 ) -> dict[str, tuple[str, str]]:
     """The components of a pipeline folder, as read_index, once it is clear that what will be opened is there and is safetensors.
 
-    transformer: whether it must have one. without: components that are not loaded. verify: as check_manifest. Raises InputError for
-    a folder that is no pipeline, lacks something, or has changed since it was saved.
+    transformer: whether it must have one. without: components that are not loaded. variant: of the weights, as weight_files. verify: as
+    check_manifest. Raises InputError for a folder that is no pipeline, lacks something, is damaged, or has changed since it was saved.
     """
     if not folder.is_dir():
         refuse_pickle(folder)
@@ -141,15 +141,17 @@ def check_folder(
     if transformer and not (folder / "transformer" / "config.json").is_file():
         refuse_pickle(folder / "transformer")
         raise InputError(f"{shown(folder)} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    check_manifest(folder, verify, without)
     named = [name for name in index if name not in without]
     if lost := [name for name in named if not (folder / name).is_dir()]:
         raise InputError(
             f"{shown(folder)} lacks the folder {', '.join(lost)}, which its {INDEX_FILE} names; its copy is not complete"
         )
-    for name in named:
-        if name in PARTS:
-            weight_files(folder / name)
+    for name in (name for name in named if name in PARTS):  # what is wrong with a file says more than that it is another than was saved
+        read_config(folder / name / "config.json")
+        for path in weight_files(folder / name, variant).paths:
+            read_header(path)
+    read_info(folder)
+    check_manifest(folder, verify, without)
     return index
 
 
