@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -259,9 +260,15 @@ def empty(name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
-    """The configuration of a text encoder as transformers has it: what decides its numbers, and nothing besides."""
+    """The configuration of a text encoder as transformers has it: what decides its numbers, and nothing besides.
+
+    Raises ValueError for settings of another type.
+    """
     kind, settings = (T5Config, T5_SETTINGS) if name == "text_encoder_3" else (CLIPTextConfig, CLIP_SETTINGS)
-    return kind.from_dict({key: config[key] for key in settings if key in config})
+    try:
+        return kind.from_dict({key: config[key] for key in settings if key in config})
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
 
 
 def problems(name: str, part: Part) -> str:

@@ -38,8 +38,8 @@ def load_tokenizer(folder: Path) -> Any:
             if type(length) not in (int, float) or not length >= 2:
                 raise ValueError(f"its model_max_length is {shown(length, 80)}")
             tokenizer(["a word"], padding="max_length", max_length=16, truncation=True)
-        except BaseException as error:  # what the tokenizers package, written in Rust, panics with is no Exception
-            if type(error).__name__ != "PanicException":
+        except BaseException as error:  # the tokenizers package, written in Rust, raises Exception itself, or panics with none
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(str(error)) from error
     return tokenizer
