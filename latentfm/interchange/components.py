@@ -18,10 +18,10 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from latentfm.errors import InputError
 from latentfm.files import reading
 from latentfm.interchange.weights import CLASSES, all_finite, load_part, open_component, text_config
-from latentfm.models.folder import PARTS, TEXT, read_config
+from latentfm.models.folder import MOST_T5_TOKENS, PARTS, TEXT, read_config
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import read_header, weight_files
-from latentfm.models.text import NULL_FILE, NullCondition, PromptEncoder
+from latentfm.models.text import NULL_FILE, NullCondition, PromptEncoder, PromptParts
 from latentfm.models.tokenizers import load_tokenizer
 from latentfm.words import shown
 
@@ -70,7 +70,20 @@ def load_scheduler(folder: Path, kind: str = "FlowMatchEulerDiscreteScheduler") 
         raise InputError(f"{shown(path)} is missing; the copy of the folder is not complete")
     config = read_config(path)
     with reading(path, "copy the folder again"):
+        check_times(found.from_config(config))
         return found.from_config(config)
+
+
+def check_times(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError, or what the scheduler's own code raises, when its settings give it no times that are numbers; it is used up."""
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return
+    config = scheduler.config
+    if config.use_dynamic_shifting and config.base_image_seq_len == config.max_image_seq_len:
+        raise ValueError("its base_image_seq_len and max_image_seq_len are the same, and its shift goes from one to the other")
+    scheduler.set_timesteps(4, device="cpu", mu=config.base_shift if config.use_dynamic_shifting else None)
+    if not scheduler.sigmas.isfinite().all():
+        raise ValueError("its settings give times that are no numbers")
 
 
 def load_text_encoders(folder: Path, joint_dim: int, pooled_dim: int, dtype: torch.dtype = torch.float32) -> PromptEncoder:
@@ -141,15 +154,52 @@ def refused(path: Path, key: str) -> InputError:
     return InputError(f"{shown(path)} sets {key}, by which its library would fetch or run code; remove it there")
 
 
-def read_null(folder: Path, encoder: PromptEncoder) -> NullCondition:
+def check_together(parts: Mapping[str, Any], where: Path) -> None:
+    """Raises InputError when components of one folder were not made for each other: the widths where they meet differ."""
+    sizes = {name: part.config for name, part in parts.items() if name in PARTS and part is not None}
+    network, vae, t5 = (sizes.get(name) for name in ("transformer", "vae", "text_encoder_3"))
+    clips = [sizes[name].projection_dim for name in TEXT[:2] if name in sizes]
+    meetings = []
+    if network is not None:
+        meetings += [("the transformer's latent channels", network.in_channels, "the VAE's", vae.latent_channels)] if vae else []
+        meetings += [("the transformer's text width", network.joint_attention_dim, "T5's", t5.d_model)] if t5 else []
+        if len(clips) == 2:
+            meetings += [("the transformer's pooled width", network.pooled_projection_dim, "the two CLIPs'", sum(clips))]
+    for one, size, other, found in meetings:
+        if size != found:
+            raise InputError(f"the parts of {shown(where)} do not go together: {one} {size}, {other} {found}; copy the folder again")
+
+
+def read_null(folder: Path, encoder: PromptEncoder | None) -> NullCondition:
     """The null condition that `folder` holds, or, where it has none, the empty prompt's. Raises InputError when its file is damaged."""
     if (folder / NULL_FILE).exists():
         read_header(folder / NULL_FILE)
     with reading(folder / NULL_FILE, "copy the folder again", also=(SafetensorError,)):
-        return NullCondition.load(folder, encoder)
+        null = NullCondition.load(folder, encoder)
+        for length, parts in null.by_length.items():
+            check_null(length, parts, encoder)
+        return null
+
+
+def check_null(length: int, parts: PromptParts, encoder: PromptEncoder | None) -> None:
+    """Raises ValueError unless the null condition for `length` T5 tokens is that of one prompt, finite, and of the right widths."""
+    for name, value in parts.items():
+        pooled = name.startswith("pooled")
+        if value.ndim != (2 if pooled else 3) or value.shape[0] != 1 or not value.is_floating_point():
+            raise ValueError(f"its {length}.{name} is {list(value.shape)}, which is not of one prompt")
+        if not all_finite(value):
+            raise ValueError(f"its {length}.{name} is not finite")
+        if name == "t5" and (value.shape[1] != length or (encoder is not None and value.shape[2] != encoder.joint_dim)):
+            raise ValueError(f"its {length}.t5 is {list(value.shape)}, which is not of {length} tokens of this model")
+    if not 1 <= length <= MOST_T5_TOKENS:
+        raise ValueError(f"it is of {length} T5 tokens")
+    widths = sum(value.shape[-1] for name, value in parts.items() if name.startswith("pooled"))
+    if encoder is not None and widths > encoder.pooled_dim:
+        raise ValueError(f"its pooled parts are {widths} wide, the model's {encoder.pooled_dim}")
 
 
 def scheduler_from(config: Mapping[str, Any], path: Path) -> FlowMatchEulerDiscreteScheduler:
     """SD3's scheduler with the settings that `path` holds for it."""
     with reading(path):
+        check_times(FlowMatchEulerDiscreteScheduler.from_config(dict(config)))
         return FlowMatchEulerDiscreteScheduler.from_config(dict(config))

@@ -19,6 +19,7 @@ from latentfm.words import listed, shown
 
 ENCODERS = ("text_encoder.", "text_encoder_2.")
 MODULES = ("transformer_blocks.", "pos_embed.", "time_text_embed.", "context_embedder", "norm_out.", "proj_out")
+MOST_TENSORS = 20_000  # SD3.5 large, adapted everywhere, has 1,600
 PREFIXES = ("transformer.", "base_model.model.", "model.diffusion_model.", "diffusion_model.", "")
 FLAT_PREFIXES = ("lora_transformer_", "lycoris_", "lora_unet_")
 A, B, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"
@@ -54,6 +55,8 @@ class Own(NamedTuple):
 def own_names(path: Path, names: Iterable[str]) -> dict[str, Own]:
     """Whose each tensor of these names is. Raises InputError for what is no LoRA, or one of another model, kind or naming."""
     names = list(names)
+    if len(names) > MOST_TENSORS:
+        raise InputError(f"{shown(path)} has {len(names):,} tensors, a LoRA of an SD3 model has at most {MOST_TENSORS:,}; is it one?")
     if recognise(names) != LORA:
         raise InputError(f"{shown(path)} is no LoRA: it begins with {listed(names)}")
     found = {name: own for name in names if (own := parse(name)) is not None}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentfm.errors import InputError
 from latentfm.files import reading, reason
-from latentfm.interchange.components import EXTRA, load_component, read_null, scheduler_from
+from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
 from latentfm.interchange.lora import Parts, check_fit, loaded, parts_of, read_adapter
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
 from latentfm.models.folder import INFO_FILE, PARTS, TEXT, check_folder, read_info, refuse_pickle, write_stock_names
@@ -63,6 +63,10 @@ class PipelineFiles(SD3LoraLoaderMixin):
             loaded[name] = load_component(folder, name, index[name][1], wanted, variant, quantization)
         if lost := [name for name in ("transformer", "vae", "scheduler") if name not in loaded]:
             raise InputError(f"{shown(folder)} has no {' and no '.join(lost)}; give one, or another folder")
+        for name in (name for name in TEXT if name in index and loaded[name] is not None):
+            if (tokenizer := name.replace("text_encoder", "tokenizer")) not in loaded:
+                raise InputError(f"{shown(folder)} has a {name} and no {tokenizer}; its copy is not complete")
+        check_together({name: part for name, part in loaded.items() if name not in given}, folder)
         pipe = cls(**loaded)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         pipe.info = read_info(folder)

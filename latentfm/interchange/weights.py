@@ -21,7 +21,7 @@ from latentfm.interchange import original
 from latentfm.interchange.open_clip import clip_tokenizer
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
 from latentfm.interchange.tensors import Held, Stored, Tensors, read_file, read_folder, target_dtype
-from latentfm.models.folder import PARTS, TEXT, check_folder, read_config, read_info, refuse_pickle, wrong_setting
+from latentfm.models.folder import PARTS, TEXT, check_folder, read_config, read_info, refuse_pickle, wrong_info, wrong_setting
 from latentfm.models.manifest import check_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
@@ -192,6 +192,8 @@ def own_words(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         for name, settings in said.items():
             if not isinstance(settings, (dict, type(None))):
                 raise ValueError(f"{shown(name, 80)} is no configuration")
+            if name == "info" and (problem := wrong_info(settings or {})):
+                raise ValueError(f"it says {problem}")
             for key, value in (settings or {}).items():
                 if problem := wrong_setting(key, value):
                     raise ValueError(f"it says {shown(key, 80)} {shown(json.dumps(value), 80)}, {problem}")
@@ -266,9 +268,16 @@ def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
     """
     kind, settings = (T5Config, T5_SETTINGS) if name == "text_encoder_3" else (CLIPTextConfig, CLIP_SETTINGS)
     try:
-        return kind.from_dict({key: config[key] for key in settings if key in config})
+        made = kind.from_dict({key: config[key] for key in settings if key in config})
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
+    if isinstance(made, CLIPTextConfig) and type(made.eos_token_id) is not int:
+        raise ValueError("its eos_token_id is no number, and the end of a text is where its pooled state is read")
+    if isinstance(made, T5Config):
+        exact = made.relative_attention_num_buckets // 4  # distances that have a bucket of their own
+        if not 0 < exact < made.relative_attention_max_distance:
+            raise ValueError("its relative_attention_num_buckets and relative_attention_max_distance do not go together")
+    return made
 
 
 def problems(name: str, part: Part) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ WHOLE = {
     *MOST_OF, "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "out_channels", "joint_attention_dim",
     "pooled_projection_dim", "caption_projection_dim", "pos_embed_max_size", "sample_size", "latent_channels", "norm_num_groups",
     "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim", "d_model", "d_ff", "d_kv", "num_heads",
-    "relative_attention_num_buckets", "relative_attention_max_distance",
+    "relative_attention_num_buckets", "relative_attention_max_distance", "base_image_seq_len", "max_image_seq_len",
 }  # fmt: skip
-SCALES = ("scaling_factor", "shift_factor", "shift")
+NUMBERS = ("scaling_factor", "shift_factor", "shift", "shift_terminal", "base_shift", "max_shift", "layer_norm_eps", "layer_norm_epsilon")
 LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 
 
@@ -60,14 +60,12 @@ def wrong_setting(key: str, value: Any) -> str:
         value is None or (isinstance(value, list) and len(value) <= MOST_OF["num_layers"] and all(type(i) is int for i in value))
     ):
         return "which is no list of blocks"
-    if key in SCALES and value is not None and not is_scale(value, zero=key == "shift_factor"):
-        return "which is no number to scale with"
+    if key in NUMBERS and (value is not None or key == "scaling_factor"):
+        if type(value) not in (int, float) or not abs(value) < float("inf"):
+            return "which is no finite number"
+        if (key == "scaling_factor" and value == 0) or (key == "shift" and value <= 0):
+            return "which is no number to scale with"
     return ""
-
-
-def is_scale(value: Any, zero: bool) -> bool:
-    """Whether a value is a finite number; 0 only where `zero` says so."""
-    return type(value) in (int, float) and abs(value) < float("inf") and (zero or value != 0)
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -76,12 +74,17 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     info = read_json(path, way_out="copy the folder again")
+    if problem := wrong_info(info):
+        raise InputError(f"{shown(path)} says {problem}; copy the folder again")
+    return info
+
+
+def wrong_info(info: Mapping[str, Any]) -> str:
+    """What is wrong with what a model says of itself, in words; "" when nothing is."""
     length = info.get("max_sequence_length", 1)
     if type(length) is not int or not 1 <= length <= MOST_T5_TOKENS:
-        raise InputError(
-            f"{shown(path)} says max_sequence_length {shown(json.dumps(length), 80)}; it is a number of tokens from 1 to {MOST_T5_TOKENS:,}"
-        )
-    return info
+        return f"max_sequence_length {shown(json.dumps(length), 80)}, which is no number of tokens from 1 to {MOST_T5_TOKENS:,}"
+    return ""
 
 
 def t5_length(info: dict[str, Any]) -> int:
@@ -143,8 +146,10 @@ def check_folder(
         raise InputError(f"{shown(folder)} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     named = [name for name in index if name not in without]
     if lost := [name for name in named if not (folder / name).is_dir()]:
+        without_config = [f"it has no {name}/config.json" for name in lost if name in PARTS][:1]
         raise InputError(
-            f"{shown(folder)} lacks the folder {', '.join(lost)}, which its {INDEX_FILE} names; its copy is not complete"
+            f"{shown(folder)} lacks the folder {', '.join(lost)}, which its {INDEX_FILE} names; "
+            f"{', '.join([*without_config, 'its copy is not complete'])}"
         )
     for name in (name for name in named if name in PARTS):  # what is wrong with a file says more than that it is another than was saved
         read_config(folder / name / "config.json")
@@ -161,14 +166,20 @@ def write_stock_names(folder: Path) -> None:
     Without a dtype stock diffusers loads the transformer and the VAE in float32 whatever was saved, but transformers 5 loads
     a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail.
     """
-    for path in [folder / INDEX_FILE, *folder.glob("*/config.json")]:
-        data = read_json(path)
-        data.pop("_name_or_path", None)  # a path of the machine it was saved on
-        component = path.parent.name if path.name == "config.json" else None
-        if component is None:
-            data |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
-        elif component == "transformer":
-            data["_class_name"] = "SD3Transformer2DModel"
-        elif component.startswith("text_encoder"):
-            data["dtype"] = "float32"
-        path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    index = read_json(folder / INDEX_FILE)
+    index.pop("_name_or_path", None)  # a path of the machine it was saved on
+    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    write_json(folder / INDEX_FILE, index)
+    for name in read_index(folder):
+        path = folder / name / "config.json"
+        if not path.is_file():
+            continue
+        config = read_json(path)
+        config.pop("_name_or_path", None)
+        config |= {"_class_name": "SD3Transformer2DModel"} if name == "transformer" else {}
+        config |= {"dtype": "float32"} if name in TEXT else {}
+        write_json(path, config)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

@@ -8,6 +8,7 @@ the range of bytes after it; the bytes.
 import json
 import math
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,12 +142,13 @@ def pickle_refused(path: Path) -> InputError:
 def names_in(folder: Path) -> list[str]:
     """The names in a folder, sorted. Raises InputError when it cannot be read or has more than MOST_FILES."""
     try:
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in islice(entries, MOST_FILES + 1)]
     except (OSError, ValueError) as error:
         raise InputError(f"{shown(folder)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(names) > MOST_FILES:
-        raise InputError(f"{shown(folder)} has {len(names):,} files, a model's folder has at most {MOST_FILES:,}; is it one?")
-    return names
+        raise InputError(f"{shown(folder)} has more than the {MOST_FILES:,} files that a model's folder may have; is it one?")
+    return sorted(names)
 
 
 class WeightFiles(NamedTuple):

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,8 +103,9 @@ class PromptEncoder:
     def __init__(self, tokenizers: Sequence, encoders: Sequence, joint_dim: int, pooled_dim: int):
         self.tokenizers, self.encoders = tuple(tokenizers), tuple(encoders)
         self.joint_dim, self.pooled_dim = joint_dim, pooled_dim
-        clips = [(t, e) for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None]
-        self.clip_length = min((length_of(*clip) for clip in clips[:1]), default=77)
+        first = next((t for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None), None)
+        positions = [e.config.max_position_embeddings for e in self.encoders[:2] if e is not None]
+        self.clip_length = int(min(first.model_max_length, *positions)) if first is not None else 77  # as said, and as can be read
 
     def to(self, device: torch.device) -> "PromptEncoder":
         for encoder in self.encoders:
@@ -156,11 +156,6 @@ class PromptEncoder:
             like = next(iter(found.values()), torch.zeros(0))
             found["t5"] = like.new_zeros(len(prompts), t5_length, self.joint_dim)
         return PromptParts(**found)
-
-
-def length_of(tokenizer: Any, clip: torch.nn.Module) -> int:
-    """How many tokens a CLIP is given: what its tokenizer says, and no more than it has positions for."""
-    return int(min(tokenizer.model_max_length, clip.config.max_position_embeddings))
 
 
 def encoder_name(index: int) -> str:
