@@ -105,8 +105,11 @@ def open_weights(
     if not path.is_dir():
         if verify:
             raise InputError(f"{shown(path)} is a single file, and verifying is for folders, which have a manifest; leave it out")
-        with reading(path, "it is no SD3 or SD3.5 model, or a damaged one; copy it again"):
-            return open_file(path, parts, like, sample_size)
+        try:
+            with reading(path, "it is no SD3 or SD3.5 model, or a damaged one; copy it again"):
+                return open_file(path, parts, like, sample_size)
+        except InputError as error:
+            raise error if shown(path) in str(error) else InputError(f"{shown(path)}: {error}") from error
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{shown(path)} is a LoRA adapter, not a model; load it on top of one, or convert it")
     if not (path / "config.json").is_file():
