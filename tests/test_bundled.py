@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 
 from latentfm import LatentFMPipeline, bundled_model
+from latentfm.models.manifest import MANIFEST, check_manifest, read_manifest
 from latentfm.models.text import NullCondition
 
 
@@ -62,3 +63,9 @@ def test_its_files() -> None:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, component  # noqa: SIM118
     card = (folder / "README.md").read_text("utf-8")
     assert all(word in card for word in ("Apache-2.0", "MIT", "CC BY 4.0", "seed", "build_emoji.py"))
+
+
+def test_every_byte_of_it_is_what_was_saved() -> None:
+    check_manifest(bundled_model(), verify=True)
+    files = {path.relative_to(bundled_model()).as_posix() for path in bundled_model().rglob("*") if path.is_file()}
+    assert read_manifest(bundled_model()).keys() == files - {MANIFEST, "README.md"}

@@ -48,10 +48,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of a LoRA by owner ("transformer", "text_encoder", "text_encoder_2"), under the modules' names, and peft's arguments."""
+    """The tensors of a LoRA by owner ("transformer", "text_encoder", "text_encoder_2"), under the modules' names, and peft's arguments.
+
+    alphas: those that lie in tensors of their own, by owner and module; they are in the arguments too.
+    """
 
     tensors: dict[str, dict[str, Any]]
     configs: dict[str, dict[str, Any]]
+    alphas: dict[str, dict[str, float]]
 
 
 def is_adapter(path: Path) -> bool:
@@ -131,7 +135,7 @@ def parts_of(path: Path, tensors: Mapping[str, Stored | Tensor], said: Mapping[s
     by_owner: dict[str, dict[Own, Any]] = {}
     for name, own in owns.items():
         by_owner.setdefault(own.owner, {})[own] = tensors[name]
-    found, configs = {}, {}
+    found, configs, alphas_of = {}, {}, {}
     for owner, own_tensors in by_owner.items():
         settings = {key.removeprefix(f"{owner}."): value for key, value in said.items() if key.startswith(f"{owner}.")}
         with reading(f"the LoRA {shown(path)}", "get it again, or in diffusers' format"):
@@ -141,8 +145,9 @@ def parts_of(path: Path, tensors: Mapping[str, Stored | Tensor], said: Mapping[s
                 raise ValueError(f"it has an alpha of {shown(min(stray), 100)} and no matrices")
             kinds = {own.what for own in own_tensors}
             configs[owner] = plain_config(settings, ranks, alphas, MAGNITUDE in kinds, BIAS in kinds)
+        alphas_of[owner] = alphas
         found[owner] = {f"{own.module}.{own.what}": value for own, value in own_tensors.items() if own.what != ALPHA}
-    return Parts(found, configs)
+    return Parts(found, configs, alphas_of)
 
 
 def ranks_of(tensors: Mapping[Own, Any]) -> dict[str, int]:
@@ -182,6 +187,16 @@ def loaded(parts: Parts, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
             if not all_finite(tensor):
                 raise InputError(f"the LoRA {shown(path)} is damaged: {shown(name, 120)} is not finite; get it again")
     return tensors, {f"{owner}.{key}": value for owner, config in parts.configs.items() for key, value in config.items()}
+
+
+def with_alphas(tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
+    """The tensors with the alphas that lay beside them multiplied in, for who takes them without metadata: alpha is then the rank."""
+    found = dict(tensors)
+    for owner, alphas in parts.alphas.items():
+        for module, alpha in alphas.items():
+            up = f"{owner}.{module}.{B}"
+            found[up] = found[up] * (alpha / found[up].shape[1])
+    return found
 
 
 def check_fit(network: nn.Module, owner: str, tensors: Mapping[str, Tensor]) -> None:

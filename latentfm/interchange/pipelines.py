@@ -15,7 +15,7 @@ from torch import Tensor
 from latentfm.errors import InputError
 from latentfm.files import reading, reason
 from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
-from latentfm.interchange.lora import Parts, check_fit, loaded, parts_of, read_adapter
+from latentfm.interchange.lora import Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
 from latentfm.models.folder import INFO_FILE, PARTS, TEXT, check_folder, read_info, refuse_pickle, write_stock_names
 from latentfm.models.manifest import write_manifest
@@ -106,8 +106,8 @@ class PipelineFiles(SD3LoraLoaderMixin):
         """The tensors of a LoRA, and its metadata with return_lora_metadata=True, as SD3LoraLoaderMixin; a peft adapter folder too.
 
         The keyword arguments are SD3LoraLoaderMixin's, and verify=True, which compares every byte of a folder with what was saved there.
-        Names are diffusers' whatever the file's spelling was, and the metadata is always there. Raises InputError for a pickle, a file
-        that cannot be read, or a LoRA of another model, kind or naming.
+        Names are diffusers' whatever the file's spelling was, and the metadata is always there; without it an alpha is multiplied in.
+        Raises InputError for a pickle, a file that cannot be read, or a LoRA of another model, kind or naming.
         """
         given, with_metadata = pretrained_model_name_or_path_or_dict, kwargs.pop("return_lora_metadata", False)
         verify, name = kwargs.pop("verify", False), kwargs.get("weight_name")
@@ -120,7 +120,7 @@ class PipelineFiles(SD3LoraLoaderMixin):
             else:
                 parts = fetched(super().lora_state_dict, source, kwargs)
         tensors, metadata = loaded(parts, source)
-        return (tensors, metadata) if with_metadata else tensors
+        return (tensors, metadata) if with_metadata else with_alphas(tensors, parts)
 
     @classmethod
     def load_lora_into_transformer(cls, state_dict: dict[str, Tensor], transformer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -85,7 +85,8 @@ def test_a_half_of_t5_that_overflows_in_float16_stays_in_float32_as_in_transform
 
 CODE = {
     "attn_implementation": "someone/a-kernel", "_attn_implementation": "someone/a-kernel",
-    "_attn_implementation_internal": "someone/a-kernel", "auto_map": {"AutoModel": "evil.Model"}, "transformers_weights": "evil.bin", "dtype": "fload32", "torch_dtype": "fload32",
+    "_attn_implementation_internal": "someone/a-kernel", "auto_map": {"AutoModel": "evil.Model"}, "transformers_weights": "evil.bin",
+    "dtype": "fload32", "torch_dtype": "fload32",
     "output_attentions": True, "return_dict": False, "use_kernels": True, "architectures": ["Evil"], "model_type": "evil",
 }  # fmt: skip
 
