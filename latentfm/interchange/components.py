@@ -17,7 +17,8 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from latentfm.errors import InputError
 from latentfm.files import reading
-from latentfm.interchange.weights import CLASSES, all_finite, load_part, open_component, text_config
+from latentfm.interchange.networks import all_finite, text_config
+from latentfm.interchange.weights import CLASSES, load_part, open_component
 from latentfm.models.folder import MOST_T5_TOKENS, PARTS, TEXT, read_config
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import read_header, weight_files

@@ -20,9 +20,9 @@ from latentfm.errors import InputError
 from latentfm.files import read_json, reading
 from latentfm.interchange.lora_config import plain_config
 from latentfm.interchange.lora_names import ALPHA, BIAS, MAGNITUDE, A, B, Own, own_names
+from latentfm.interchange.networks import all_finite
 from latentfm.interchange.recognise import LORA, recognise
 from latentfm.interchange.tensors import Stored, Tensors, read_file, write_file
-from latentfm.interchange.weights import all_finite
 from latentfm.models.folder import refuse_pickle
 from latentfm.models.manifest import check_manifest, write_manifest
 from latentfm.models.stored import names_in

@@ -1,5 +1,6 @@
 """How a pipeline comes from disk and goes back: folders, single files, LoRA adapters."""
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from torch import Tensor
 from latentfm.errors import InputError
 from latentfm.files import reading, reason
 from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
-from latentfm.interchange.lora import Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
+from latentfm.interchange.lora import ADAPTER_FILE, Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
 from latentfm.models.folder import INFO_FILE, PARTS, TEXT, check_folder, read_info, refuse_pickle, write_stock_names
-from latentfm.models.manifest import write_manifest
+from latentfm.models.manifest import renew_entry, write_manifest
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,16 @@ class PipelineFiles(SD3LoraLoaderMixin):
         check_fit(text_encoder, prefix, state_dict)
         with reading("the LoRA", "it does not fit this model"):
             super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix, **kwargs)
+
+    @classmethod
+    def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes a LoRA file as SD3LoraLoaderMixin, whose arguments these are, and keeps its folder's manifest right."""
+        save = super().save_lora_weights
+        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
+        save(save_directory, *args, **kwargs)
+        name = given.get("weight_name") or ADAPTER_FILE
+        if given.get("is_main_process", True) and (Path(save_directory) / name).is_file():
+            renew_entry(Path(save_directory), name)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest."""

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from latentfm.errors import InputError
 from latentfm.files import CONTENT_ERRORS, reading, reason
 from latentfm.interchange import original
+from latentfm.interchange.networks import all_finite, empty
 from latentfm.interchange.open_clip import clip_tokenizer
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
 from latentfm.interchange.tensors import Held, Stored, Tensors, read_file, read_folder, target_dtype
@@ -39,18 +37,6 @@ CLASSES = {
     "tokenizer_3": ("transformers", "T5Tokenizer"),
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
-# What of a text encoder's configuration decides what it computes. Nothing else of it is read: other settings choose an implementation of
-# attention, which may be code on the hub, the form of the output, or files elsewhere
-CLIP_SETTINGS = (
-    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor",
-    "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
-T5_SETTINGS = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "relative_attention_num_buckets",
-    "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon", "initializer_factor", "feed_forward_proj", "dense_act_fn",
-    "is_gated_act", "pad_token_id", "eos_token_id", "decoder_start_token_id", "tie_word_embeddings",
-)  # fmt: skip
 KEY = "latentfm"  # in a single file's metadata: the configurations, which weights alone do not tell whole
 SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
 ACTS = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
@@ -252,37 +238,6 @@ def config_for(name: str, tensors: Tensors, like: Weights | None) -> dict[str, A
     return original.t5_config(tensors) if name == "text_encoder_3" else original.clip_config(tensors, ACTS[name])
 
 
-def empty(name: str, config: dict[str, Any]) -> nn.Module:
-    """The network of component `name` without memory: parameters and buffers on the meta device."""
-    with torch.device("meta"):
-        if name == "transformer":
-            return MMDiT.from_config(config)
-        if name == "vae":
-            return AutoencoderKL.from_config(config)
-        if name == "text_encoder_3":
-            return T5EncoderModel(text_config(name, config))
-        return CLIPTextModelWithProjection(text_config(name, config))
-
-
-def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
-    """The configuration of a text encoder as transformers has it: what decides its numbers, and nothing besides.
-
-    Raises ValueError for settings of another type.
-    """
-    kind, settings = (T5Config, T5_SETTINGS) if name == "text_encoder_3" else (CLIPTextConfig, CLIP_SETTINGS)
-    try:
-        made = kind.from_dict({key: config[key] for key in settings if key in config})
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
-    if isinstance(made, CLIPTextConfig) and type(made.eos_token_id) is not int:
-        raise ValueError("its eos_token_id is no number, and the end of a text is where its pooled state is read")
-    if isinstance(made, T5Config):
-        exact = made.relative_attention_num_buckets // 4  # distances that have a bucket of their own
-        if not 0 < exact < made.relative_attention_max_distance:
-            raise ValueError("its relative_attention_num_buckets and relative_attention_max_distance do not go together")
-    return made
-
-
 def problems(name: str, part: Part) -> str:
     """In what the tensors differ from those of the network that the configuration makes; "" when in nothing."""
     try:
@@ -346,11 +301,6 @@ def load_part(name: str, part: Part, dtype: torch.dtype) -> nn.Module:
     return network.eval()
 
 
-def all_finite(value: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity; its sum, which is as quick as reading it, has one where it has."""
-    return not value.is_floating_point() or bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
-
-
 def not_finite(name: str, key: str, stored: Stored, value: Tensor) -> InputError:
     """What to say of a tensor of component `name` that is not all finite."""
     bad, where = int(value.isfinite().logical_not().sum()), shown(stored.pieces[0][0]) if stored.pieces else "the file"
@@ -380,7 +330,7 @@ def completed(weights: Weights, base: Weights | None) -> Weights:
     base = base or Weights(weights.path, "", {})
     parts = {name: found for name in PARTS if (found := weights.parts.get(name) or base.parts.get(name))}
     if missing := [name for name in ("transformer", "vae") if name not in parts]:
-        raise InputError(f"{weights.path} has no {' and no '.join(missing)}; give a pipeline folder that does, to take the rest from")
+        raise InputError(f"{shown(weights.path)} has no {' and no '.join(missing)}; give a pipeline folder to take the rest from")
     notes, tokenizers = list(weights.notes), {}
     for name in TEXT:
         tokenizer = name.replace("text_encoder", "tokenizer")
@@ -392,7 +342,8 @@ def completed(weights: Weights, base: Weights | None) -> Weights:
             del parts[name]
             notes.append("T5 is left out: its tokenizer is not in the file; give a pipeline folder with a tokenizer_3 to keep it")
         elif parts[name].config["vocab_size"] != CLIP_VOCABULARY:
-            raise InputError(f"{weights.path} has a {name} with a vocabulary of its own and no tokenizer; give the pipeline it is of")
+            what = f"a {name} with a vocabulary of its own and no tokenizer"
+            raise InputError(f"{shown(weights.path)} has {what}; give the pipeline it is of")
     if not any(name in parts for name in TEXT):
         notes.append("no text encoder: prompts cannot be read, only prompt_embeds given; give a pipeline folder to take the encoders from")
     encoders = weights if any(name in weights.parts for name in TEXT) else base  # whose null condition and T5 length hold

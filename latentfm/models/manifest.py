@@ -56,12 +56,24 @@ def write_manifest(folder: Path, known: Mapping[str, Saved] | None = None) -> No
 
     known: files by name that need not be read once more, taken where the size is right.
     """
-    lines = [TITLE]
-    for name in files_of(folder):
-        saved = (known or {}).get(name)
+    found = {name: (known or {}).get(name) for name in files_of(folder)}
+    for name, saved in found.items():
         if saved is None or saved.size != (folder / name).stat().st_size:
-            saved = hash_of(folder / name)
-        lines += [f"# {saved.size}", f"{saved.sha256}  {name}"]
+            found[name] = hash_of(folder / name)
+    write_entries(folder, found)
+
+
+def renew_entry(folder: Path, name: str) -> None:
+    """Has the manifest of `folder` hold the file `name` as it is now; the others' entries, as far as they are there, stay."""
+    there = {other: saved for other, saved in (read_manifest(folder) or {}).items() if (folder / other).exists()}
+    write_entries(folder, there | {name: hash_of(folder / name)})
+
+
+def write_entries(folder: Path, saved: Mapping[str, Saved]) -> None:
+    """Writes a manifest of these files into `folder`, all of it or nothing."""
+    lines = [TITLE]
+    for name, entry in sorted(saved.items()):
+        lines += [f"# {entry.size}", f"{entry.sha256}  {name}"]
     with whole_or_nothing(folder / MANIFEST) as path:
         path.write_bytes(("\n".join(lines) + "\n").encode())
 

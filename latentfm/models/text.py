@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentfm.errors import InputError
+from latentfm.models.manifest import MANIFEST, renew_entry
 from latentfm.words import shortened
 
 logger = logging.getLogger(__name__)
@@ -195,6 +196,8 @@ class NullCondition:
             for name, value in parts.items()
         }
         save_file(tensors, folder / NULL_FILE)
+        if (folder / MANIFEST).exists():
+            renew_entry(folder, NULL_FILE)
 
     @classmethod
     def load(cls, folder: Path, encoder: PromptEncoder | None = None) -> "NullCondition":

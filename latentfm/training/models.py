@@ -19,6 +19,7 @@ from latentfm.models import vae as vae_room
 from latentfm.models.folder import check_folder, read_config, read_info
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NullCondition, PromptEncoder
+from latentfm.words import shown
 
 
 @dataclass
@@ -62,7 +63,7 @@ def load_models(options: ModelOptions, weights: bool = True) -> Models:
     folder = Path(options.pipeline).expanduser() if options.pipeline else bundled_model()
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
-        raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+        raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     vae = load_component(folder, "vae", "AutoencoderKL", torch.float32)
     dtype = getattr(torch, options.text_encoders)
     if options.preset is None:

@@ -18,7 +18,8 @@ from latentfm import LatentFMPipeline
 from latentfm.config import ModelOptions
 from latentfm.errors import InputError
 from latentfm.interchange.components import load_component, load_scheduler, load_text_encoders
-from latentfm.interchange.weights import all_finite, load_part, open_component, open_weights
+from latentfm.interchange.networks import all_finite
+from latentfm.interchange.weights import load_part, open_component, open_weights
 from latentfm.training.models import load_models
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -340,9 +340,15 @@ def test_special_files_are_refused(tmp_path, pipe):
 def test_a_saved_folder_is_verified_when_asked(tmp_path, pipe, tiny_folder):
     network = MMDiT.from_pretrained(tiny_folder, subfolder="transformer")
     network.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    LatentFMPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(network))
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(network))
     with pytest.raises(InputError, match="has no latentfm_manifest.txt"):
         pipe.load_lora_weights(tmp_path / "lora", verify=True)
+    for rank in (2, 3):  # in place
+        network.delete_adapters("default")
+        network.add_adapter(LoraConfig(r=rank, target_modules=["to_q"]))
+        LatentFMPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(network))
+        pipe.load_lora_weights(tmp_path / "lora", verify=True)
+        pipe.unload_lora_weights()
     write_peft(tmp_path / "peft", open_adapter(tmp_path / "lora"), None)
     pipe.load_lora_weights(tmp_path / "peft", verify=True)
     file = tmp_path / "peft" / "adapter_model.safetensors"

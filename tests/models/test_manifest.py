@@ -128,6 +128,16 @@ def test_saving_again_in_place_keeps_it_right(model):
     assert load(model, verify=True).text_encoder_3 is None
 
 
+def test_a_null_condition_saved_into_a_folder_by_itself_is_in_its_manifest(model, tmp_path):
+    pipe = load(model)
+    pipe.null.parts(24)
+    pipe.null.save(model)
+    check_manifest(model, verify=True)
+    (tmp_path / "alone").mkdir()
+    pipe.null.save(tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["null_condition.safetensors"]
+
+
 def test_what_a_person_puts_beside_a_model_is_none_of_it(model):
     (model / "README.md").write_text("mine")
     (model / "samples").mkdir()
