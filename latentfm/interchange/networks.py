@@ -56,5 +56,8 @@ def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
 
 
 def all_finite(value: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity; its sum, which is as quick as reading it, has one where it has."""
-    return not value.is_floating_point() or bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
+    """Whether a tensor has neither NaN nor infinity: its least and greatest number would be one. Reads it once, makes no copy."""
+    if not value.is_floating_point() or value.itemsize == 1 or value.numel() == 0:  # float8 has no such comparison, and is nothing's own
+        return True
+    least, greatest = torch.aminmax(value.detach())
+    return bool(least.isfinite() & greatest.isfinite())
