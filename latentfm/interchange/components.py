@@ -101,7 +101,6 @@ def load_quantised(
     place: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None, quantization: Any = None
 ) -> torch.nn.Module:
     """A component that is quantised, as saved by bitsandbytes or, by a `quantization` given, as it is loaded; by its library."""
-    check_for_library(place, name, config, variant)
     saved = config.get("quantization_config")
     if saved is not None:
         method = saved.get("quant_method") if isinstance(saved, dict) else saved
@@ -110,6 +109,7 @@ def load_quantised(
                 f"{shown(place / 'config.json')} says it is quantised by {shown(method, 80)}; only bitsandbytes is read here: take the "
                 "model in float16, bfloat16 or float32"
             )
+    check_for_library(place, name, config, variant)
     more = {"use_safetensors": True, "variant": variant, "local_files_only": True}
     more |= {"quantization_config": quantization} if quantization is not None else {}
     with reading(place, "take the model in float16, bfloat16 or float32, or copy the folder again", also=(ImportError,)):
@@ -141,14 +141,18 @@ def load_extra(place: Path, kind: str) -> Any:
 
 
 def check_for_library(place: Path, name: str, config: Mapping[str, Any], variant: str | None = None) -> None:
-    """Raises InputError unless all that a library would open in `place` are whole safetensors, and nothing has it look elsewhere."""
+    """Raises InputError unless all that a library would open in `place` are whole safetensors, quantised where the configuration says so.
+
+    And for what has it look elsewhere.
+    """
     if name not in PARTS or name in TEXT:  # transformers' own
         if (place / "adapter_config.json").exists():
             raise InputError(f"{shown(place)} has an adapter_config.json, by which its library would load another model; remove it")
         if name not in TEXT and (found := [key for key in CODE if config.get(key) is not None]):
             raise refused(place / "config.json", found[0])
-    for path in weight_files(place, variant).paths:
-        read_header(path)
+    kinds = {entry.dtype for path in weight_files(place, variant).paths for entry in read_header(path).tensors.values()}
+    if config.get("quantization_config") is not None and not kinds & {"U8", "I8"}:
+        raise InputError(f"{shown(place)} says it is quantised, and its weights are not; copy the folder again")
 
 
 def refused(path: Path, key: str) -> InputError:

@@ -57,7 +57,7 @@ def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
 
 def all_finite(value: Tensor) -> bool:
     """Whether a tensor has neither NaN nor infinity: its least and greatest number would be one. Reads it once, makes no copy."""
-    if not value.is_floating_point() or value.itemsize == 1 or value.numel() == 0:  # float8 has no such comparison, and is nothing's own
+    if not value.is_floating_point() or value.itemsize == 1 or value.numel() == 0:  # float8 is only ever read on
         return True
     least, greatest = torch.aminmax(value.detach())
     return bool(least.isfinite() & greatest.isfinite())

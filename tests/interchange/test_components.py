@@ -232,6 +232,13 @@ def test_a_quantised_component_that_names_another_model_is_refused_before_its_li
         LatentFMPipeline.from_pretrained(model)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3", "transformer"])
+def test_weights_that_are_said_to_be_quantised_and_are_not_are_told(model, part):
+    change(model / part / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(InputError, match=f"{part} says it is quantised, and its weights are not"):
+        LatentFMPipeline.from_pretrained(model)
+
+
 def test_a_text_encoder_saved_in_four_bits_loads(model, tiny_folder):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
