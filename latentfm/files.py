@@ -60,7 +60,7 @@ def reason(error: BaseException, most: int = 300) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, KeyError):
-        return f"it has no {error.args[0] if error.args else 'such entry'!r}"
+        return f"it has no {shown(repr(error.args[0]) if error.args else 'such entry', most)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, (TypeError, AttributeError, IndexError)):

@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 
 from latentfm import LatentFMPipeline, bundled_model
+from latentfm.models.manifest import MANIFEST, check_manifest, read_manifest
 from latentfm.models.text import NullCondition
 
 
@@ -70,3 +71,7 @@ def test_the_saved_null_condition_is_that_of_its_encoders_and_is_read(pipe: Late
     for length, parts in made.items():
         for name, value in pipe.null.parts(length).items():
             torch.testing.assert_close(value, getattr(parts, name), rtol=1e-5, atol=1e-5)
+def test_every_byte_of_it_is_what_was_saved() -> None:
+    check_manifest(bundled_model(), verify=True)
+    files = {path.relative_to(bundled_model()).as_posix() for path in bundled_model().rglob("*") if path.is_file()}
+    assert read_manifest(bundled_model()).keys() == files - {MANIFEST, "README.md"}

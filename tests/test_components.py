@@ -13,7 +13,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
-from latentfm.interchange.pipelines import scheduler_in
+from latentfm.interchange.components import load_scheduler, scheduler_from
+from latentfm.models.manifest import MANIFEST
 from latentfm.models.mmdit import MMDiT
 from latentfm.pipeline import LatentFMPipeline
 
@@ -110,6 +111,7 @@ def test_components_given_to_from_pretrained_count_too(both, saved, tmp_path):
     edited_past_autograd(both[0])
     old = shutil.copytree(saved, tmp_path / "old")
     save_file(load_file(saved / "null_condition.safetensors"), old / "null_condition.safetensors")
+    (old / MANIFEST).unlink()
     for folder in (saved, old):
         pipe = quiet(LatentFMPipeline.from_pretrained(folder, text_encoder=both[0].text_encoder))
         assert gap(draw(pipe), draw(both[0])) < ROUNDING < 50 * ROUNDING < gap(draw(pipe), draw(both[1]))
@@ -233,14 +235,17 @@ def test_a_folder_with_another_scheduler_is_not_drawn_with_ours(saved, tmp_path)
     folder = shutil.copytree(saved, tmp_path / "heun")
     text = (folder / "model_index.json").read_text()
     (folder / "model_index.json").write_text(text.replace("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"))
-    with pytest.raises(InputError, match="heun has a FlowMatchHeunDiscreteScheduler, which steps in another way"):
-        scheduler_in(folder)
+    (folder / MANIFEST).unlink()
     config = json.loads((saved / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler_in(saved).config.shift == config["shift"]
+    assert isinstance(load_scheduler(folder), FlowMatchHeunDiscreteScheduler) and load_scheduler(saved).config.shift == config["shift"]
+    with pytest.raises(InputError, match="FlowMatchHeunDiscreteScheduler does not fit"):
+        draw(LatentFMPipeline.from_pretrained(folder))
+    with pytest.raises(InputError, match="heun has a FlowMatchHeunDiscreteScheduler, which steps in another way"):
+        scheduler_from(config | {"_class_name": "FlowMatchHeunDiscreteScheduler"}, folder)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"shift": "x"}))
     (folder / "model_index.json").write_text((saved / "model_index.json").read_text())
-    with pytest.raises(InputError, match=r"configuration in .*heun cannot be read"):
-        scheduler_in(folder)
+    with pytest.raises(InputError, match=r"heun/scheduler/scheduler_config.json says shift \"x\", which is no finite number"):
+        load_scheduler(folder)
 
 
 def test_what_is_written_follows_the_umask(both, tmp_path):
@@ -258,6 +263,6 @@ def test_what_is_written_follows_the_umask(both, tmp_path):
 def test_a_vae_that_makes_no_numbers_makes_no_picture(both):
     with torch.no_grad():
         both[1].vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(InputError, match="the VAE makes no picture of good latents in torch.float32"):
+    with pytest.raises(InputError, match="the VAE decodes to numbers that are not finite in float32: its weights are damaged"):
         draw(both[1], output_type="pil")
     assert draw(both[1]).isfinite().all()

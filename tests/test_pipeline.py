@@ -16,7 +16,7 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
-from latentfm.interchange.pipelines import DTYPE
+from latentfm.models.manifest import write_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.pipeline import LatentFMPipeline
 
@@ -36,7 +36,7 @@ def quiet(pipe):
 
 @pytest.fixture(scope="module")
 def stock(tiny_folder: Path) -> StableDiffusion3Pipeline:
-    return quiet(StableDiffusion3Pipeline.from_pretrained(tiny_folder, **{DTYPE: torch.float32}))
+    return quiet(StableDiffusion3Pipeline.from_pretrained(tiny_folder, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def saved(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline saved by stock diffusers in float16, every component of it."""
     folder = tmp_path_factory.mktemp("half") / "pipeline"
-    StableDiffusion3Pipeline.from_pretrained(tiny_folder, **{DTYPE: torch.float32}).to(torch.float16).save_pretrained(folder)
+    StableDiffusion3Pipeline.from_pretrained(tiny_folder, dtype=torch.float32).to(torch.float16).save_pretrained(folder)
     return folder
 
 
@@ -295,6 +295,7 @@ class TestNullCondition:
         folder = shutil.copytree(saved, tmp_path / "copy")
         tensors = load_file(folder / "null_condition.safetensors")
         save_file({name: value + 1.0 for name, value in tensors.items()}, folder / "null_condition.safetensors")
+        write_manifest(folder)
         moved = quiet(LatentFMPipeline.from_pretrained(folder))
         assert gap(run(moved), run(ours)) > 100 * ROUNDING
         assert gap(run(moved, guidance_scale=1.0), run(ours, guidance_scale=1.0)) == 0.0

@@ -139,14 +139,13 @@ def plan_of(run: "RunConfig", folder: Path) -> "Plan":
     """What the options and the pipeline folder make of pictures; no weight is read. Raises InputError for a size that does not fit."""
     from latentfm.data.buckets import Buckets, base_shape
     from latentfm.data.check.findings import Plan
-    from latentfm.models.described import read_json
-    from latentfm.models.folder import read_info, t5_length
+    from latentfm.models.folder import read_config, read_info, t5_length
     from latentfm.models.presets import PRESETS
 
     if run.model.preset is not None and run.model.preset not in PRESETS:
         raise InputError(f"no preset '{run.model.preset}'; there are {', '.join(PRESETS)}")
-    network = PRESETS[run.model.preset] if run.model.preset else read_json(folder / "transformer" / "config.json")
-    factor = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+    network = PRESETS[run.model.preset] if run.model.preset else read_config(folder / "transformer" / "config.json")
+    factor = 2 ** (len(read_config(folder / "vae" / "config.json")["block_out_channels"]) - 1)
     multiple = factor * network["patch_size"]
     largest = network["pos_embed_max_size"] * multiple
     width, height = base_shape(run.data.size, network["sample_size"] * factor, multiple, largest)

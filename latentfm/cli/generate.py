@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import secrets
@@ -28,7 +27,7 @@ from latentfm.cli.checks import (
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
 from latentfm.errors import InputError
 from latentfm.words import count as count_of
-from latentfm.words import shortened
+from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +86,9 @@ def generate(
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare every byte of the model and of LoRA folders with what was saved there.")
+    ] = False,
 ) -> None:
     """Make pictures from prompts.
 
@@ -114,9 +116,9 @@ def generate(
     adapters = lora or []
     for path in adapters:
         if not path.exists():
-            raise InputError(f"--lora {path} does not exist; a training writes one to OUTPUT/lora")
+            raise InputError(f"--lora {shown(path)} does not exist; a training writes one to OUTPUT/lora")
         if (path / "lora").is_dir() and not any(path.glob("*.safetensors")):
-            raise InputError(f"--lora {path} holds no LoRA; did you mean {path / 'lora'}?")
+            raise InputError(f"--lora {shown(path)} holds no LoRA; did you mean {shown(path / 'lora')}?")
 
     from latentfm.pictures import cell
 
@@ -125,8 +127,8 @@ def generate(
         task = bar.add_task("loading the model", total=None)
         chosen = chosen_device(device)
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind)
-        add_adapters(pipe, adapters)
+        pipe = load(folder, kind, verify)
+        add_adapters(pipe, adapters, verify)
         choose_attention(pipe, attention, chosen)
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         check_size(width, height, pipe.size_multiple, pipe.max_side)
@@ -202,35 +204,30 @@ class Failures:
             raise InputError(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")
 
 
-def load(folder: Path, dtype: str) -> "LatentFMPipeline":
-    """The pipeline in `folder`, on the CPU. Raises InputError when it is none, or cannot be read."""
+def load(folder: Path, dtype: str, verify: bool = False) -> "LatentFMPipeline":
+    """The pipeline in `folder`, on the CPU; with `verify` once every byte is what was saved. Raises InputError when it cannot be read."""
     import torch
-    from safetensors import SafetensorError
 
+    from latentfm.files import reading
     from latentfm.pipeline import LatentFMPipeline
 
-    try:
-        pipe = LatentFMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-    except InputError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model {folder} cannot be loaded; its copy may be incomplete or damaged: {reason}") from error
+    with reading(f"--model {shown(folder)}", "its copy may be incomplete or damaged"):
+        pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def add_adapters(pipe: "LatentFMPipeline", paths: list[Path]) -> None:
+def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = False) -> None:
     """Merges LoRA adapters into the network's weights. Raises InputError for one that is none, or of another network."""
+    from latentfm.files import reading
+
     names = [f"adapter_{number}" for number in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
         try:
-            pipe.load_lora_weights(path, adapter_name=name)
-        except InputError:
-            raise
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(f"--lora {path} does not fit this model: {reason}") from error
+            with reading(path, "it does not fit this model"):
+                pipe.load_lora_weights(path, adapter_name=name, verify=verify)
+        except InputError as error:
+            raise InputError(f"--lora {shown(path)}: {error}") from error
     if paths:
         pipe.set_adapters(names)
         pipe.fuse_lora(adapter_names=names)
@@ -271,10 +268,11 @@ def draw(
 
     def after_step(pipe: "LatentFMPipeline", step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         bar.advance(task, len(part))
-        if step == settings["steps"] - 1:
-            finite = torch.isfinite(tensors["latents"]).flatten(1).all(dim=1).tolist()
-            lost.update(row for row, good in enumerate(finite) if not good)
-        return {}
+        if step < settings["steps"] - 1:
+            return {}
+        finite = torch.isfinite(tensors["latents"]).flatten(1).all(dim=1)
+        lost.update(row for row, good in enumerate(finite.tolist()) if not good)
+        return {"latents": torch.where(finite.view(-1, 1, 1, 1), tensors["latents"], 0.0)}  # so that the others are decoded
 
     try:
         images = pipe(
@@ -348,13 +346,20 @@ def fingerprint(folder: Path) -> str:
 
     Reads at most 256 kB of each file, so it is instant for any model. Retrained weights differ nearly everywhere, hence in it.
     """
+    from latentfm.files import open_file, read_json, reading
+    from latentfm.models.folder import COMPONENT
+    from latentfm.models.stored import names_in
+
     hashed = hashlib.sha256()
-    index = folder / "model_index.json"
-    components = sorted(name for name in json.loads(index.read_bytes()) if (folder / name).is_dir())
-    for file in [index, *(file for name in components for file in sorted((folder / name).iterdir()) if file.is_file())]:
-        size = file.stat().st_size
-        hashed.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as content:
+    index = read_json(folder / "model_index.json")
+    components = sorted(name for name in index if COMPONENT.fullmatch(name) and (folder / name).is_dir())
+    names = ["model_index.json", *(f"{part}/{name}" for part in components for name in names_in(folder / part))]
+    for name in names:
+        if (folder / name).is_dir():
+            continue
+        with reading(folder / name), open_file(folder / name) as content:
+            size = os.fstat(content.fileno()).st_size
+            hashed.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
             if size <= PIECES * PIECE_BYTES:
                 hashed.update(content.read())
                 continue

@@ -18,6 +18,7 @@ from latentfm.cli.generate import generate
 from latentfm.cli.plan import plan
 from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
+from latentfm.cli.verify import verify
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.words import shown
@@ -114,6 +115,12 @@ app.command(
     "latentfm plan --model runs/mine/model --resolution 512x768 --steps 20000\n\n"
     "latentfm plan --preset sd3.5-medium --mode generate --batch 4 --steps 40 --guidance 4.5"
 )(with_homes(plan))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm verify runs/mine/model\n\n"
+    "latentfm verify runs/mine/lora\n\n"
+    "latentfm verify --renew runs/mine/model  (after a change made on purpose)"
+)(with_homes(verify))
 
 for information in data.registered_commands:
     information.callback = with_homes(information.callback)

@@ -86,7 +86,7 @@ def quiet_libraries() -> None:
     """Silences diffusers' and transformers' bars and warnings for this process, so that the output is ours; not when debugging."""
     if os.environ.get("LATENTFM_DEBUG") == "1":
         return
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is, and it tells of kernels it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where a base is quantised: it tells of kernels it lacks
     import diffusers
     import transformers
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from latentfm.errors import InputError
 from latentfm.files import read_bytes, reading, whole_or_nothing
-from latentfm.models.folder import refuse_pickle
+from latentfm.models.manifest import MANIFEST, renew_entry
 from latentfm.models.prints import encoder_print
 from latentfm.words import shortened
 
@@ -115,28 +115,8 @@ class PromptEncoder:
         self.tokenizers, self.encoders = tuple(tokenizers), tuple(encoders)
         self.joint_dim, self.pooled_dim = joint_dim, pooled_dim
         first = next((t for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None), None)
-        self.clip_length = first.model_max_length if first is not None else 77
-
-    @classmethod
-    def from_folder(cls, folder: Path, joint_dim: int, pooled_dim: int, dtype: torch.dtype = torch.float32) -> "PromptEncoder":
-        """Loads whichever of text_encoder{,_2,_3} and its tokenizer a pipeline folder holds, in evaluation mode."""
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-        tokenizers, encoders = [], []
-        for suffix, model, tokenizer in (
-            ("", CLIPTextModelWithProjection, CLIPTokenizer),
-            ("_2", CLIPTextModelWithProjection, CLIPTokenizer),
-            ("_3", T5EncoderModel, T5Tokenizer),
-        ):
-            weights = folder / f"text_encoder{suffix}"
-            if not weights.is_dir():
-                encoders.append(None)
-                tokenizers.append(None)
-                continue
-            refuse_pickle(weights)
-            encoders.append(model.from_pretrained(weights, dtype=dtype, use_safetensors=True).eval())
-            tokenizers.append(tokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
-        return cls(tokenizers, encoders, joint_dim, pooled_dim)
+        positions = [e.config.max_position_embeddings for e in self.encoders[:2] if e is not None]
+        self.clip_length = int(min(first.model_max_length, *positions)) if first is not None else 77  # as said, and as can be read
 
     def to(self, device: torch.device) -> "PromptEncoder":
         for encoder in self.encoders:
@@ -150,6 +130,9 @@ class PromptEncoder:
         if tokenizer is None:
             raise InputError(f"{encoder_name(index)} has no tokenizer; load its tokenizer too, or leave both out")
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        encoder = self.encoders[index]
+        if encoder is not None and int(ids.max()) >= (size := encoder.config.vocab_size):
+            raise InputError(f"the tokenizer of {encoder_name(index)} has tokens beyond its vocabulary of {size:,}: they are not a pair")
         for text, lost in self.lost_text(index, texts, length) if self.tells_cuts else ():
             logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), shortened(text), shortened(lost))
         return ids
@@ -263,6 +246,8 @@ class NullCondition:
         prints = {str(length): self.prints[length] for length in by_length}
         with whole_or_nothing(folder / NULL_FILE) as partial:  # safetensors' own writer would leave a file that others may not read
             partial.write_bytes(save(tensors, {PRINTS: json.dumps(prints)} if prints else None))
+        if (folder / MANIFEST).exists():
+            renew_entry(folder, NULL_FILE)
 
     @classmethod
     def load(cls, folder: Path, encoder: PromptEncoder | None = None, replaced: Collection[int] = ()) -> "NullCondition":

@@ -15,11 +15,11 @@ from latentfm.data.buckets import Buckets, base_shape
 from latentfm.data.loader import Routing
 from latentfm.errors import InputError, nearest
 from latentfm.files import expanded
-from latentfm.interchange.weights import PARTS, empty, open_pipeline, read_json
+from latentfm.interchange.weights import empty, open_pipeline
 from latentfm.models.attention import attention_backend
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.described import Model, read_model
-from latentfm.models.folder import check_folder, read_info, t5_length
+from latentfm.models.folder import PARTS, check_folder, read_config, read_info, t5_length
 from latentfm.models.memory import Shard
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
@@ -207,15 +207,15 @@ def trained_numbers(network: MMDiT, config: RunConfig) -> tuple[tuple[int, ...],
 def network_config(folder: Path, preset: str | None) -> dict[str, Any]:
     """The arguments of the network to train: the pipeline's own, or a preset's with the widths of the pipeline's VAE and encoders."""
     if preset is None:
-        return read_json(folder / "transformer" / "config.json")
+        return read_config(folder / "transformer" / "config.json")
     if preset not in PRESETS:
         raise InputError(f"no preset '{preset}'{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
     encoders = [folder / f"text_encoder{suffix}" / "config.json" for suffix in ("", "_2", "_3")]
-    clips = [read_json(path)["projection_dim"] for path in encoders[:2] if path.is_file()]
-    channels = read_json(folder / "vae" / "config.json")["latent_channels"]
+    clips = [read_config(path)["projection_dim"] for path in encoders[:2] if path.is_file()]
+    channels = read_config(folder / "vae" / "config.json")["latent_channels"]
     changes = {"in_channels": channels, "out_channels": channels}
     changes |= {"pooled_projection_dim": sum(clips)} if clips else {}
-    changes |= {"joint_attention_dim": read_json(encoders[2])["d_model"]} if encoders[2].is_file() else {}
+    changes |= {"joint_attention_dim": read_config(encoders[2])["d_model"]} if encoders[2].is_file() else {}
     return PRESETS[preset] | changes
 
 
@@ -327,7 +327,7 @@ def check_parts(folder: Path, own_network: bool) -> None:
     check_folder(folder, transformer=own_network)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    quantised = own_network and "quantization_config" in read_json(folder / "transformer" / "config.json")
+    quantised = own_network and "quantization_config" in read_config(folder / "transformer" / "config.json")
     weights = open_pipeline(folder, PARTS[1:] if quantised or not own_network else PARTS)
     texts = [name for name in weights.parts if name.startswith("text_encoder")]
     if not texts:

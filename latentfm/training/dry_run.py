@@ -21,9 +21,8 @@ from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
-from latentfm.interchange.weights import read_json
 from latentfm.models.cost import block_products, forward_flops, parameters, trained, training_flops
-from latentfm.models.folder import read_info, t5_length
+from latentfm.models.folder import read_config, read_info, t5_length
 from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
 from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
 from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
@@ -283,7 +282,7 @@ def text_encoding(setup: Setup) -> int:
     path, length = setup.folder / "text_encoder_3" / "config.json", max(setup.lengths)
     if not path.is_file():
         return 0
-    t5, together = read_json(path), setup.micro_batch if setup.config.data.online else CAPTIONS_AT_ONCE
+    t5, together = read_config(path), setup.micro_batch if setup.config.data.online else CAPTIONS_AT_ONCE
     numbers = length * (3 * (t5["d_ff"] + t5["d_model"]) + 2 * t5["num_heads"] * length)
     return together * numbers * WIDTHS[setup.config.model.text_encoders]
 
@@ -368,7 +367,7 @@ def cache_bytes(setup: Setup, pictures: Pictures) -> int:
     for name in ("text_encoder", "text_encoder_2"):
         config = setup.folder / name / "config.json"
         if config.is_file():
-            widths = read_json(config)
+            widths = read_config(config)
             fixed += clip * widths["hidden_size"] + widths["projection_dim"]
     captions = len({caption for sample in pictures.samples for caption in sample.captions})
     texts = captions * sum(fixed + length * model.network.text_dim for length in setup.lengths)

@@ -261,7 +261,7 @@ def test_folders_that_are_no_model_are_refused(run, tiny_folder):
     shutil.copytree(tiny_folder, "damaged")
     weights = next(Path("damaged/vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused(run("generate", "a cat", "--model", "damaged"), "damaged cannot be loaded")
+    refused(run("generate", "a cat", "--model", "damaged"), "damaged/vae/diffusion_pytorch_model.safetensors is cut short")
     assert not Path("outputs").exists()
 
 
@@ -271,11 +271,26 @@ def test_latents_that_are_no_numbers_make_no_picture(run, tiny_folder):
     shutil.copytree(tiny_folder, "broken")
     file = next(Path("broken/transformer").glob("*.safetensors"))
     weights = load_file(file)
-    weights["proj_out.bias"].fill_(float("nan"))
+    weights["proj_out.bias"].fill_(3e38)  # finite, and no longer so once guidance has multiplied it
     save_file(weights, file)
     broken = ("generate", "a cat", "--model", "broken", "--steps", 2, "--seed", 1, "--device", "cpu")
     refused(run(*broken), "not finite numbers in float32", "--guidance")
     refused(run(*broken, "--dtype", "bfloat16"), "use --dtype float32")
+    weights["proj_out.bias"][3] = float("nan")
+    save_file(weights, file)
+    refused(run(*broken), "weights of the transformer are damaged: 1 of the 16 numbers of proj_out.bias", str(file))
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_a_part_with_weights_that_are_no_numbers_is_named(run, tiny_folder, part):
+    shutil.copytree(tiny_folder, "broken")
+    (file,) = Path("broken", part).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start:] = b"\xff" * (len(content) - start)
+    file.write_bytes(content)
+    refused(run("generate", "a cat", "--model", "broken", "--steps", 1), f"weights of the {part} are damaged", str(file), "NaN")
     assert not Path("outputs").exists()
 
 

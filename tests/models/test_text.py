@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiny import CLIP_WIDTHS, T5_WIDTH
 
 from latentfm.errors import InputError
+from latentfm.interchange.components import load_text_encoders
 from latentfm.models.text import NULL_FILE, NullCondition, PromptEncoder, PromptParts, assemble, stack
 
 JOINT, POOLED, CLIP_LENGTH = T5_WIDTH, sum(CLIP_WIDTHS), 16
@@ -24,7 +25,7 @@ def stock(tiny_folder) -> StableDiffusion3Pipeline:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_folder) -> PromptEncoder:
-    return PromptEncoder.from_folder(tiny_folder, JOINT, POOLED)
+    return load_text_encoders(tiny_folder, JOINT, POOLED)
 
 
 def without(encoder: PromptEncoder, *absent: int) -> PromptEncoder:
@@ -79,17 +80,17 @@ def test_without_t5_is_diffusers(encoder, tiny_folder, length):
 def test_from_folder_takes_what_the_folder_has(tiny_folder, tmp_path, encoder):
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         shutil.copytree(tiny_folder / name, tmp_path / name)
-    partial = PromptEncoder.from_folder(tmp_path, JOINT, POOLED)
+    partial = load_text_encoders(tmp_path, JOINT, POOLED)
     assert partial.encoders[2] is None and partial.tokenizers[2] is None
     assert same(partial.encode(PROMPTS, 16), without(encoder, 2).encode(PROMPTS, 16))
     assert not any(e.training for e in partial.encoders[:2])
     (tmp_path / "text_encoder_2" / "model.safetensors").rename(tmp_path / "text_encoder_2" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle"):
-        PromptEncoder.from_folder(tmp_path, JOINT, POOLED)
+        load_text_encoders(tmp_path, JOINT, POOLED)
 
 
 def test_from_folder_dtype(tiny_folder):
-    encoder = PromptEncoder.from_folder(tiny_folder, JOINT, POOLED, dtype=torch.bfloat16)
+    encoder = load_text_encoders(tiny_folder, JOINT, POOLED, dtype=torch.bfloat16)
     condition = assemble(encoder.encode(["a cat"], 16), JOINT, POOLED)
     assert condition.embeds.dtype == condition.pooled.dtype == torch.bfloat16
 
