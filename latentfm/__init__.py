@@ -6,6 +6,8 @@ Public names are imported when first used, so that `import latentfm` is instant.
 import importlib
 from typing import Any
 
+from latentfm import quantised
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -20,6 +22,8 @@ _HOMES = {
     "flow": "latentfm.flow",
 }
 __all__ = ["__version__", *_HOMES]
+
+quantised.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,15 @@
-"""A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides."""
+"""A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides to any depth."""
 
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from latentfm.errors import InputError, nearest
+from latentfm import option_text
+from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
+from latentfm.errors import InputError
+from latentfm.files import SpecialFile, expanded, read_text
+from latentfm.words import shown
 
 
 class Section(BaseModel):
@@ -38,9 +40,10 @@ class SourceOptions(Section):
     caption_columns: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None, description="a name, or {name: weight}: one caption is drawn each time, by weight"
     )
+    caption: str | None = Field(None, description="one caption for all its pictures, whatever captions it holds")
     mask_column: str | None = Field(None, description="pictures whose white counts in the loss")
-    repeats: int = Field(1, ge=1, description="draws of each sample an epoch, each with randomness of its own")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="times repeats: draws of each sample an epoch, in the mean")
+    repeats: int = Field(1, ge=1, le=1_000_000, description="draws of each sample an epoch, each with randomness of its own")
+    weight: float = Field(1.0, gt=0, le=1_000_000, description="times repeats: draws of each sample an epoch, in the mean")
     regularisation: bool = Field(False, description="a prior-preservation set: its loss counts data.prior_weight")
 
     @model_validator(mode="after")
@@ -49,6 +52,8 @@ class SourceOptions(Section):
             raise ValueError("give exactly one of path, url and dataset")
         if self.dataset and self.kind not in (None, "datasets"):
             raise ValueError(f"a dataset is of the kind datasets, not {self.kind}; leave kind out, or give its path or url instead")
+        if self.caption is not None and self.caption_columns:
+            raise ValueError("caption stands for every caption; leave it or caption_columns out")
         if self.caption_columns == {}:
             raise ValueError("caption_columns names no column; leave it out or name one")
         return self
@@ -60,15 +65,19 @@ class DataOptions(Section):
     folder: str | None = Field(None, description="images with same-stem .txt captions, or with metadata.jsonl / metadata.csv")
     sources: list[SourceOptions] | None = Field(
         None, min_length=1,
-        description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, mask_column, "
+        description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, caption, mask_column, "
         "repeats, weight, regularisation, subset, split, revision, streaming}",
     )  # fmt: skip
+    caption: str | None = Field(
+        None, description="one caption for every picture, as \"a photo of sks dog\", whatever captions there are; a source's own goes first"
+    )
     size: int | tuple[int, int] | None = Field(None, description="pixels, or [width, height]; the model's own size if not given")
     buckets: int = Field(
-        1, ge=1, description="shapes of about size's area that pictures are brought to, each to the one that crops least; 1 is size alone"
+        1, ge=1, le=1000,
+        description="shapes of about size's area that pictures are brought to, each to the one that crops least; 1 is size alone",
     )
     max_aspect: float = Field(
-        2.0, ge=1, allow_inf_nan=False, description="of the buckets: width to height of the widest, height to width of the tallest one"
+        2.0, ge=1, le=1000, description="of the buckets: width to height of the widest, height to width of the tallest one"
     )
     max_crop: float = Field(1.0, gt=0, le=1, description="leave out, by name, pictures that would lose more than this share to the crop")
     prior_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="times the loss of the samples of regularisation sources")
@@ -80,13 +89,14 @@ class DataOptions(Section):
     cache_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the VAE's moments in the cache")
     verify: bool = Field(True, description="check every cached byte at the start; what is damaged later is found when it is read")
     online: bool = Field(False, description="no cache: encode pictures and captions at every step, VAE and encoders staying on the device")
-    workers: int = Field(1, ge=0, description="processes that read batches ahead, for each training process")
+    workers: int = Field(1, ge=0, le=1024, description="processes that read batches ahead, for each training process")
 
     @field_validator("t5_lengths")
     @classmethod
     def shares_are_positive(cls, value: dict[int, float] | None) -> dict[int, float] | None:
-        if value is not None and (not value or min(value) < 1 or not all(0 < share < math.inf for share in value.values())):
-            raise ValueError(f"lengths must be at least 1 and their shares above 0, got {value}")
+        lengths_fit = value is None or (value and min(value) >= 1 and max(value) <= MOST_TOKENS)
+        if not lengths_fit or not all(0 < share <= 1_000_000 for share in (value or {}).values()):
+            raise ValueError(f"lengths must be from 1 to {MOST_TOKENS:,} and their shares above 0, got {shown(value, 80)}")
         return value
 
 
@@ -102,7 +112,7 @@ class AdapterOptions(Section):
     """Train a small addition to frozen weights instead of the weights (peft)."""
 
     kind: Literal["lora", "dora"] = Field("lora", description="LoRA (Hu et al. 2021), or with magnitudes apart, DoRA (Liu et al. 2024)")
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=16_384)
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="the addition counts alpha / rank; rank if not given")
     targets: str | list[str] = Field(
         "attention", description="attention, feed_forward, modulation, all_linear, or endings of modules' names: [attn.to_q, ff.net.2]"
@@ -119,9 +129,9 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor
 class TrainOptions(Section):
     """The optimisation."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="pictures an optimizer step, over all processes and accumulation")
-    gradient_accumulation: int = Field(1, ge=1, description="forward passes an optimizer step is split into")
+    steps: int = Field(1000, ge=1, le=MOST_TRAINING_STEPS, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, le=MOST_BATCH, description="pictures an optimizer step, over all processes and accumulation")
+    gradient_accumulation: int = Field(1, ge=1, le=MOST_BATCH, description="forward passes an optimizer step is split into")
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
@@ -167,7 +177,7 @@ class TrainOptions(Section):
     t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LAST_SEED)
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -180,17 +190,17 @@ class ValidationOptions(Section):
 
     held_out: int = Field(0, ge=0, description="pictures kept out of the training for it; 0: no validation")
     every: int = Field(200, ge=1, description="steps between validations; also before the first step and after the last")
-    times: int = Field(8, ge=1, description="values of t, the middles of as many equal shares of train.t_density")
+    times: int = Field(8, ge=1, le=1000, description="values of t, the middles of as many equal shares of train.t_density")
 
 
 class SampleOptions(Section):
     """Pictures drawn while training, from the averaged weights."""
 
-    prompts: list[str] = Field(default_factory=list, description="none: some captions of the dataset")
+    prompts: list[str] = Field(default_factory=list, max_length=MOST_AT_ONCE, description="none: some captions of the dataset")
     every: int = Field(200, ge=1, description="steps between pictures; they are also made before the first step and after the last")
-    steps: int = Field(28, ge=1)
-    guidance: float = Field(3.0, allow_inf_nan=False)
-    seed: int = Field(0, ge=0)
+    steps: int = Field(28, ge=1, le=MOST_STEPS)
+    guidance: float = Field(3.0, ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)
+    seed: int = Field(0, ge=0, le=LAST_SEED - MOST_AT_ONCE)
 
 
 class OutputOptions(Section):
@@ -269,76 +279,72 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
-    """The options of the YAML file `path` with `overrides` ("section.key=value", values in YAML) on top.
+    """The options of the YAML or JSON file `path` with `overrides` ("section.key=value", at any depth) on top.
 
+    A text option's value is the text after the "=", whole; nothing there leaves it unset. Other values are YAML.
     Raises InputError in one line for a missing file, an unknown name (suggesting the nearest) or a value out of range.
     """
-    data: Any = {}
-    if path is not None:
-        try:
-            data = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8: save it again as UTF-8") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} should hold sections (model, data, train, sample, output), it holds {type(data).__name__}")
+    data = {} if path is None else read_options(expanded(path))
     for override in overrides or []:
         name, equals, text = override.partition("=")
-        section, dot, key = name.strip().partition(".")
-        if not (equals and dot and key):
+        if not (equals and all(name.strip().split(".")) and "." in name):
             known = {key: f"{section}.{key}" for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields}
             meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
-            raise InputError(f"override '{override}' should look like section.key=value, {meant}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"the value of '{override}' is not valid YAML") from error
-        if value is not None and not isinstance(value, str) and takes_text(section, key):
-            value = text.strip()  # a folder named 2026-03-01 is no date
-        data.setdefault(section, {})
-        if not isinstance(data[section], dict):
-            raise InputError(f"section '{section}' should hold options, it holds {data[section]!r}")
-        data[section][key] = value
-    check_names(data)
+            raise InputError(f"override '{shown(override, 120)}' should look like section.key=value, {shown(meant, 120)}")
+        option_text.put(data, RunConfig, override)
+    option_text.check_names(data, RunConfig)
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"].removeprefix("Value error, ")
-            for e in error.errors(include_url=False)
-        ]
-        missing = [line.split(":")[0] for line, e in zip(lines, error.errors()) if e["type"] == "missing"]
-        missing = [{"data": "data.folder", "output": "output.folder"}.get(name, name) for name in missing]  # what such a section needs
-        if missing:
-            raise InputError(f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE") from None
-        raise InputError("; ".join(lines)) from None
+        raise InputError(in_words(error)) from None
+    check_texts(config.model_dump(), "")
+    return config
 
 
-def takes_text(section: str, key: str) -> bool:
-    """Whether an option exists and is a text."""
-    options = RunConfig.model_fields[section].annotation.model_fields if section in RunConfig.model_fields else {}
-    return key in options and options[key].annotation in (str, str | None)
+def read_options(path: Path) -> dict[str, Any]:
+    """What a file of options holds. Raises InputError in one line."""
+    try:
+        text = read_text(path, option_text.MOST_BYTES)
+        data = option_text.parse(text, RunConfig) or {}
+    except SpecialFile as error:
+        raise InputError(f"cannot read the configuration {shown(path)}: {'Is a directory' if path.is_dir() else error}") from None
+    except option_text.Refused as error:
+        raise InputError(f"{shown(path)} {shown(error, 300)}") from None
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise InputError(f"cannot read the configuration {shown(path)}: {error.__cause__.strerror}") from error.__cause__
+        raise
+    if not isinstance(data, dict):
+        raise InputError(f"{shown(path)} should hold sections (model, data, train, sample, output), it holds {type(data).__name__}")
+    return data
 
 
-def check_names(data: dict[str, Any]) -> None:
-    """Raises InputError for the first section or option that does not exist."""
-    sections = RunConfig.model_fields
-    for section, options in data.items():
-        if section not in sections:
-            raise InputError(f"unknown section '{section}'{nearest(str(section), sections)}; there are {', '.join(sections)}")
-        known = sections[section].annotation.model_fields
-        if not isinstance(options, dict):
-            raise InputError(f"section '{section}' should hold options ({', '.join(known)}), it holds {options!r}")
-        for key, value in options.items():
-            if key not in known:
-                raise InputError(f"unknown option '{section}.{key}'{nearest(str(key), known)}; there are {', '.join(known)}")
-            kinds = [inner for kind in get_args(known[key].annotation) for inner in (kind, *get_args(kind))]  # X | None, list[X] | None
-            inner = next((kind.model_fields for kind in kinds if hasattr(kind, "model_fields")), None)
-            for part in value if isinstance(value, list) else [value]:
-                for name in part if inner and isinstance(part, dict) else ():
-                    if name not in inner:
-                        there = f"{nearest(str(name), inner)}; there are {', '.join(inner)}"
-                        raise InputError(f"unknown option '{section}.{key}.{name}'{there}")
+def in_words(error: ValidationError) -> str:
+    """What pydantic found wrong, in one line."""
+    lines, missing = [], []
+    for found in error.errors(include_url=False):
+        name = ".".join(map(str, found["loc"]))
+        if found["type"] == "missing":
+            missing.append({"data": "data.folder", "output": "output.folder"}.get(name, name))  # what such a section needs
+        said = found["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}: {found['msg']} (got {shown(repr(found['input']), 80)})" if name else said)
+    if missing:
+        return f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE"
+    return shown("; ".join(lines), 1000)
+
+
+def check_texts(value: Any, name: str) -> None:
+    """Raises InputError for a text, at any depth, that no file, page or picture could hold."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_texts(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            check_texts(part, f"{name}.{number}")
+    elif isinstance(value, str) and ("\0" in value or not value.isascii()):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8") from None
+        if "\0" in value:
+            raise InputError(f"{name} {shown(repr(value), 120)} holds a zero byte; leave it out")

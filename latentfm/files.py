@@ -5,14 +5,15 @@ small: `open_file` is the one way in, `read_text` and `read_json` go through it,
 one line that names the file. MemoryError passes through all of them: a passing lack of memory says nothing about a file.
 """
 
+import errno
 import json
 import os
 import shutil
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,12 +60,17 @@ def reason(error: BaseException, most: int = 300) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, KeyError):
-        return f"it has no {error.args[0] if error.args else 'such entry'!r}"
+        return f"it has no {shown(repr(error.args[0]) if error.args else 'such entry', most)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, (TypeError, AttributeError, IndexError)):
         return f"it is not laid out as it should be ({shown(' '.join(str(error).split()), most)})"
     return shown(" ".join(str(error).split()), most) or type(error).__name__
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as a person writes it: a leading ~ or ~name stands for a home, where there is such a user; else it is part of the name."""
+    return Path(os.path.expanduser(path))
 
 
 def check_regular(path: str | Path) -> os.stat_result:
@@ -122,6 +128,15 @@ def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_o
     return value
 
 
+def follow_umask(files: Iterable[Path]) -> None:
+    """Gives files that were just written the mode that any other new file has: safetensors' own writer leaves its to the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
+
+
 def flush(path: Path) -> None:
     """Forces the file or folder `path` to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -151,19 +166,22 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         yield partial
         for path in (*sorted(partial.rglob("*")), partial):  # rglob of a file finds nothing
             flush(path)
-        if target.is_dir():
+        if target.is_dir() and partial.is_dir():  # a file never takes the place of a folder
             remove(old)
             target.rename(old)  # a folder cannot be renamed over another
         partial.replace(target)
         flush(target.parent)
         remove(old)
     except BaseException as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        remove(partial)
+        with suppress(OSError):  # a disk that takes nothing does not take this either
+            if old.exists() and not target.exists():
+                old.rename(target)
+            remove(partial)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the latter for a full disk too
             reason = getattr(error, "strerror", None) or error
+            refused = getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
+            way_out = "choose a place that can be written" if refused else "free some space"
             raise InputError(
-                f"could not write {target}: {reason}. Nothing of it was left, and nothing saved earlier was touched; free some space"
+                f"could not write {shown(target)}: {reason}. Nothing of it was left, and nothing saved earlier was touched; {way_out}"
             ) from error
         raise

@@ -8,14 +8,17 @@ import unicodedata
 import uuid
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from latentfm.errors import InputError
+from latentfm.files import CONTENT_ERRORS, open_file, reason
+from latentfm.words import shown
 
+PICTURE_ERRORS = (SyntaxError, Image.DecompressionBombError)  # what Pillow raises of damaged pictures beside plain errors
 CHUNK = "latentfm"  # the PNG text chunk with the settings as JSON
 SMALLEST, LARGEST = 192, 512  # pixels of a contact sheet cell's longer side: below it is enlarged, above it is reduced
 PAPER, INK = (255, 255, 255), (60, 60, 60)
-LABEL_LINES = 2
+LABEL_LINES, LABEL_LETTERS = 2, 500  # of a label; more letters than two lines could hold
 
 
 def save_png(image: Image.Image, folder: Path, stem: str, settings: dict) -> Path:
@@ -89,18 +92,23 @@ def read_settings(path: str | Path) -> dict:
     Raises InputError when there is no such file, it is no picture, or it carries no settings of ours.
     """
     try:
-        with Image.open(path) as image:
+        with open_file(path) as file, Image.open(file) as image:
             written = image.info.get(CHUNK)
     except FileNotFoundError:
-        raise InputError(f"there is no picture {path}") from None
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+        raise InputError(f"there is no picture {shown(path)}") from None
+    except InputError:
+        raise
+    except (*CONTENT_ERRORS, *PICTURE_ERRORS) as error:
+        raise InputError(f"{shown(path)} cannot be read as a picture: {reason(error)}") from None
     if written is None:
-        raise InputError(f"{path} carries no settings: it was not made by latentfm, or another program saved it again without them")
+        raise InputError(f"{shown(path)} carries no settings: it was not made by latentfm, or another program saved it again without them")
     try:
-        return json.loads(written)
-    except json.JSONDecodeError as error:
-        raise InputError(f"the settings in {path} are damaged: {error}") from None
+        settings = json.loads(written)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"the settings in {shown(path)} are damaged: {reason(error)}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"the settings in {shown(path)} are damaged: they should be a JSON object, not {shown(repr(settings), 60)}")
+    return settings
 
 
 def cell(image: Image.Image) -> Image.Image:
@@ -186,7 +194,7 @@ def unaccented(text: str) -> str:
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """At most LABEL_LINES lines of `text`, each within `width` pixels; what is left out is marked by "..."."""
     lines = [""]
-    for word in text.split():
+    for word in text[:LABEL_LETTERS].split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

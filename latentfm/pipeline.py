@@ -5,9 +5,9 @@
     pipe("a slice of pizza", generator=torch.Generator().manual_seed(0)).images[0].save("pizza.png")
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,16 +20,29 @@ from PIL import Image
 from torch import Tensor
 
 from latentfm import flow
+from latentfm.arguments import generators, names, real_number, tensor, texts, told, whole_number
+from latentfm.bounds import MOST_STEPS, MOST_TOKENS
 from latentfm.errors import InputError
 from latentfm.interchange.pipelines import PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.schedule import Precomputed
-from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble
+from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble, evaluating
 from latentfm.models.velocity import timesteps, velocity
+from latentfm.sampling import sampling_grid
+from latentfm.words import shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SHOWN = 80  # characters of a prompt in a warning
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model's folder says of itself beside its weights. It hangs on the components, so that it comes along where they go."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+    null: NullCondition = field(default_factory=NullCondition)
 
 
 class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
@@ -39,7 +52,8 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
     unload_lora_weights.
 
     `info` holds what the model's folder says of itself in latentfm.json ("max_sequence_length": the T5 length it is
-    meant for); `null` is its null condition.
+    meant for); `null` is its null condition, for the text encoders that are loaded now. Both go with the components: a pipeline made of
+    another's draws what that one draws.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -70,8 +84,35 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         )  # fmt: skip
         self.vae_scale_factor = vae_room.downsampling(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.info: dict[str, Any] = {}
-        self.null = NullCondition(self.prompt_encoder)
+        self.say(next((said for part in self.carriers() if (said := getattr(part, "said", None))), Said()))
+
+    def carriers(self) -> list[torch.nn.Module]:
+        """The components that what their folder says goes with; the network's own word goes before the text encoders'."""
+        parts = (self.transformer, self.text_encoder_3, self.text_encoder_2, self.text_encoder)
+        return [part for part in parts if part is not None]
+
+    def say(self, said: Said) -> None:
+        """Takes on what a folder says, and hangs it on the components."""
+        self._said = said
+        for part in self.carriers():
+            part.said = said
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self._said.info
+
+    @info.setter
+    def info(self, value: dict[str, Any]) -> None:
+        self.say(Said(value, self._said.null))
+
+    @property
+    def null(self) -> NullCondition:
+        return self._said.null.read_by(self.prompt_encoder)
+
+    @null.setter
+    def null(self, value: NullCondition) -> None:
+        value = NullCondition(self.prompt_encoder, value.by_length) if value.is_bare() else value
+        self.say(Said(self._said.info, value.read_by(None)))  # an encoder that is taken out of the pipeline is not held on to
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -132,41 +173,44 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         lengths = (encoder.clip_length, encoder.clip_length, length)
         names = ("the first CLIP", "the second CLIP", "T5")
         return [
-            f"prompt {text!r} is longer than the {lengths[i]} tokens {names[i]} reads; it loses {lost!r}"
+            f"prompt '{shown(text, SHOWN)}' is longer than the {lengths[i]:,} tokens {names[i]} reads; it loses '{shown(lost, SHOWN)}'"
             for i in range(3)
             if encoder.encoders[i] is not None
             for text, lost in encoder.lost_text(i, prompts, lengths[i])
         ]
 
-    def check_inputs(
-        self, height: int, width: int, steps: int, guidance_scale: float, images: int, given: list[tuple[str, tuple[Any, ...], Any]]
-    ) -> None:
-        """Raises InputError naming the first argument that cannot be used, before any work is done.
+    def check_size(self, name: str, value: Any) -> int:
+        """A height or width in pixels that can be drawn. Raises InputError naming the nearest that can."""
+        multiple, value = self.size_multiple, whole_number(name, value, least=None)
+        if value > self.max_side:
+            raise InputError(f"{name} {value} is larger than this model's {self.max_side}; use {self.max_side} or less")
+        if value < multiple:
+            raise InputError(f"{name} {value} is too small; it must be a multiple of {multiple}, {multiple} or more")
+        if value % multiple:
+            low = value // multiple * multiple
+            raise InputError(f"{name} {value} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
+        return value
 
-        given: (name, its three prompts, its embeds) of the prompt and of the negative prompt.
+    def check_prompts(self, name: str, prompts: list[Any], embeds: Any, pooled: Any) -> tuple[list[Any], Tensor | None, Tensor | None]:
+        """What is given of a prompt or of the negative one: its texts for the three encoders, or its embeddings.
+
+        Raises InputError for what is neither, is both, or does not go together.
         """
-        multiple = self.size_multiple
-        for name, value in (("height", height), ("width", width)):
-            if value > self.max_side:
-                raise InputError(f"{name} {value} is larger than this model's {self.max_side}; use {self.max_side} or less")
-            if value < multiple:
-                raise InputError(f"{name} {value} is too small; it must be a multiple of {multiple}, {multiple} or more")
-            if value % multiple:
-                low = value // multiple * multiple
-                raise InputError(f"{name} {value} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
-        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", images)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} {value} must be a whole number of at least 1")
-        if not math.isfinite(guidance_scale):
-            raise InputError(f"guidance_scale {guidance_scale} is not a number to guide with; 1 is no guidance, 3 to 7 is usual")
-        for name, prompts, embeds in given:
-            if embeds is not None and any(prompt is not None for prompt in prompts):
-                raise InputError(f"give {name} or {name}_embeds, one of the two")
-        name, prompts, embeds = given[0]
-        if embeds is None and (prompts[0] is None or not (isinstance(prompts[0], str) or len(prompts[0]))):
-            raise InputError(f'give {name} or {name}_embeds, one of the two; the empty prompt is ""')
-        if embeds is None and not self.has_encoders:
-            raise InputError("no text encoder is loaded to read the prompt; load one, or give prompt_embeds and pooled_prompt_embeds")
+        config = self.transformer.config
+        prompts = [texts(f"{name}{suffix}", value) for suffix, value in zip(("", "_2", "_3"), prompts, strict=True)]
+        prefix = name.removesuffix("prompt")
+        if embeds is not None and any(prompt is not None for prompt in prompts):
+            raise InputError(f"give {name} or {name}_embeds, one of the two")
+        tokens = (None, None, config.joint_attention_dim)
+        embeds = tensor(f"{name}_embeds", embeds, tokens, "(prompts, tokens, the network's joint width)")
+        widths = (None, config.pooled_projection_dim)
+        pooled = tensor(f"{prefix}pooled_prompt_embeds", pooled, widths, "(prompts, the network's pooled width)")
+        for given, lacking in ((f"{name}_embeds", f"{prefix}pooled_prompt_embeds"), (f"{prefix}pooled_prompt_embeds", f"{name}_embeds")):
+            if (embeds is None) != (pooled is None) and (pooled if "pooled" in lacking else embeds) is None:
+                raise InputError(f"{given} needs {lacking} beside it")
+        if embeds is not None and pooled is not None and len(embeds) != len(pooled):
+            raise InputError(f"{name}_embeds are of {len(embeds)} prompts, {prefix}pooled_prompt_embeds of {len(pooled)}")
+        return prompts, embeds, pooled
 
     @torch.no_grad()
     def __call__(
@@ -202,55 +246,61 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         included; the model's own unless given (stock diffusers' default is 256). output_type: "pil", "np", "pt" or "latent".
         Raises InputError for arguments that cannot be used.
         """
-        height, width = height or self.default_height, width or self.default_width
-        length = max_sequence_length or self.max_sequence_length
-        negative_prompts = (negative_prompt, negative_prompt_2, negative_prompt_3)
-        self.check_inputs(
-            height, width, num_inference_steps, guidance_scale, num_images_per_prompt,
-            [("prompt", (prompt, prompt_2, prompt_3), prompt_embeds), ("negative_prompt", negative_prompts, negative_prompt_embeds)],
-        )  # fmt: skip
+        height = self.check_size("height", self.default_height if height is None else height)
+        width = self.check_size("width", self.default_width if width is None else width)
+        steps = whole_number("num_inference_steps", num_inference_steps, most=MOST_STEPS)
+        images_each = whole_number("num_images_per_prompt", num_images_per_prompt)
+        length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
+        length = whole_number("max_sequence_length", length, most=MOST_TOKENS)
+        guidance = real_number("guidance_scale", guidance_scale, "to guide with; 1 is no guidance, 3 to 7 is usual")
+        given, embeds, pooled = self.check_prompts("prompt", [prompt, prompt_2, prompt_3], prompt_embeds, pooled_prompt_embeds)
+        negatives = [negative_prompt, negative_prompt_2, negative_prompt_3]
+        negative_given = self.check_prompts("negative_prompt", negatives, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        if embeds is None and (given[0] is None or given[0] == []):
+            raise InputError('give prompt or prompt_embeds, one of the two; the empty prompt is ""')
+        if embeds is None and not self.has_encoders:
+            raise InputError("no text encoder is loaded to read the prompt; load one, or give prompt_embeds and pooled_prompt_embeds")
+        generator = generators(generator)
         if output_type not in OUTPUT_TYPES:
-            raise InputError(f"no output_type {output_type!r}; there are {', '.join(OUTPUT_TYPES)}")
+            raise InputError(f"no output_type {told(output_type)}; there are {', '.join(OUTPUT_TYPES)}")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise InputError(f"callback inputs {sorted(unknown)} do not exist; there are {self._callback_tensor_inputs}")
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError(f"callback_on_step_end must be a function, not {told(callback_on_step_end)}")
+        wanted = names("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._guidance_scale, self._interrupt = guidance, False
         guided = self.do_classifier_free_guidance
         device = self._execution_device
 
-        if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            parts = self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts))
-            condition = self.assemble(parts)
+        if embeds is None:
+            prompts = [given[0]] if isinstance(given[0], str) else given[0]
+            condition = self.assemble(self.prompt_encoder.encode(prompts, length, *(aligned(other, prompts) for other in given[1:])))
         else:
-            if pooled_prompt_embeds is None:
-                raise InputError("prompt_embeds needs pooled_prompt_embeds beside it")
-            condition = Condition(prompt_embeds, pooled_prompt_embeds)
+            condition = Condition(embeds, pooled)
         count = condition.embeds.shape[0]
         negative = None
         if guided:
-            negative = self.negative_condition(count, length, *negative_prompts, negative_prompt_embeds, negative_pooled_prompt_embeds)
+            negative = self.negative_condition(count, length, *negative_given[0], *negative_given[1:])
             if negative.embeds.shape != condition.embeds.shape:
                 raise InputError(
                     f"prompt_embeds of shape {tuple(condition.embeds.shape)}, the negative's are {tuple(negative.embeds.shape)}; "
                     f"max_sequence_length, here {length}, must be the one that the given embeddings were made with"
                 )
-        condition = repeated(condition, num_images_per_prompt, device)
-        negative = repeated(negative, num_images_per_prompt, device) if guided else None
+        condition = repeated(condition, images_each, device)
+        negative = repeated(negative, images_each, device) if guided else None
 
         channels = self.transformer.config.in_channels
-        shape = (count * num_images_per_prompt, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = (count * images_each, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is None:
             if isinstance(generator, list) and len(generator) != shape[0]:
                 raise InputError(f"{len(generator)} generators for {shape[0]} pictures; give one for each, or a single one")
             latents = randn_tensor(shape, generator=generator, device=device, dtype=condition.embeds.dtype)
-        elif tuple(latents.shape) != shape:
-            raise InputError(f"latents of shape {tuple(latents.shape)}, these arguments need {shape}")
+        elif not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
+            what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else told(latents)
+            raise InputError(f"latents {what}, these arguments need floating-point ones of shape {shape}")
 
-        grid = self.sampling_grid(num_inference_steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
-        self._num_timesteps = num_inference_steps
+        grid = sampling_grid(self.scheduler, steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
+        self._num_timesteps = steps
         state = joined(negative, condition) if guided else condition
         precomputed = self.precompute(grid)
 
@@ -264,7 +314,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
             unconditional, conditional = both.chunk(2)
             return flow.classifier_free(conditional, unconditional, self._guidance_scale)
 
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self.progress_bar(total=steps) as bar, evaluating(self.transformer, self.vae):
 
             def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
                 nonlocal state, precomputed
@@ -274,8 +324,9 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                 if callback_on_step_end is None:
                     return None
                 tensors = {"latents": x, "prompt_embeds": state.embeds, "pooled_prompt_embeds": state.pooled}
-                wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), wanted) or {}
+                answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), {name: tensors[name] for name in wanted}) or {}
+                if not isinstance(answer, dict):
+                    raise InputError(f"callback_on_step_end must return a dict of tensors or nothing, not {told(answer)}")
                 before = state
                 state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
                 if state.embeds is not before.embeds or state.pooled is not before.pooled:
@@ -283,11 +334,9 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                 return answer.get("latents")
 
             latents = flow.integrate(field, latents.to(device), grid, on_step=on_step, host_times=True)
-
-        if output_type == "latent":
             images = latents
-        else:
-            images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
+            if output_type != "latent":
+                images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
@@ -314,41 +363,14 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         pooled: Tensor | None,
     ) -> Condition:
         """The condition guided against, [count, ...]: the given embeddings or prompt, or the null condition."""
-        if embeds is not None:
-            if pooled is None:
-                raise InputError("negative_prompt_embeds needs negative_pooled_prompt_embeds beside it")
+        if embeds is not None and pooled is not None:
             return Condition(embeds, pooled)
         if not (prompt or prompt_2 or prompt_3):
-            # a LoRA of the text encoders changes what "" means to them: the saved null condition is not theirs
-            adapted = any(getattr(encoder, "peft_config", None) for encoder in self.prompt_encoder.encoders)
-            null = self.prompt_encoder.encode([""], length) if adapted else self.null.parts(length)
-            null = null.map(lambda value: value.expand(count, *value.shape[1:]))
-            return self.assemble(null)
+            return self.assemble(self.null.parts(length).map(lambda value: value.expand(count, *value.shape[1:])))
         prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
             raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
         return self.assemble(self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts)))
-
-    def sampling_grid(self, steps: int, tokens: int) -> Tensor:
-        """The times t of `steps` Euler steps, [steps + 1] from about 0 to 1: those of the model's own scheduler.
-
-        A FlowMatchEulerDiscreteScheduler with a fixed shift is flow.diffusers_grid; any other configuration is asked for its
-        sigmas. `tokens` is the number of image tokens, for schedulers whose shift depends on it.
-        """
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or self.scheduler.config.get("stochastic_sampling"):
-            raise InputError(f"this {type(self.scheduler).__name__} does not fit; use a FlowMatchEulerDiscreteScheduler, not stochastic")
-        config = self.scheduler.config
-        plain = not any(config.get(f"use_{kind}") for kind in ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas"))
-        plain = plain and self.scheduler.shift == config.shift  # set_shift changes the first and not the second
-        if plain and not config.get("shift_terminal") and not config.get("invert_sigmas"):
-            return flow.diffusers_grid(steps, config.shift, config.num_train_timesteps)
-        extra = {}
-        if config.get("use_dynamic_shifting"):
-            low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            slope = (config.get("max_shift", 1.16) - config.get("base_shift", 0.5)) / (high - low)
-            extra["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
-        self.scheduler.set_timesteps(steps, device="cpu", **extra)
-        return 1.0 - self.scheduler.sigmas
 
 
 def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | None:

@@ -118,7 +118,8 @@ def base(work: Path) -> None:
     """Put the frozen models together as a pipeline folder, with the null condition at both T5 lengths."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from latentfm.models.text import NullCondition, PromptEncoder
+    from latentfm.interchange.components import load_text_encoders
+    from latentfm.models.text import NullCondition
 
     folder = work / "base"
     shutil.rmtree(folder, ignore_errors=True)
@@ -137,7 +138,7 @@ def base(work: Path) -> None:
     index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     widths = emoji_text.T5_WIDTH, sum(emoji_text.CLIP_WIDTHS)
-    null = NullCondition(PromptEncoder.from_folder(folder, *widths))
+    null = NullCondition(load_text_encoders(folder, *widths))
     for length in (SHORT, LONG):
         null.parts(length)
     null.save(folder)
@@ -169,12 +170,14 @@ def training_command(work: Path, *more: str) -> list[str]:
 def export(work: Path) -> None:
     """Put the finished pipeline into assets/emoji; the model card there is kept."""
     from latentfm.models.folder import write_stock_names
+    from latentfm.models.manifest import write_manifest
 
     target = ROOT / "assets" / "emoji"
     card = (target / "README.md").read_text("utf-8") if (target / "README.md").exists() else None
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work / "mmdit" / "model", target)
     write_stock_names(target)
+    write_manifest(target)
     if card is not None:
         (target / "README.md").write_text(card, "utf-8")
     total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

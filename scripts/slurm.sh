@@ -31,27 +31,39 @@ config=${ACCELERATE_CONFIG:-configs/accelerate/multi-node.yaml}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-out=$(python - "$@" <<'PYTHON'
+answer=$(python - "$@" <<'PYTHON'
 import argparse
-import os
+import json
 from latentfm.config import load_config
+from latentfm.files import expanded
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--config", "-c")
 parser.add_argument("--resume", action="store_true")
 parser.add_argument("overrides", nargs="*")
 given = parser.parse_intermixed_args()
-print(os.path.expanduser(load_config(given.config, given.overrides).output.folder))
+config = load_config(given.config, given.overrides)
+out = expanded(config.output.folder)
+try:
+    done = json.loads((out / "model" / "latentfm.json").read_text("utf-8"))["trained"]["steps"]
+except Exception:
+    done = config.train.steps
+saved = any((out / "checkpoints").glob("step-*/state.json"))
+finished = (out / "model").exists() and done >= config.train.steps
+print("finished" if finished else "saved" if saved else "new", out, end="")
 PYTHON
 )
+state=${answer%% *} out=${answer#* }
 
-if [ -e "$out/model" ]; then
+if [ "$state" = finished ]; then
     echo "finished already: $out/model"
     exit 0
 fi
-if compgen -G "$out/checkpoints/step-*/state.json" > /dev/null && [[ " $* " != *" --resume "* ]]; then
+if [ "$state" = saved ] && [[ " $* " != *" --resume "* ]]; then
     set -- "$@" --resume
 fi
+began=$(mktemp)
+trap 'rm -f "$began"' EXIT
 
 # On each node one launcher, deaf to the signal that would end it, and a shell that hands the signal to the launcher's children, the
 # trainings: they inherit the deafness until they listen themselves.
@@ -87,7 +99,7 @@ trap stop USR1
 wait "$step" && status=0 || status=$?
 while kill -0 "$step" 2> /dev/null; do wait "$step" && status=0 || status=$?; done
 
-if [ -n "$stopped" ] && [ ! -e "$out/model" ] && { [ "$status" -eq 0 ] || [ "$status" -gt 128 ]; }; then
+if [ -n "$stopped" ] && [ ! "$out/model" -nt "$began" ] && { [ "$status" -eq 0 ] || [ "$status" -gt 128 ]; }; then
     echo "saved; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

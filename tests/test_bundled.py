@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
 
 from latentfm import LatentFMPipeline, bundled_model
+from latentfm.models.manifest import MANIFEST, check_manifest, read_manifest
 from latentfm.models.text import NullCondition
 
 
@@ -62,3 +63,15 @@ def test_its_files() -> None:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, component  # noqa: SIM118
     card = (folder / "README.md").read_text("utf-8")
     assert all(word in card for word in ("Apache-2.0", "MIT", "CC BY 4.0", "seed", "build_emoji.py"))
+
+
+def test_the_saved_null_condition_is_that_of_its_encoders_and_is_read(pipe: LatentFMPipeline, monkeypatch) -> None:
+    made = {length: pipe.prompt_encoder.encode([""], length) for length in (16, 256)}
+    monkeypatch.setattr("latentfm.models.text.PromptEncoder.encode", lambda *given: pytest.fail("it was encoded"))
+    for length, parts in made.items():
+        for name, value in pipe.null.parts(length).items():
+            torch.testing.assert_close(value, getattr(parts, name), rtol=1e-5, atol=1e-5)
+def test_every_byte_of_it_is_what_was_saved() -> None:
+    check_manifest(bundled_model(), verify=True)
+    files = {path.relative_to(bundled_model()).as_posix() for path in bundled_model().rglob("*") if path.is_file()}
+    assert read_manifest(bundled_model()).keys() == files - {MANIFEST, "README.md"}

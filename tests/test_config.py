@@ -57,9 +57,11 @@ def test_a_folder_may_have_any_name(name):
     assert given.data.folder == given.output.folder == given.model.pipeline == name
 
 
-def test_null_leaves_an_option_unset_and_quotes_are_yaml():
-    given = config("model.pipeline=null", "data.cache='a b'", "data.size=null")
-    assert given.model.pipeline is None and given.data.size is None and given.data.cache == "a b"
+def test_nothing_leaves_a_text_unset_and_null_any_other_option():
+    given = config("model.pipeline=", "data.size=null")
+    assert given.model.pipeline is None and given.data.size is None
+    with pytest.raises(InputError, match=r"^data\.cache: .*valid string"):
+        config("data.cache=")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ OUT_OF_RANGE = [
     "train.adapter={base: int4}", "train.adapter={alpha: 0}", "train.ema_device=gpu", "train.loss_weighting=snr",
     "train.t_density_options={scale: 1}", "train.t_density_options=[1]",
     "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
-    "data.folder=null", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
+    "data.folder=", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
     "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
     "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
 ]  # fmt: skip
@@ -114,7 +116,7 @@ def test_a_value_out_of_range_is_refused_by_name(override):
 
 def test_every_option_with_a_range_is_tried_above():
     tried = {override.split("=")[0] for override in OUT_OF_RANGE}
-    free = {"model.pipeline", "model.preset", "data.cache", "output.folder", "train.attention", "train.blocks"}  # any text
+    free = {"model.pipeline", "model.preset", "data.cache", "data.caption", "output.folder", "train.attention", "train.blocks"}  # any text
     assert tried | free == {f"{section}.{key}" for section, key in OPTIONS}
 
 

@@ -268,6 +268,18 @@ def test_a_job_whose_time_is_up_saves_goes_back_into_the_queue_and_resumes(slurm
     assert code == 0 and log == [] and "finished already" in said
 
 
+def test_a_finished_job_asked_for_more_goes_on_and_is_put_back_when_its_time_is_up(slurm, tmp_path):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "latentfm.json").write_text('{"trained": {"steps": 5}}')
+    code, log, said = slurm("finishes", "train.steps=5")
+    assert code == 0 and log == [] and "finished already" in said
+    code, log, said = slurm("saves", "train.steps=9", stop=True)
+    assert any(line.startswith("launched") for line in log) and log[-1] == "requeue 42", said
+    code, log, _ = slurm("is deaf", "train.steps=9")
+    assert next(line for line in log if line.startswith("launched")).endswith("train.steps=9 --resume")
+
+
 def test_a_job_that_fails_is_not_put_back(slurm):
     code, log, _ = slurm("fails")
     assert code == 3 and not any(line.startswith("requeue") for line in log)

@@ -15,20 +15,25 @@ PACKAGE = Path(latentfm.__file__).parent
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "open_clip", "peft", "PIL", "pydantic", "yaml", "typer", "rich"}
 
 # What each room may import besides itself; "*" is everything. `latentfm` itself is the version and the lazy public names.
-LEAVES = {"errors", "files", "words", "bundled", "pictures"}
+LEAVES = {"errors", "files", "words", "bounds", "arguments", "bundled", "pictures"}
 MAY_IMPORT = {
     "errors": set(),
     "words": set(),
     "files": {"errors", "words"},
+    "bounds": set(),
+    "arguments": {"errors", "words"},
     "bundled": {"errors"},
-    "pictures": {"errors"},
-    "__init__": set(),
-    "config": LEAVES,
+    "pictures": {"errors", "files", "words"},
+    "quantised": set(),
+    "__init__": {"quantised"},
+    "option_text": {"errors", "words"},
+    "config": LEAVES | {"option_text"},
     "flow": set(),
     "models": LEAVES | {"flow"},
     "interchange": LEAVES | {"models"},
     "data": LEAVES | {"flow", "models"},
-    "pipeline": LEAVES | {"flow", "models", "interchange"},
+    "sampling": {"errors", "words"},
+    "pipeline": LEAVES | {"flow", "models", "interchange", "sampling"},
     "training": LEAVES | {"flow", "models", "interchange", "data", "pipeline", "config"},
     "evaluation": LEAVES | {"flow", "models", "data", "pipeline"},
     "cli": {"*"},

@@ -16,7 +16,7 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
-from latentfm.interchange.pipelines import DTYPE
+from latentfm.models.manifest import write_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.pipeline import LatentFMPipeline
 
@@ -36,7 +36,7 @@ def quiet(pipe):
 
 @pytest.fixture(scope="module")
 def stock(tiny_folder: Path) -> StableDiffusion3Pipeline:
-    return quiet(StableDiffusion3Pipeline.from_pretrained(tiny_folder, **{DTYPE: torch.float32}))
+    return quiet(StableDiffusion3Pipeline.from_pretrained(tiny_folder, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def saved(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline saved by stock diffusers in float16, every component of it."""
     folder = tmp_path_factory.mktemp("half") / "pipeline"
-    StableDiffusion3Pipeline.from_pretrained(tiny_folder, **{DTYPE: torch.float32}).to(torch.float16).save_pretrained(folder)
+    StableDiffusion3Pipeline.from_pretrained(tiny_folder, dtype=torch.float32).to(torch.float16).save_pretrained(folder)
     return folder
 
 
@@ -295,6 +295,7 @@ class TestNullCondition:
         folder = shutil.copytree(saved, tmp_path / "copy")
         tensors = load_file(folder / "null_condition.safetensors")
         save_file({name: value + 1.0 for name, value in tensors.items()}, folder / "null_condition.safetensors")
+        write_manifest(folder)
         moved = quiet(LatentFMPipeline.from_pretrained(folder))
         assert gap(run(moved), run(ours)) > 100 * ROUNDING
         assert gap(run(moved, guidance_scale=1.0), run(ours, guidance_scale=1.0)) == 0.0
@@ -452,6 +453,9 @@ class TestDevices:
         assert gap(run(fresh), run(ours)) < ROUNDING  # the hooks are back in place
 
 
+ONLY_EMBEDS = {"prompt": None, "prompt_embeds": torch.zeros(1, 32, 48), "pooled_prompt_embeds": torch.zeros(1, 40)}
+
+
 def one_line(caught: pytest.ExceptionInfo) -> str:
     message = str(caught.value)
     assert message and "\n" not in message
@@ -491,6 +495,45 @@ class TestBadInput:
             ({"latents": torch.zeros(1, 4, 8, 7)}, r"\(1, 4, 8, 7\).*\(1, 4, 8, 8\)"),
             ({"output_type": "jpeg"}, "output_type 'jpeg'"),
             ({"callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
+            ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs must be a list of names, not 'latents'"),
+            ({"callback_on_step_end_tensor_inputs": None}, "must be a list of names, not None"),
+            ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, not 3"),
+            ({"callback_on_step_end": lambda *given: [1]}, r"callback_on_step_end must return a dict .* not \[1\]"),
+            ({"prompt": 5}, "prompt must be a text or a list of texts, not 5"),
+            ({"prompt": b"x"}, r"prompt must be .* not b'x' \(bytes\)"),
+            ({"prompt": {"a": 1}}, r"prompt must be a text or a list of texts, not \{'a': 1\}"),
+            ({"prompt": ["a", None]}, "prompt must hold texts alone, not None"),
+            ({"prompt": "\ud800"}, "prompt '.ud800' is no valid Unicode"),
+            ({"prompt_2": 4}, "prompt_2 must be"),
+            ({"prompt_3": ["a", 4]}, "prompt_3 must hold"),
+            ({"negative_prompt": 3, "guidance_scale": 1.0}, "negative_prompt must be"),
+            ({"negative_prompt_2": [None]}, "negative_prompt_2 must hold"),
+            ({"generator": 42}, "generator must be .* not 42; for example torch.Generator"),
+            ({"generator": [torch.Generator(), 3]}, "generator must be"),
+            ({"generator": []}, "generator must be"),
+            ({"guidance_scale": "3"}, "guidance_scale '3' is not a number"),
+            ({"guidance_scale": True}, "guidance_scale True"),
+            ({"guidance_scale": 10**400}, "guidance_scale 1000.* is not a number"),
+            ({"guidance_scale": torch.ones(2)}, r"guidance_scale a tensor of shape \(2,\)"),
+            ({"height": "64"}, "height '64' must be a whole number"),
+            ({"height": 0}, "height 0 is too small"),
+            ({"width": [32]}, r"width \[32\] \(list\) must be"),
+            ({"num_inference_steps": True}, "num_inference_steps True"),
+            ({"num_inference_steps": 10**9}, "num_inference_steps 1000000000 is more than 10,000"),
+            ({"num_inference_steps": np.float32("nan")}, "num_inference_steps nan"),
+            ({"num_images_per_prompt": None}, "num_images_per_prompt None"),
+            ({"max_sequence_length": 0}, "max_sequence_length 0"),
+            ({"max_sequence_length": 10**9}, "max_sequence_length 1000000000 is more than"),
+            ({"max_sequence_length": "16"}, "max_sequence_length '16'"),
+            ({"latents": [[1.0]]}, r"latents \[\[1.0\]\] \(list\)"),
+            ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "latents .* floating-point"),
+            ({"output_type": ["pil"]}, r"output_type \['pil'\]"),
+            ({**ONLY_EMBEDS, "prompt_embeds": torch.zeros(2, 32, 48)}, "of 2 prompts, .* of 1"),
+            ({**ONLY_EMBEDS, "prompt_embeds": torch.zeros(1, 32, 47)}, r"\(any, any, 48\)"),
+            ({**ONLY_EMBEDS, "pooled_prompt_embeds": torch.zeros(1, 41)}, r"\(any, 40\)"),
+            ({**ONLY_EMBEDS, "prompt_embeds": "x"}, "prompt_embeds must be .* not 'x'"),
+            ({"pooled_prompt_embeds": torch.zeros(1, 40)}, "pooled_prompt_embeds needs prompt_embeds"),
+            ({"negative_pooled_prompt_embeds": torch.zeros(1, 40)}, "negative_pooled_prompt_embeds needs negative_prompt_embeds"),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
     )
@@ -498,6 +541,12 @@ class TestBadInput:
         with pytest.raises(InputError, match=says) as caught:
             run(ours, **changes)
         one_line(caught)
+
+    def test_whole_numbers_of_every_library_and_sliders_are_numbers(self, ours):
+        expected = run(ours, num_images_per_prompt=2, height=24)
+        for kind in (np.int64, np.float32, float, torch.tensor, lambda value: torch.tensor(float(value))):
+            given = {"num_inference_steps": kind(4), "height": kind(24), "num_images_per_prompt": kind(2), "max_sequence_length": kind(16)}
+            assert gap(run(ours, **given, guidance_scale=kind(5)), expected) == 0.0
 
     def test_prompt_embeds_of_another_length_than_the_null_condition(self, stock, ours):
         with pytest.raises(InputError, match="max_sequence_length, here 16") as caught:

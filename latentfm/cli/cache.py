@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentfm.words import count, shown
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,8 +41,9 @@ def cache(
     from latentfm.cli.terminal import quiet_libraries
     from latentfm.data.cache import Cache
     from latentfm.errors import InputError
+    from latentfm.files import expanded
 
-    folder = Path(run.data.cache).expanduser()
+    folder = expanded(run.data.cache)
     quiet_libraries()
     try:
         if prune:
@@ -75,25 +78,27 @@ def fill(run: "RunConfig") -> None:
     lengths = sorted(run.data.t5_lengths or {t5_length(models.info): 1.0})
     data = CachedDataset(dataset, models, run.data, lengths)
     models.frozen_to(device_of(int(os.environ.get("LOCAL_RANK", 0))))
-    before = {kind: there for kind, (there, _, _) in data.contents().items()}
+    before = data.keys_there()
     began = time.monotonic()
     with Shown(rank == 0) as progress:
-        made = {kind: own for kind, (own, _) in data.fill(rank, world, progress).items()}
+        data.fill(rank, world, progress)
     seconds = time.monotonic() - began
     if rank == 0:
         captions = len({caption for sample in data.samples for caption in sample.captions})
-        show(data.cache.folder, data.contents(), made if world == 1 else {}, before, seconds)
-        print(f"{len(data.samples):,} pictures, {captions:,} captions", flush=True)
+        show(data.cache.folder, data.contents(before), seconds)
+        print(f"{count(len(data.samples), 'picture')}, {count(captions, 'caption')}", flush=True)
 
 
-def show(folder: Path, after: dict[str, tuple[int, int, int]], made: dict[str, int], before: dict[str, int], seconds: float) -> None:
-    """Prints what was made, here or by all processes together, and what was there, by kind, and how fast."""
-    new = {kind: made.get(kind, there - before[kind]) for kind, (there, _, _) in after.items()}
-    for kind, (there, _, size) in after.items():
+def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -> None:
+    """Prints what was made, here or by other processes too, and what was there, by kind, and how fast."""
+    for kind, (there, new, size) in found.items():
         if there:
-            print(f"{kind}: {there:,} entries, {size / 2**20:,.1f} MiB; {new[kind]:,} made now, {there - new[kind]:,} were there")
-    pace = f", {new['moments'] / seconds:,.1f} images/s" if new["moments"] else ""
-    print(f"{sum(size for _, _, size in after.values()) / 2**20:,.1f} MiB in {folder}, {seconds:.1f} s{pace}")
+            were = "was" if there - new == 1 else "were"
+            entries = count(there, "entry", "entries")
+            print(f"{kind}: {entries}, {size / 2**20:,.1f} MiB; {new:,} made now, {there - new:,} {were} there")
+    pictures = found["moments"][1]
+    pace = f", {pictures / seconds:,.1f} images/s" if pictures else ""
+    print(f"{sum(size for _, _, size in found.values()) / 2**20:,.1f} MiB in {shown(folder)}, {seconds:.1f} s{pace}")
 
 
 def device_of(local_rank: int) -> "torch.device":
@@ -116,10 +121,13 @@ def check(cache: "Cache") -> None:
         task = progress.add_task("checking the cache", total=len(places))
         damaged = int(cache.damaged(places, lambda count: progress.advance(task, count)).sum())
     aside = sum(path.name.endswith(".damaged") for path in cache.leftovers())
-    where = f"{len(cache.paths):,} shards of {cache.folder}"
-    print(f"{len(places):,} entries in {where}, {size / 2**30:,.2f} GiB: {damaged:,} damaged", flush=True)
+    where = f"{count(len(cache.paths), 'shard')} of {shown(cache.folder)}"
+    print(f"{count(len(places), 'entry', 'entries')} in {where}, {size / 2**30:,.2f} GiB: {damaged:,} damaged", flush=True)
+    for said in cache.distrust():
+        print(said, flush=True)
     if aside:
-        print(f"{aside:,} damaged shards are set aside; the next run makes their entries again, --prune removes the files", flush=True)
+        shards = f"{count(aside, 'damaged shard')} {'is' if aside == 1 else 'are'} set aside"
+        print(f"{shards}; the next run makes their entries again, --prune removes the files", flush=True)
     if damaged:
         print("the next run that needs a damaged entry makes it again", flush=True)
     if damaged or aside:
@@ -133,7 +141,7 @@ def remove_leftovers(cache: "Cache") -> None:
     size = sum(path.stat().st_size for path in found)
     for path in found:
         path.unlink(missing_ok=True)
-    print(f"removed {len(found):,} files, {size / 2**20:,.1f} MiB, from {cache.folder}", flush=True)
+    print(f"removed {count(len(found), 'file')}, {size / 2**20:,.1f} MiB, from {shown(cache.folder)}", flush=True)
 
 
 class Shown:
@@ -143,7 +151,8 @@ class Shown:
         from latentfm.cli.terminal import progress_bar
 
         self.active, self.bar = active, progress_bar()
-        self.total, self.done, self.printed = 0, 0, time.monotonic()
+        self.total, self.done, self.waiting = 0, 0, False
+        self.began = self.printed = time.monotonic()
 
     def __enter__(self) -> "Shown":
         if self.active:
@@ -157,15 +166,25 @@ class Shown:
         self.total = total
         return self.bar.add_task(description, total=total)
 
-    def advance(self, task: Any, count: int) -> None:
-        self.done += count
-        self.bar.advance(task, count)
-        if self.active and self.bar.disable and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
-            self.printed = time.monotonic()
-            typer.echo(f"{self.done:,} of {self.total:,}", err=True)
+    def advance(self, task: Any, number: int) -> None:
+        self.done += number
+        self.bar.advance(task, number)
+        if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self.line(f"{self.done:,} of {self.total:,}")
 
     def update(self, task: Any, description: str) -> None:
         self.bar.update(task, description=description)
+        if not self.waiting or time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self.waiting = True
+            self.line(description)
 
     def remove_task(self, task: Any) -> None:
+        """Ends the task; where lines were printed, the last says so."""
+        if self.waiting or self.printed > self.began:
+            self.line(f"{self.total:,} of {self.total:,}")
         self.bar.remove_task(task)
+
+    def line(self, text: str) -> None:
+        if self.active and self.bar.disable:
+            self.printed = time.monotonic()
+            typer.echo(text, err=True)

@@ -6,27 +6,33 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentfm.bounds import MOST_LETTERS
 from latentfm.errors import InputError, nearest
+from latentfm.files import read_text
+from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
     import torch
 
 
 def wanted_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read."""
+    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read.
+
+    A line of the file ends with a line feed, a carriage return, or both; what else Unicode calls an end of line is part of the prompt.
+    """
     texts = list(prompts or [])
     for text in texts:
         check_text(text, "the prompt")
     if file is not None:
         try:
-            lines = file.read_bytes().decode("utf-8-sig").splitlines()
-        except OSError as error:
-            raise InputError(f"--prompts-file {file} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"--prompts-file {file} is not UTF-8 text; save it as UTF-8, one prompt a line") from None
+            lines = re.split(r"\r\n|\n|\r", read_text(file))
+        except InputError as error:
+            raise InputError(f"--prompts-file {error}; it is a UTF-8 text file with one prompt a line") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise InputError(f"--prompts-file {file} has no prompt in it; write one a line")
+        for text in found:
+            check_text(text, f"a prompt in {file}")
         texts += found
     if not texts:
         raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
@@ -34,11 +40,13 @@ def wanted_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises InputError for text that is no valid Unicode (bytes on the command line in another encoding than the terminal's)."""
+    """Raises InputError for text that is too long, or no valid Unicode (bytes in another encoding than the terminal's)."""
+    if len(text) > MOST_LETTERS:
+        raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(f"{what} {text!r} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file") from None
+        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file") from None
 
 
 def check_at_least_one(values: dict[str, int]) -> None:
@@ -46,6 +54,13 @@ def check_at_least_one(values: dict[str, int]) -> None:
     for option, value in values.items():
         if value < 1:
             raise InputError(f"{option} {value} must be at least 1")
+
+
+def check_at_most(values: dict[str, tuple[int, int]]) -> None:
+    """Raises InputError naming the first option of `values` (number, most) that is beyond what is taken."""
+    for option, (value, most) in values.items():
+        if value > most:
+            raise InputError(f"{option} {value} is more than {most:,}, the most that is taken at once")
 
 
 def check_name(option: str, name: str, names: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ import typer
 from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
 from latentfm.errors import InputError
+from latentfm.words import count, shown
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,9 @@ def convert(
         int | None, typer.Option(help="Side of the latents, where a single file does not say it: 128.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every byte of the folders that are read with what was saved there first.")
+    ] = False,
 ) -> None:
     """Convert SD3 / SD3.5 weights between single files and folders, and LoRA adapters between diffusers and peft.
 
@@ -81,7 +85,9 @@ def convert(
         check_at_least_one({"--sample-size": sample_size})
     wanted, most = wanted_groups(parts), parse_bytes(max_shard_size or SHARD_SIZE)
     if not source.exists():
-        raise InputError(f"{source} does not exist")
+        raise InputError(f"{shown(source)} does not exist")
+    if verify and not (source.is_dir() or pipeline):
+        raise InputError(f"--verify does nothing here: {shown(source)} is a single file, and only folders have a manifest")
     check_places(source, target, pipeline, overwrite)
 
     quiet_libraries()
@@ -92,10 +98,11 @@ def convert(
     kind = getattr(torch, dtype) if dtype else None
     if is_adapter(source):
         if pipeline or parts or naming or max_shard_size or sample_size:
-            raise InputError(f"{source} is a LoRA: of the options only --dtype, --transformer-only and --overwrite apply to it")
-        plan = plan_adapter(source, target, transformer_only, kind)
+            apply = "--dtype, --transformer-only, --verify and --overwrite apply to it"
+            raise InputError(f"{shown(source)} is a LoRA: of the options only {apply}")
+        plan = plan_adapter(source, target, transformer_only, kind, verify)
     else:
-        plan = plan_model(source, target, pipeline, transformer_only, wanted, naming or "original", sample_size, kind, most)
+        plan = plan_model(source, target, pipeline, transformer_only, wanted, naming or "original", sample_size, kind, most, verify)
     check_space(target, plan.size)
     run(target, plan)
     show_table(plan)
@@ -148,19 +155,20 @@ def check_places(source: Path, target: Path, pipeline: Path | None, overwrite: b
     """Raises InputError when writing `target` would lose something, or there is no place for it."""
     inputs = [path.resolve() for path in (source, pipeline) if path is not None]
     if (own := target.resolve()) in inputs or any(own in path.parents for path in inputs):
-        raise InputError(f"OUT {target} is, or holds, what is read; give another name")
+        raise InputError(f"OUT {shown(target)} is, or holds, what is read; give another name")
     if any(path in own.parents for path in inputs):
-        raise InputError(f"OUT {target} lies inside {source if inputs[0] in own.parents else pipeline}; give a place outside it")
+        outer = source if inputs[0] in own.parents else pipeline
+        raise InputError(f"OUT {shown(target)} lies inside {shown(outer)}; give a place outside it")
     parent = next(place for place in (own.parent, *own.parents) if place.exists())
     if not parent.is_dir():
-        raise InputError(f"OUT {target}: {parent} is a file, not a folder; give another place")
+        raise InputError(f"OUT {shown(target)}: {shown(parent)} is a file, not a folder; give another place")
     if not target.exists():
         return
     if not overwrite:
-        raise InputError(f"OUT {target} exists; give another name, or --overwrite to replace it")
+        raise InputError(f"OUT {shown(target)} exists; give another name, or --overwrite to replace it")
     known = any((target / name).is_file() for name in ("model_index.json", "config.json", "adapter_config.json"))
     if target.is_dir() != (not is_file_name(target)) or (target.is_dir() and not known):
-        raise InputError(f"OUT {target} is nothing that this command writes, so it is not overwritten; give another name")
+        raise InputError(f"OUT {shown(target)} is nothing that this command writes, so it is not overwritten; give another name")
 
 
 def check_space(target: Path, size: int) -> None:
@@ -168,22 +176,24 @@ def check_space(target: Path, size: int) -> None:
     place = next(place for place in target.resolve().parents if place.exists())
     free = shutil.disk_usage(place).free
     if free < size:
-        raise InputError(f"OUT {target} takes {in_units(size)}, and {place} has {in_units(free)} free; make room, or give another place")
+        has = f"{shown(place)} has {in_units(free)} free"
+        raise InputError(f"OUT {shown(target)} takes {in_units(size)}, and {has}; make room, or give another place")
 
 
-def plan_adapter(source: Path, target: Path, transformer_only: bool, dtype: "torch.dtype | None") -> Plan:
+def plan_adapter(source: Path, target: Path, transformer_only: bool, dtype: "torch.dtype | None", verify: bool) -> Plan:
     """The conversion of a LoRA. Raises InputError when it would change or lose something."""
-    from latentfm.interchange.lora import ENCODERS, open_adapter, write_diffusers, write_peft
+    from latentfm.interchange.lora import open_adapter, write_diffusers, write_peft
+    from latentfm.interchange.lora_names import ENCODERS
     from latentfm.interchange.tensors import written_bytes
 
-    adapter = open_adapter(source)
+    adapter = open_adapter(source, verify)
     if is_file_name(target) == source.is_file():
         way_out = "a folder for peft" if source.is_file() else "a name ending in .safetensors for diffusers"
-        raise InputError(f"{source} is a {adapter.kind} already; give as OUT {way_out}")
+        raise InputError(f"{shown(source)} is a {adapter.kind} already; give as OUT {way_out}")
     if adapter.left_out and not transformer_only:
         raise InputError(
-            f"{source} adapts the text encoders too ({adapter.left_out} tensors: {', '.join(ENCODERS)}), and a peft folder holds one "
-            "model's adapter; --transformer-only leaves them out"
+            f"{shown(source)} adapts the text encoders too ({count(adapter.left_out, 'tensor')}: {', '.join(ENCODERS)}), and a peft folder "
+            "holds one model's adapter; --transformer-only leaves them out"
         )
     to, write = ("diffusers LoRA file", write_diffusers) if is_file_name(target) else ("peft adapter folder", write_peft)
     rows = [row("transformer", adapter.tensors, dtype, adapter.kind, to)]
@@ -199,26 +209,28 @@ def lora_title(adapter: "Adapter") -> str:
 
 def plan_model(
     source: Path, target: Path, pipeline: Path | None, transformer_only: bool, wanted: list[str] | None, naming: str,
-    sample_size: int | None, dtype: "torch.dtype | None", most: int,
+    sample_size: int | None, dtype: "torch.dtype | None", most: int, verify: bool,
 ) -> Plan:  # fmt: skip
     """The conversion of a model. Raises InputError when something is missing or wrong."""
     from latentfm.interchange.tensors import written_bytes
-    from latentfm.interchange.weights import PARTS, architecture, completed, open_weights
+    from latentfm.interchange.weights import architecture, completed, open_weights
     from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
+    from latentfm.models.folder import PARTS
+    from latentfm.models.manifest import write_manifest
 
     alone = transformer_only or naming == "diffusers"
     chosen = GROUPS["transformer"] if alone else tuple(name for group in wanted or GROUPS for name in GROUPS[group])
-    base = open_weights(pipeline) if pipeline else None
+    base = open_weights(pipeline, verify=verify) if pipeline else None
     if base and base.kind != "pipeline folder":
-        raise InputError(f"--pipeline {pipeline} is a {base.kind}; give a pipeline folder, with a model_index.json")
-    weights = open_weights(source, chosen, base, sample_size)
+        raise InputError(f"--pipeline {shown(pipeline)} is a {base.kind}; give a pipeline folder, with a model_index.json")
+    weights = open_weights(source, chosen, base, sample_size, verify and source.is_dir())
     own = set(weights.parts)
     if is_file_name(target) or transformer_only:
         found = {name: part for name in PARTS if name in chosen and (part := weights.parts.get(name) or (base and base.parts.get(name)))}
         scheduler = weights.scheduler or (base.scheduler if base else None)
         weights = replace(weights, parts=found, scheduler=scheduler, info=weights.info or (base.info if base else {}))
         if lost := [group for group in wanted or ["transformer"] if not any(name in weights.parts for name in GROUPS[group])]:
-            raise InputError(f"--with {lost[0]}: {source} has none; --pipeline names a folder to take it from")
+            raise InputError(f"--with {lost[0]}: {shown(source)} has none; --pipeline names a folder to take it from")
     else:
         weights = completed(weights, base)
 
@@ -227,6 +239,7 @@ def plan_model(
             write_single(path, weights, naming, dtype, advance)
         elif transformer_only:
             write_component(path, "transformer", weights.parts["transformer"], carried(weights.metadata), dtype, most, advance)
+            write_manifest(path)
         else:
             write_pipeline(path, weights, dtype, most, advance)
 
@@ -305,11 +318,12 @@ def run(target: Path, plan: Plan) -> None:
 def show_table(plan: Plan) -> None:
     """Prints the summary on stderr."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=plan.title, title_justify="left")
     for column in ("part", "tensors", "parameters", "dtype", "size", "from", "to"):
         table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
     for cells in plan.rows:
-        table.add_row(*cells)
+        table.add_row(*(escape(shown(cell)) for cell in cells))
     Console(stderr=True, width=None if sys.stderr.isatty() else 200).print(table)

@@ -11,6 +11,8 @@ import typer
 
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
+from latentfm.files import expanded
+from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
@@ -77,7 +79,7 @@ def check(
     target = out if out is not None else None if as_json else Path("data-check.html")
     if target is not None:
         check_target(target, overwrite)
-    folder = model_folder(Path(run.model.pipeline).expanduser() if run.model.pipeline else None)
+    folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
     plan = plan_of(run, folder)
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries
@@ -106,7 +108,7 @@ def check(
         show(findings)
     if target is not None:
         write(target, page(findings, sheet), overwrite)
-        typer.echo(f"the page: {target}", err=True)
+        typer.echo(f"the page: {shown(target)}", err=True)
     if strict and (findings["dropped"] or findings["truncated"]):
         raise typer.Exit(1)
 
@@ -115,21 +117,21 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
     """The run that the command line describes: the configuration, the overrides, the path and the flags. Raises InputError."""
     from latentfm.config import load_config
 
-    overrides = [word for word in words if re.match(r"[a-z_]+\.\w+=", word)]
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)+=", word)]
     paths = [word for word in words if word not in overrides]
     if len(paths) > 1:
-        raise InputError(f"one path at a time, not {', '.join(paths)}; list several as data.sources in a configuration")
+        raise InputError(f"one path at a time, not {listed(paths)}; list several as data.sources in a configuration")
     if paths:
         from latentfm.data.sources.several import kind_of
 
         if kind_of(paths[0]) == "folder":
-            overrides += ["data.sources=null", f"data.folder={json.dumps(paths[0])}"]
+            overrides += ["data.sources=null", f"data.folder={paths[0]}"]
         else:
             place = "url" if "://" in paths[0] else "path"
-            overrides += ["data.folder=null", f"data.sources={json.dumps([{place: paths[0]}])}"]
+            overrides += ["data.folder=", f"data.sources={json.dumps([{place: paths[0]}])}"]
     elif config is None and not any(word.startswith("data.") for word in overrides):
         raise InputError("nothing to check: give a path, or a configuration with --config")
-    overrides += [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
 
 
@@ -137,14 +139,13 @@ def plan_of(run: "RunConfig", folder: Path) -> "Plan":
     """What the options and the pipeline folder make of pictures; no weight is read. Raises InputError for a size that does not fit."""
     from latentfm.data.buckets import Buckets, base_shape
     from latentfm.data.check.findings import Plan
-    from latentfm.models.described import read_json
-    from latentfm.models.folder import read_info, t5_length
+    from latentfm.models.folder import read_config, read_info, t5_length
     from latentfm.models.presets import PRESETS
 
     if run.model.preset is not None and run.model.preset not in PRESETS:
         raise InputError(f"no preset '{run.model.preset}'; there are {', '.join(PRESETS)}")
-    network = PRESETS[run.model.preset] if run.model.preset else read_json(folder / "transformer" / "config.json")
-    factor = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+    network = PRESETS[run.model.preset] if run.model.preset else read_config(folder / "transformer" / "config.json")
+    factor = 2 ** (len(read_config(folder / "vae" / "config.json")["block_out_channels"]) - 1)
     multiple = factor * network["patch_size"]
     largest = network["pos_embed_max_size"] * multiple
     width, height = base_shape(run.data.size, network["sample_size"] * factor, multiple, largest)
@@ -165,19 +166,29 @@ def held_out_of(run: "RunConfig") -> "Callable[[Sequence[Sample]], Sequence[int]
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises InputError when the page cannot be written, or exists and may not be replaced."""
+    from latentfm.files import open_file, reading
+
     if target.is_dir():
-        raise InputError(f"--out {target} is a folder; give a file, as in {target / 'data-check.html'}")
-    if target.exists() and not overwrite and b"latentfm data check" not in target.read_bytes()[:2000]:
-        raise InputError(f"{target} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out")
+        raise InputError(f"--out {shown(target)} is a folder; give a file, as in {shown(target / 'data-check.html')}")
+    if target.exists() and not overwrite:
+        with reading(target, "give another --out"), open_file(target) as file:
+            ours = b"latentfm data check" in file.read(2000)
+        if not ours:
+            raise InputError(
+                f"{shown(target)} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out"
+            )
 
 
 def write(target: Path, text: str, overwrite: bool) -> None:
-    """Writes the page whole or not at all."""
+    """Writes the page whole or not at all. Raises InputError when the disk refuses it."""
     from latentfm.files import whole_or_nothing
 
     check_target(target, overwrite)
-    with whole_or_nothing(target) as partial:
-        partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    try:
+        with whole_or_nothing(target) as partial:
+            partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    except InputError as error:
+        raise InputError(f"{error}, or give another place as --out") from error
 
 
 def show(findings: dict[str, Any]) -> None:
@@ -192,32 +203,29 @@ def show(findings: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
-    console.print(Text(headline(findings)))
+    console.print(Text(shown(headline(findings))))
     for table in tables(findings):
-        console.print(Text(f"\n{table.title}", style="bold"))
+        console.print(Text(f"\n{shown(table.title)}", style="bold"))
         if table.rows:
             made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
             for column, head in enumerate(table.heads):
-                made.add_column(head, justify="right" if table.right(column) else "left", overflow="fold")
-            shown = table.rows[:ROWS_SHOWN] if table.folded else table.rows
-            for row in shown:
+                made.add_column(Text(head), justify="right" if table.right(column) else "left", overflow="fold")
+            first = table.rows[:ROWS_SHOWN] if table.folded else table.rows
+            for row in first:
                 made.add_row(*(Text(plain(value)) for value in row))
             console.print(made)
-            if len(shown) < len(table.rows):
-                console.print(Text(f"and {len(table.rows) - len(shown):,} more on the page"))
+            if len(first) < len(table.rows):
+                console.print(Text(f"and {len(table.rows) - len(first):,} more on the page"))
         if table.note:
-            console.print(Text(table.note))
+            console.print(Text(shown(table.note)))
 
 
 def plain(value: Any) -> str:
-    """A cell as text: a bar of blocks, a few of many names, a long text cut short."""
+    """A cell as text that a terminal shows and does not obey: a bar of blocks, a few of many names, a long text cut short."""
     from latentfm.data.check.tables import Bar, Names
 
     if isinstance(value, Bar):
         return "█" * math.ceil(24 * value)
     if isinstance(value, Names):
-        rest = f" and {len(value) - NAMES_SHOWN:,} more" if len(value) > NAMES_SHOWN else ""
-        return ", ".join(value[:NAMES_SHOWN]) + rest
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value if len(value) <= LONGEST else value[: LONGEST - 4] + " ..."
+        return listed(value, NAMES_SHOWN)
+    return f"{value:,}" if isinstance(value, int) else shown(value, LONGEST)

@@ -2,16 +2,19 @@
 
 import hashlib
 import importlib.metadata
-import json
+import os
 import re
 import secrets
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_GUIDANCE, MOST_PICTURES, MOST_STEPS
 from latentfm.cli.checks import (
     check_at_least_one,
+    check_at_most,
     check_folder_can_be_written,
     check_name,
     check_size,
@@ -21,8 +24,10 @@ from latentfm.cli.checks import (
     parse_size,
     wanted_prompts,
 )
-from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show
+from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
 from latentfm.errors import InputError
+from latentfm.words import count as count_of
+from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +39,8 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers", "flex")  # attention.BACKENDS, without torch
-LAST_SEED = 2**63 - 1
-MOST_GUIDANCE = 1000
+ENOUGH = 16  # pictures that could not be drawn: so many are told, and no more are tried where none could be
+MOST_IN_SHEET = 1000  # characters of a prompt in the settings of a contact sheet
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
 PIECES, PIECE_BYTES = 64, 4096  # what the fingerprint reads of each large file
 
@@ -81,6 +86,9 @@ def generate(
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare every byte of the model and of LoRA folders with what was saved there.")
+    ] = False,
 ) -> None:
     """Make pictures from prompts.
 
@@ -89,9 +97,12 @@ def generate(
     """
     texts = wanted_prompts(prompts, prompts_file)
     check_at_least_one({"--number": number, "--steps": steps, "--batch": batch})
-    if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
-        raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE}; 1 is no guidance, 2 to 5 is usual")
     count = len(texts) * number
+    check_at_most({"--steps": (steps, MOST_STEPS), "--batch": (batch, MOST_AT_ONCE), "the number of pictures,": (count, MOST_PICTURES)})
+    if grid:
+        check_at_most({"--grid of pictures,": (count, MOST_AT_ONCE)})
+    if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
+        raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
     if seed is not None and not 0 <= seed <= LAST_SEED - (count - 1):
         raise InputError(f"--seed {seed} is out of range: {count} pictures need a seed from 0 to {LAST_SEED - (count - 1)}")
     if negative is not None:
@@ -105,9 +116,9 @@ def generate(
     adapters = lora or []
     for path in adapters:
         if not path.exists():
-            raise InputError(f"--lora {path} does not exist; a training writes one to OUTPUT/lora")
+            raise InputError(f"--lora {shown(path)} does not exist; a training writes one to OUTPUT/lora")
         if (path / "lora").is_dir() and not any(path.glob("*.safetensors")):
-            raise InputError(f"--lora {path} holds no LoRA; did you mean {path / 'lora'}?")
+            raise InputError(f"--lora {shown(path)} holds no LoRA; did you mean {shown(path / 'lora')}?")
 
     from latentfm.pictures import cell
 
@@ -116,8 +127,8 @@ def generate(
         task = bar.add_task("loading the model", total=None)
         chosen = chosen_device(device)
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind)
-        add_adapters(pipe, adapters)
+        pipe = load(folder, kind, verify)
+        add_adapters(pipe, adapters, verify)
         choose_attention(pipe, attention, chosen)
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         check_size(width, height, pipe.size_multiple, pipe.max_side)
@@ -142,56 +153,81 @@ def generate(
             "attention": attention,
             **versions(),
         }
-        queue = [(text, seed + index) for index, text in enumerate(text for text in texts for _ in range(number))]
         with_grid = count > 1 and (count <= GRID_UP_TO if grid is None else grid)
-        made, thumbnails = [], []
+        made, thumbnails, saved, failures = [], [], 0, Failures(count)
 
         bar.update(task, description="drawing", total=count * steps)
         move(pipe, chosen)
         for start in range(0, count, batch):
-            part = queue[start : start + batch]
+            part = [(texts[index // number], seed + index) for index in range(start, min(start + batch, count))]
             images = draw(pipe, part, settings, bar, task)
             bar.update(task, completed=(start + len(part)) * steps)
-            for (text, picture_seed), image in zip(part, images, strict=True):
-                own = {"prompt": text, "seed": picture_seed}
-                path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
-                made.append({"file": path.name, **own})
-                thumbnails += [cell(image)] if with_grid else []
-                show(path, bar)
-        if with_grid:
-            sheet = contact_sheet(thumbnails, queue, number)
+            with uninterrupted():  # what is drawn is saved, and told
+                for (text, picture_seed), image in zip(part, images, strict=True):
+                    if isinstance(image, InputError):
+                        failures.tell(text, picture_seed, image, bar)
+                        continue
+                    own = {"prompt": text, "seed": picture_seed}
+                    path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
+                    saved += 1
+                    if with_grid:
+                        made.append({"file": path.name, **own, "prompt": shortened(text, MOST_IN_SHEET)})
+                        thumbnails.append(cell(image))
+                    show(path, bar)
+            if not saved and failures.number >= ENOUGH:
+                break
+        if with_grid and thumbnails:
+            sheet = contact_sheet(thumbnails, [(picture["prompt"], picture["seed"]) for picture in made], number, len(texts))
             show(save(sheet, out, f"grid-{seed}", settings | {"seed": seed, "pictures": made}), bar)
+        if getattr(sys.stdout, "lost", False):
+            say(f"note: standard output was closed; {count_of(saved, 'picture')} saved in {out}", bar)
+        failures.raise_any(saved)
 
 
-def load(folder: Path, dtype: str) -> "LatentFMPipeline":
-    """The pipeline in `folder`, on the CPU. Raises InputError when it is none, or cannot be read."""
+class Failures:
+    """The pictures that could not be drawn: each is told at once, all of them in the error at the end."""
+
+    def __init__(self, count: int):
+        self.count, self.number = count, 0
+        self.first: InputError | None = None
+
+    def tell(self, text: str, seed: int, error: InputError, bar: "Progress") -> None:
+        self.number, self.first = self.number + 1, self.first or error
+        if self.count > 1 and self.number <= ENOUGH:
+            say(f"not drawn: seed {seed}, '{shortened(text)}': {error}", bar)
+
+    def raise_any(self, saved: int) -> None:
+        """Raises InputError when there was any."""
+        if self.first is not None and self.count == 1:
+            raise self.first
+        if self.first is not None:
+            raise InputError(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")
+
+
+def load(folder: Path, dtype: str, verify: bool = False) -> "LatentFMPipeline":
+    """The pipeline in `folder`, on the CPU; with `verify` once every byte is what was saved. Raises InputError when it cannot be read."""
     import torch
-    from safetensors import SafetensorError
 
+    from latentfm.files import reading
     from latentfm.pipeline import LatentFMPipeline
 
-    try:
-        pipe = LatentFMPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-    except InputError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model {folder} cannot be loaded; its copy may be incomplete or damaged: {reason}") from error
+    with reading(f"--model {shown(folder)}", "its copy may be incomplete or damaged"):
+        pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def add_adapters(pipe: "LatentFMPipeline", paths: list[Path]) -> None:
+def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = False) -> None:
     """Merges LoRA adapters into the network's weights. Raises InputError for one that is none, or of another network."""
+    from latentfm.files import reading
+
     names = [f"adapter_{number}" for number in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
         try:
-            pipe.load_lora_weights(path, adapter_name=name)
-        except InputError:
-            raise
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(f"--lora {path} does not fit this model: {reason}") from error
+            with reading(path, "it does not fit this model"):
+                pipe.load_lora_weights(path, adapter_name=name, verify=verify)
+        except InputError as error:
+            raise InputError(f"--lora {shown(path)}: {error}") from error
     if paths:
         pipe.set_adapters(names)
         pipe.fuse_lora(adapter_names=names)
@@ -219,22 +255,27 @@ def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
         raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
 
 
-def draw(pipe: "LatentFMPipeline", part: list[tuple[str, int]], settings: dict, bar: "Progress", task: int) -> "list[Image.Image]":
+def draw(
+    pipe: "LatentFMPipeline", part: list[tuple[str, int]], settings: dict, bar: "Progress", task: int
+) -> "list[Image.Image | InputError]":
     """The pictures of `part`, a list of (prompt, seed): one batch. Each picture's noise comes from its own seed, drawn on the CPU.
 
-    Raises InputError when the memory does not suffice or the latents end as something else than numbers.
+    In the place of a picture that cannot be drawn stands why: its latents are no numbers, or the memory does not suffice for it alone.
     """
     import torch
 
+    lost: set[int] = set()
+
     def after_step(pipe: "LatentFMPipeline", step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         bar.advance(task, len(part))
-        if step == settings["steps"] - 1 and not torch.isfinite(tensors["latents"]).all():
-            way_out = "use --dtype float32" if settings["dtype"] != "float32" else "try a lower --guidance; else its weights are damaged"
-            raise InputError(f"the model's latents are not finite numbers in {settings['dtype']}: {way_out}")
-        return {}
+        if step < settings["steps"] - 1:
+            return {}
+        finite = torch.isfinite(tensors["latents"]).flatten(1).all(dim=1)
+        lost.update(row for row, good in enumerate(finite.tolist()) if not good)
+        return {"latents": torch.where(finite.view(-1, 1, 1, 1), tensors["latents"], 0.0)}  # so that the others are decoded
 
     try:
-        return pipe(
+        images = pipe(
             prompt=[text for text, _ in part],
             negative_prompt=settings["negative_prompt"] or None,
             height=settings["height"],
@@ -246,18 +287,38 @@ def draw(pipe: "LatentFMPipeline", part: list[tuple[str, int]], settings: dict, 
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=["latents"],
         ).images
-    except torch.OutOfMemoryError:
-        smaller = "a smaller --size" if len(part) == 1 else f"--batch {len(part) // 2} or less"
-        raise InputError(f"out of memory with {len(part)} pictures at a time: use {smaller}") from None
+    except (InputError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, InputError) and not is_lack_of_memory(error):
+            raise
+        problem = error if isinstance(error, InputError) else InputError("out of memory with one picture at a time: use a smaller --size")
+    else:
+        way_out = "use --dtype float32" if settings["dtype"] != "float32" else "try a lower --guidance; else its weights are damaged"
+        no_numbers = InputError(f"the model's latents are not finite numbers in {settings['dtype']}: {way_out}")
+        return [no_numbers if row in lost else image for row, image in enumerate(images)]
+    if len(part) == 1:
+        return [problem]
+    half = len(part) // 2  # out here the error no longer holds on to what had been allocated; a batch changes no picture
+    return [picture for few in (part[:half], part[half:]) for picture in draw(pipe, few, settings, bar, task)]
 
 
-def contact_sheet(images: "list[Image.Image]", queue: list[tuple[str, int]], number: int) -> "Image.Image":
-    """The contact sheet: a row a prompt where its `number` pictures fit one, labelled by prompt; by seed when all prompts are the same."""
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an exception tells that memory did not suffice; torch has no class of its own for the CPU's."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def contact_sheet(images: "list[Image.Image]", pictures: list[tuple[str, int]], number: int, prompts: int) -> "Image.Image":
+    """The contact sheet of (prompt, seed) pictures, labelled by prompt; by seed when all prompts are the same.
+
+    A row a prompt where its `number` pictures fit one, and all pictures of all prompts are there.
+    """
     from latentfm.pictures import grid
 
-    if len(queue) == number:
-        return grid(images, labels=[f"seed {seed}" for _, seed in queue])
-    return grid(images, columns=number if 1 < number <= 12 else None, labels=[text or "(empty prompt)" for text, _ in queue])
+    if prompts == 1:
+        return grid(images, labels=[f"seed {seed}" for _, seed in pictures])
+    columns = number if 1 < number <= 12 and len(images) == number * prompts else None
+    return grid(images, columns=columns, labels=[text or "(empty prompt)" for text, _ in pictures])
 
 
 def save(image: "Image.Image", folder: Path, stem: str, settings: dict) -> Path:
@@ -272,7 +333,11 @@ def save(image: "Image.Image", folder: Path, stem: str, settings: dict) -> Path:
 
 def slug(prompt: str) -> str:
     """The prompt as part of a file name: words joined by hyphens, at most 80 bytes."""
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
+    words = re.sub(r"[\W_]+", "-", prompt[:1000].lower()).strip("-")
+    try:
+        os.fsencode(words)
+    except UnicodeEncodeError:  # a file system of another encoding
+        words = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
     return words.encode()[:80].decode(errors="ignore").strip("-") or ("picture" if prompt.strip() else "empty-prompt")
 
 
@@ -281,13 +346,20 @@ def fingerprint(folder: Path) -> str:
 
     Reads at most 256 kB of each file, so it is instant for any model. Retrained weights differ nearly everywhere, hence in it.
     """
+    from latentfm.files import open_file, read_json, reading
+    from latentfm.models.folder import COMPONENT
+    from latentfm.models.stored import names_in
+
     hashed = hashlib.sha256()
-    index = folder / "model_index.json"
-    components = sorted(name for name in json.loads(index.read_bytes()) if (folder / name).is_dir())
-    for file in [index, *(file for name in components for file in sorted((folder / name).iterdir()) if file.is_file())]:
-        size = file.stat().st_size
-        hashed.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as content:
+    index = read_json(folder / "model_index.json")
+    components = sorted(name for name in index if COMPONENT.fullmatch(name) and (folder / name).is_dir())
+    names = ["model_index.json", *(f"{part}/{name}" for part in components for name in names_in(folder / part))]
+    for name in names:
+        if (folder / name).is_dir():
+            continue
+        with reading(folder / name), open_file(folder / name) as content:
+            size = os.fstat(content.fileno()).st_size
+            hashed.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
             if size <= PIECES * PIECE_BYTES:
                 hashed.update(content.read())
                 continue

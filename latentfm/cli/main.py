@@ -2,9 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -14,10 +16,15 @@ from latentfm.cli.convert import convert
 from latentfm.cli.data import app as data
 from latentfm.cli.generate import generate
 from latentfm.cli.plan import plan
+from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
+from latentfm.cli.verify import verify
 from latentfm.errors import InputError
+from latentfm.files import expanded
+from latentfm.words import shown
 
 UsageError = typer.BadParameter.__base__  # an option or argument that typer refuses; typer carries its own click and exports no more
+MOST_SAID = 4000  # characters of an error
 
 
 @contextmanager
@@ -28,15 +35,33 @@ def one_way_to_fail() -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, UsageError, KeyboardInterrupt) as error:
+    except (InputError, UsageError, KeyboardInterrupt, MemoryError) as error:
         if os.environ.get("LATENTFM_DEBUG") == "1":
             raise
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
         message = error.format_message() if isinstance(error, UsageError) else str(error)
-        print("error:", " ".join(message.splitlines()), file=sys.stderr)
+        if isinstance(error, MemoryError):
+            message = f"out of memory ({message or 'nothing is left'}); ask for less at once, or close other programs"
+        print("error:", shown(" ".join(message.splitlines()), MOST_SAID), file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, with a leading ~ in any path it is given standing for a home, as a shell has it."""
+
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        return command(**{name: at_home(value) for name, value in given.items()})
+
+    return run
+
+
+def at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    return expanded(value) if isinstance(value, Path) else value
 
 
 class Commands(TyperGroup):
@@ -67,14 +92,14 @@ app.command(
     'latentfm generate "a red apple" "a green car" -n 4 --seed 7\n\n'
     "latentfm generate --prompts-file prompts.txt --model runs/mine/model --out pictures\n\n"
     'latentfm generate ""  (the empty prompt: an unconditional picture)'
-)(generate)
-app.command()(train)
+)(with_homes(generate))
+app.command()(with_homes(train))
 app.command(
     epilog="Examples\n\n"
     "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
     "torchrun --nproc_per_node 8 -m latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
     "latentfm cache --verify --config configs/quickstart.yaml"
-)(cache)
+)(with_homes(cache))
 app.command(
     epilog="Examples\n\n"
     "latentfm convert sd3.5_medium.safetensors sd35 --pipeline an/sd3/folder  (encoders and tokenizers from there)\n\n"
@@ -82,15 +107,23 @@ app.command(
     "latentfm convert runs/mine/model mine.safetensors --with transformer,vae --dtype float16  (for other programs)\n\n"
     "latentfm convert sd3.5_large.safetensors large --transformer-only --max-shard-size 5GB\n\n"
     "latentfm convert pytorch_lora_weights.safetensors adapter  (diffusers' LoRA to peft; the other way round too)"
-)(convert)
+)(with_homes(convert))
 app.command(
     epilog="Examples\n\n"
     "latentfm plan --preset sd3-medium --batch 64 --gpus 8\n\n"
     "latentfm plan --preset sd3.5-large --mode lora --weights bfloat16 --checkpointing 0.5 --gpu 4090 --batch 1\n\n"
     "latentfm plan --model runs/mine/model --resolution 512x768 --steps 20000\n\n"
     "latentfm plan --preset sd3.5-medium --mode generate --batch 4 --steps 40 --guidance 4.5"
-)(plan)
+)(with_homes(plan))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm verify runs/mine/model\n\n"
+    "latentfm verify runs/mine/lora\n\n"
+    "latentfm verify --renew runs/mine/model  (after a change made on purpose)"
+)(with_homes(verify))
 
+for information in data.registered_commands:
+    information.callback = with_homes(information.callback)
 app.add_typer(data, name="data")
 
 
@@ -111,6 +144,7 @@ def root(
 
 def main() -> None:
     """Runs the command line on sys.argv and exits with its code: 0 done, 2 bad input, 130 interrupted."""
+    steady_streams()
     app(prog_name="latentfm")
 
 

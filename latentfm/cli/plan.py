@@ -16,6 +16,7 @@ from latentfm.models.described import Model, preset_model, read_model
 from latentfm.models.gpus import EFFICIENCY, GIB, GPU, GPUS, RESERVE
 from latentfm.models.memory import Moment, Training, by_name, drawing_moments, highest, training_moments
 from latentfm.models.presets import PRESETS
+from latentfm.words import shown
 
 MODES, WEIGHTS, SHARDS = ("full", "lora", "generate"), ("float32", "bfloat16"), ("none", "full", "zero2", "zero3")
 TRAINING, LORA, DRAWING = MODES[:2], MODES[1:2], MODES[2:]
@@ -114,7 +115,7 @@ def plan(
     if batch % (gpus * accumulation):
         raise InputError(f"--batch {batch} does not divide by {gpus} GPUs times --accumulation {accumulation}")
     if model is not None and preset is not None:
-        raise InputError(f"give --preset {preset} or --model {model}, not both")
+        raise InputError(f"give --preset {shown(preset)} or --model {shown(model)}, not both")
     described = read_model(model) if model is not None else preset_model(preset or "sd3-medium")
     card = GPUS[gpu.lower()]
     if peak is not None or gpu_memory is not None:
@@ -282,6 +283,7 @@ def least(choices: Choices, changes: dict[str, tuple[Any, ...]], fits: Callable[
 def show(found: dict[str, Any]) -> None:
     """Prints the answer as tables on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -299,7 +301,8 @@ def show(found: dict[str, Any]) -> None:
 
     counts, card = found["parameters"], found["GPU"]
     console.print(
-        f"[bold]{found['model']}[/bold], {found['mode']}, {found['width']} x {found['height']}: {found['image tokens']} image tokens and "
+        f"[bold]{escape(shown(found['model']))}[/bold], {found['mode']}, "
+        f"{found['width']} x {found['height']}: {found['image tokens']} image tokens and "
         f"{found['text tokens']} text tokens, {found['GPUs']} x {card['name']} ({card['TFLOP/s']:g} TFLOP/s, {card['GiB']:g} GiB)"
     )
     table("Parameters", ("", ""), ((part, count_of(n)) for part, n in counts.items()), ("in all", count_of(sum(counts.values()))))

@@ -1,21 +1,92 @@
 """What the commands show on a terminal: results on stdout, all else on stderr, and nothing of the libraries' own chatter."""
 
+import codecs
+import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
+
+from latentfm.words import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+class Steady:
+    """A stream that outlives its reader: once it cannot be written to (a pipe closed, a terminal gone, a disk full), what comes is dropped.
+
+    A training or a batch of pictures is worth more than who listens to it. All else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.lost = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act: Any) -> None:
+        try:
+            act()
+        except OSError as error:
+            if error.errno == errno.EINTR or self.lost:
+                return
+            self.lost = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what still waits in buffers goes there, in silence
+            os.close(nowhere)
+            if error.errno != errno.EPIPE and self.stream is sys.__stdout__:
+                say(f"note: standard output cannot be written to: {error.strerror}; the rest of it is lost")
+
+
+def steady_streams() -> None:
+    """Makes this process's standard output and error `Steady`, and able to say every name: what their encoding lacks is escaped.
+
+    Bytes of file names that are no text in any encoding go out as they are.
+    """
+    codecs.register_error("latentfm", escaped)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before we were started
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="latentfm")
+        setattr(sys, name, Steady(stream))
+
+
+def escaped(error: UnicodeError) -> tuple[bytes, int]:
+    """For codecs.register_error: the bytes that a name was made of where Python kept them, an escape as in \\u82f9 for all else."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    parts = [
+        bytes([ord(letter) - 0xDC00]) if "\udc80" <= letter <= "\udcff" else letter.encode("ascii", "backslashreplace")
+        for letter in error.object[error.start : error.end]
+    ]
+    return b"".join(parts), error.end
 
 
 def quiet_libraries() -> None:
     """Silences diffusers' and transformers' bars and warnings for this process, so that the output is ours; not when debugging."""
     if os.environ.get("LATENTFM_DEBUG") == "1":
         return
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is, and it tells of kernels it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where a base is quantised: it tells of kernels it lacks
     import diffusers
     import transformers
 
@@ -23,6 +94,28 @@ def quiet_libraries() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     warnings.simplefilter("ignore")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A context in which a first Ctrl-C waits for its end; a second one is heard at once."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    pressed = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def progress_bar() -> "Progress":
@@ -40,14 +133,19 @@ def progress_bar() -> "Progress":
 def show(path: Path, bar: "Progress") -> None:
     """Prints `path`, a result, on stdout, where the bar leaves room for it."""
     bar.stop()
-    print(path, flush=True)
+    result(path)
     bar.start()
+
+
+def result(path: Path) -> None:
+    """Prints `path` on stdout: as it is for a program, safe to look at on a terminal."""
+    print(shown(path) if sys.stdout.isatty() else path, flush=True)
 
 
 def say(line: str, bar: "Progress | None" = None) -> None:
     """Prints `line`, a remark, on stderr, where the bar leaves room for it."""
     if bar:
         bar.stop()
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)
     if bar:
         bar.start()

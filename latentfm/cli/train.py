@@ -15,7 +15,9 @@ def train(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options on top of the configuration.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of options; see configs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder; with decay=constant to more steps too.")
+    ] = False,
     options: Annotated[bool, typer.Option("--options", help="List every option with its meaning and default, and leave.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would do and take, and what is wrong with it; load and write nothing.")
@@ -38,6 +40,9 @@ def train(
     The result is OUTPUT/model, a pipeline folder for `latentfm generate --model` and for diffusers; OUTPUT/samples shows
     the pictures along the way. Runs under `accelerate launch -m latentfm train ...` on many processes, same options, same result.
 
+    Options that touch the course of a training may not change on --resume; where the same pictures and models lie may. An option's text
+    is taken as it stands: data.folder="pics #2". Other values are YAML, and names reach to any depth: train.adapter.rank=8.
+
     SIGTERM and SIGUSR1 end it after the step under way, saved, with exit code 0 and no path printed; --resume goes on.
     """
     from latentfm.config import load_config
@@ -51,7 +56,7 @@ def train(
             raise InputError(f"{option} goes with --dry-run; give that too, or leave {option} out")
     run = load_config(config, overrides)
 
-    from latentfm.cli.terminal import quiet_libraries
+    from latentfm.cli.terminal import quiet_libraries, result, say
     from latentfm.training.stop import Stopped
 
     quiet_libraries()
@@ -65,10 +70,10 @@ def train(
     except OSError as error:  # a full disk, a folder that may not be written: the message names it
         raise InputError(" ".join(str(error).split())) from error
     except Stopped as stopped:  # code 0: a launcher would take another for a failure, and end the other processes
-        typer.echo(str(stopped), err=True)
+        say(str(stopped))
         return
-    typer.echo(f"finished: {target}", err=True)
-    print(target)
+    say(f"finished: {target}")
+    result(target)
 
 
 def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int | None, shard: str | None, as_json: bool) -> None:

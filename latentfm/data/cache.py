@@ -4,7 +4,10 @@ The key of an entry is the SHA-256 of everything it depends on: image bytes, tra
 length and text encoders. A changed input is another key, so a hit is never stale. Entries lie in shards,
 `<folder>/<kind>/<32 hexadecimal digits>.safetensors` (latentfm.data.cache_file), each written whole under another name and renamed, and
 never written again, so runs on many machines may fill one folder. An entry that fails its checksum is noted in the shard's `.lost`
-file, counts as missing and is made again in another shard; a shard that is cut short or has a damaged table is renamed `.damaged`.
+file, counts as missing and is made again in another shard; a shard that is cut short or not laid out as shards are is renamed `.damaged`.
+
+A checksum tells damage, not malice: who may write into the folder is believed. So a shard of another user counts after one's own and
+is not used at all where everybody may write, and of two entries of one key that differ neither is used.
 """
 
 import hashlib
@@ -14,7 +17,7 @@ import os
 import re
 import time
 import uuid
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,16 +27,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentfm.data.cache_file import Damaged, Layout, Shard, key_bytes, lost_of, raw, read_at, read_shard, write_shard
+from latentfm.data.cache_file import Damaged, Layout, Shard, key_bytes, lost_of, note_lost, read_shard, write_shard
+from latentfm.data.claims import Claims
+from latentfm.data.entries import Entries
+from latentfm.data.trust import anyone_writes, distrust, rank_of
 from latentfm.errors import InputError
+from latentfm.words import count, listed, shown
 
 logger = logging.getLogger(__name__)
 KINDS = ("moments", "prompts", "masks", "checks")
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0  # of work that a kill may lose
-OPEN_FILES = 64
+CLAIMED = 256  # entries that a process keeps others from making at a time
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-INDEX = np.dtype([("key", "S32"), ("crc", "<u4"), ("layout", "<u4"), ("shard", "<u4"), ("length", "<u4"), ("offset", "<u8")])
+INDEX = np.dtype([
+    ("key", "S32"), ("crc", "<u4"), ("layout", "<u4"), ("shard", "<u4"), ("length", "<u4"), ("offset", "<u8"), ("rank", "u1"),
+])  # fmt: skip
+VERDICT = "verdict"  # the one, empty tensor of an entry that says that nothing can be made of an item
 
 
 def key_of(*parts: str) -> str:
@@ -65,117 +75,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return key_of(json.dumps(state, sort_keys=True), str(tokenizer.pad_token), str(tokenizer.model_max_length))
 
 
-class Entries:
-    """Chosen entries by number, read where they lie: arrays and a few open files, so that forked processes share its memory.
+class Cache:
+    """Entries of named tensors under a folder. What is found damaged is logged by name.
 
-    `rows` is one INDEX row an entry. Another process, forked or started anew, reads by itself.
+    Entries of the one tensor `outdated` are passed over as if they were not there.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str], layouts: Sequence[Layout], rows: np.ndarray):
-        self.folder, self.paths, self.layouts, self.rows = folder, list(paths), list(layouts), rows
-        self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the one used last at the end
-        self.elsewhere: dict[int, Entries] = {}  # a damaged entry's other copy
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "files", {}).values():
-            os.close(descriptor)
-
-    def layout(self, number: int) -> Layout:
-        """The names and shapes of an entry's tensors."""
-        return self.layouts[self.rows["layout"][number]]
-
-    def has(self, name: str) -> np.ndarray:
-        """Which entries have a tensor of that name, bool [N]."""
-        return np.array([any(name == mine for mine, _ in layout.shapes) for layout in self.layouts], bool)[self.rows["layout"]]
-
-    def read(self, number: int) -> dict[str, Tensor]:
-        """An entry's tensors. Raises InputError as `stack` does."""
-        return {name: value[0] for name, value in self.stack([number]).items()}
-
-    def stack(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Entries of one layout as a batch: by name, [B, ...] in the dtype they are kept in.
-
-        Raises InputError for an entry that is damaged, once that is noted, ValueError when they are of several layouts.
-        """
-        layout = self.layout(numbers[0])
-        batch = {name: torch.empty(len(numbers), *shape, dtype=layout.dtype) for name, shape in layout.shapes}
-        views = [(raw(value), size) for value, size in zip(batch.values(), layout.sizes, strict=True)]
-        for place, number in enumerate(numbers):
-            if self.layout(number) != layout:
-                raise ValueError(f"entries of a batch have one layout, not {layout.shapes} and {self.layout(number).shapes}")
-            self.fill(number, [view[place * size : (place + 1) * size] for view, size in views])
-        return batch
-
-    def fill(self, number: int, buffers: list[memoryview]) -> None:
-        """Reads an entry into buffers of its tensors' sizes, from another copy where this one is damaged. Raises InputError without one."""
-        if number in self.elsewhere:
-            return self.elsewhere[number].fill(0, buffers)
-        try:
-            self.pull(number, buffers)
-        except Damaged as error:
-            self.elsewhere[number] = self.another(number, str(error))
-            self.elsewhere[number].fill(0, buffers)
-
-    def pull(self, number: int, buffers: list[memoryview]) -> None:
-        """Reads an entry into buffers and checks it. Raises Damaged."""
-        row = self.rows[number]
-        layout = self.layouts[row["layout"]]
-        try:
-            got = read_at(self.file(int(row["shard"])), buffers, int(row["offset"])) if row["length"] else 0
-        except OSError as error:
-            raise Damaged(error.strerror) from error
-        if got != row["length"]:
-            raise Damaged("its shard ends before it")
-        if layout.crc(self.key(number), *buffers) != row["crc"]:
-            raise Damaged("it fails its checksum")
-
-    def check(self, number: int) -> str | None:
-        """What is wrong with an entry; None when it is what was written."""
-        layout = self.layout(number)
-        try:
-            self.pull(number, [memoryview(bytearray(size)) for size in layout.sizes])
-        except Damaged as error:
-            return str(error)
-        return None
-
-    def key(self, number: int) -> bytes:
-        return self.rows["key"][number].ljust(32, b"\0")  # numpy leaves out zeros at the end
-
-    def another(self, number: int, reason: str) -> "Entries":
-        """A damaged entry's copy in another shard, this one noted as lost. Raises InputError when there is none."""
-        key, path = self.key(number).hex(), self.paths[self.rows["shard"][number]]
-        cache = Cache(self.folder)
-        cache.lose(Path(path), key)
-        try:
-            while (copy := cache.entries([key])).check(0) is not None:
-                cache.lose(Path(copy.paths[copy.rows["shard"][0]]), key)
-        except KeyError:
-            raise InputError(f"the cache entry {key} in {path} is damaged ({reason}); start again and it will be made anew") from None
-        return copy
-
-    def file(self, shard: int) -> int:
-        """The descriptor of a shard's file, opened when it is first asked for; at most OPEN_FILES are open."""
-        if shard in self.files:
-            self.files.move_to_end(shard)
-        else:
-            self.files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            if len(self.files) > OPEN_FILES:
-                os.close(self.files.popitem(last=False)[1])
-        return self.files[shard]
-
-
-class Cache:
-    """Entries of named tensors under a folder. What is found damaged is logged by name."""
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, outdated: str | None = None):
+        self.folder, self.outdated = Path(folder), outdated
         self.shards: dict[Path, Shard] = {}
+        self.ranks: dict[Path, int] = {}
+        self.strange: set[Path] = set()  # shards that are not used: others may have written them
         self.lost: dict[Path, frozenset[bytes]] = {}
         self.noted: dict[Path, frozenset[bytes]] = {}  # by this object: on a disk that cannot be written it is all there is
         self.index = np.empty(0, INDEX)
@@ -189,7 +99,8 @@ class Cache:
             names = set(os.listdir(self.folder / kind)) if (self.folder / kind).is_dir() else set()
             for name in sorted(name for name in names if SHARD_NAME.fullmatch(name)):
                 path = self.folder / kind / name
-                files[path] = self.noted.get(path, frozenset()) | (lost_of(path) if f"{path.stem}.lost" in names else frozenset())
+                if path not in self.strange:
+                    files[path] = self.noted.get(path, frozenset()) | (lost_of(path) if f"{path.stem}.lost" in names else frozenset())
         came = [path for path in files if path not in self.shards]
         if not came and files == self.lost:
             return
@@ -202,17 +113,24 @@ class Cache:
             rows = np.empty(len(shard.rows), INDEX)
             for name in ("key", "crc", "length", "offset"):
                 rows[name] = shard.rows[name]
-            rows["shard"] = number
+            rows["shard"], rows["rank"] = number, self.ranks[shard.path]
             known = [self.layouts.setdefault(layout, len(self.layouts)) for layout in shard.layouts]
             rows["layout"] = np.array(known, np.uint32)[shard.rows["layout"]]
             lost = self.lost[shard.path]
             parts.append(rows[~np.isin(rows["key"], np.array(list(lost), "S32"))] if lost else rows)
         rows = np.concatenate([np.empty(0, INDEX), *parts])
-        self.index = rows[np.argsort(rows["key"], kind="stable")]
+        old = np.array([[name for name, _ in layout.shapes] == [self.outdated] for layout in self.layouts], bool)
+        rows = rows[~old[rows["layout"]]] if old.any() else rows
+        self.index = self.without_conflicts(rows[np.lexsort((rows["rank"], rows["key"]))])
 
     def opened(self, path: Path) -> Shard | None:
-        """A shard's table; None for one that went, or is damaged and was set aside."""
+        """A shard's table; None for one that went, that others may have written, or that is damaged and was set aside."""
         try:
+            rank = rank_of(os.stat(path), anyone_writes(path.parent))
+            if rank is None:
+                self.strange.add(path)
+                return None
+            self.ranks[path] = rank
             return read_shard(path)
         except FileNotFoundError:
             return None
@@ -220,12 +138,42 @@ class Cache:
             aside = path.with_name(path.name + ".damaged")
             try:
                 path.rename(aside)
+                told = f"set aside as {shown(aside.name)}, its entries are made again"
             except FileNotFoundError:  # another process was faster
                 return None
-            logger.warning("the cache's %s is damaged (%s): set aside as %s, its entries are made again", path, error, aside.name)
+            except OSError as refused:
+                self.strange.add(path)
+                told = f"it cannot be set aside: {refused.strerror}, and is passed over"
+            logger.warning("the cache's %s is damaged (%s): %s", shown(path), error, told)
             return None
         except OSError as error:
-            raise InputError(f"cannot read the cache's {path}: {error.strerror}; see that it can be read, or remove it") from error
+            raise InputError(f"cannot read the cache's {shown(path)}: {error.strerror}; see that it can be read, or remove it") from error
+
+    def without_conflicts(self, rows: np.ndarray) -> np.ndarray:
+        """The rows, sorted by key and rank, without those that differ from another of their key and rank: one of them is forged or
+        was made by another machine, and which is not to be seen. They are noted as lost, and made again.
+        """
+        first = np.r_[True, rows["key"][1:] != rows["key"][:-1]] if len(rows) else np.empty(0, bool)
+        group = np.cumsum(first) - 1
+        leading = rows["rank"] == rows["rank"][first][group]
+        differs = np.r_[False, ~first[1:] & ((rows["crc"][1:] != rows["crc"][:-1]) | (rows["layout"][1:] != rows["layout"][:-1]))]
+        odd = np.unique(group[differs & leading])
+        if not len(odd):
+            return rows
+        dropped = np.isin(group, odd) & leading
+        shards = [Path(self.paths[number]) for number in np.unique(rows["shard"][dropped])]
+        logger.warning(
+            "the cache holds %s in several shards that differ (%s): none of them is used, they are made again",
+            count(len(odd), "entry", "entries"), listed(shards),
+        )  # fmt: skip
+        for row in rows[dropped]:
+            self.lose(Path(self.paths[row["shard"]]), row["key"].ljust(32, b"\0").hex())
+        self.lost = {path: self.lost[path] | self.noted.get(path, frozenset()) for path in self.lost}
+        return rows[~dropped]
+
+    def distrust(self) -> list[str]:
+        """What is to be said of who may write into the folder, once a run."""
+        return distrust(self.folder, [self.folder / kind for kind in KINDS], self.shards, self.strange)
 
     def find(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:
         """Where each key (hexadecimal, or an array of S32) is in the index, int64 [M]; -1 where it is missing."""
@@ -277,10 +225,9 @@ class Cache:
         """Notes one copy of an entry as lost, for every later run."""
         self.noted[shard] = self.noted.get(shard, frozenset()) | {key_bytes(key)}
         try:
-            with shard.with_suffix(".lost").open("a") as file:
-                file.write(f"{key}\n")
+            note_lost(shard, key)
         except OSError as error:
-            logger.warning("could not note in %s that its entry %s is damaged: %s", shard, key, error.strerror)
+            logger.warning("could not note in %s that its entry %s is damaged: %s", shown(shard), key, error.strerror)
 
     def damaged(self, places: np.ndarray, on_done: Callable[[int], None] = lambda count: None) -> np.ndarray:
         """Which of the entries at `places` of the index are damaged, bool [M]; each is noted as lost. `on_done` counts the others."""
@@ -292,7 +239,7 @@ class Cache:
                 continue
             found[number] = True
             path, key = Path(entries.paths[entries.rows["shard"][number]]), entries.key(number).hex()
-            logger.warning("the cache entry %s in %s is damaged (%s): it is made again", key, path, reason)
+            logger.warning("the cache entry %s in %s is damaged (%s): it is made again", key, shown(path), reason)
             self.lose(path, key)
         return found
 
@@ -300,42 +247,66 @@ class Cache:
         self,
         kind: str,
         wanted: Iterable[tuple[str, Any]],
-        make: Callable[[Sequence[Any]], Sequence[Mapping[str, Tensor]]],
+        make: Callable[[Sequence[Any]], Sequence[Mapping[str, Tensor] | None]],
         batch_size: int,
         on_done: Callable[[int], None] = lambda count: None,
         *,
         verify: bool = True,
         load: Callable[[Any], Any] | None = None,
         threads: int = 1,
+        verdict: Callable[[str], str] | None = None,
+        on_made: Callable[[Sequence[str]], None] = lambda keys: None,
     ) -> int:
         """Makes the entries of `wanted` (key, item) that are missing or damaged, in batches; returns how many were made.
 
-        `on_done` is told how many of `wanted` are settled since it was last called. With verify=False an entry that is there
-        is taken to be whole. `load` turns an item into what `make` takes, ahead of it in `threads` threads.
+        What another process is making is passed over. `on_done` is told how many of `wanted` are settled since it was last called,
+        `on_made` which keys were made. With verify=False an entry that is there is taken to be whole. `load` turns an item into what
+        `make` takes, ahead of it in `threads` threads. Where `make` gives None, nothing can be made of an item: that is kept under the
+        key that `verdict` makes of the item's own.
         Raises InputError when the disk refuses a shard; what was written before stays.
         """
         self.refresh()
         wanted = list(wanted)
-        places = self.find([key for key, _ in wanted])
+        keys = np.array([key_bytes(key) for key, _ in wanted], "S32")
+        places = self.find(keys)
         there = np.flatnonzero(places >= 0)
         if verify:
             while len(there):  # a damaged entry may have another copy
                 there = there[self.damaged(places[there], on_done)]
                 self.refresh()
-                places = self.find([key for key, _ in wanted])
+                places = self.find(keys)
                 there = there[places[there] >= 0]
         else:
             on_done(len(there))
-        missing = [wanted[number] for number in np.flatnonzero(places < 0)]
-        with Writer(self, kind) as writer:
-            loaded = ahead(load, (item for _, item in missing), threads, 2 * batch_size) if load else (item for _, item in missing)
-            for first in range(0, len(missing), batch_size):
-                keys = [key for key, _ in missing[first : first + batch_size]]
-                made = make([next(loaded) for _ in keys])
-                for key, tensors in zip(keys, made, strict=True):
-                    writer.add(key, tensors)
-                on_done(len(keys))
-        return len(missing)
+        missing = np.flatnonzero(places < 0)
+        if verdict is not None and len(missing):
+            judged = self.find([verdict(wanted[number][0]) for number in missing]) >= 0
+            on_done(int(judged.sum()))
+            missing = missing[~judged]
+        made = 0
+        with Claims(self.folder) as claims, Writer(self, kind) as writer:
+            for start in range(0, len(missing), CLAIMED):
+                mine = missing[start : start + CLAIMED]
+                mine = mine[claims.take(keys[mine], writer.keys())]
+                self.refresh()  # others may have been faster
+                done = self.find(keys[mine]) >= 0
+                on_done(int(done.sum()))
+                mine, nothing = mine[~done], []
+                items = (wanted[number][1] for number in mine)
+                loaded = ahead(load, items, threads, 2 * batch_size) if load else items
+                for first in range(0, len(mine), batch_size):
+                    names = [wanted[number][0] for number in mine[first : first + batch_size]]
+                    entries = dict(zip(names, make([next(loaded) for _ in names]), strict=True))
+                    for name, tensors in entries.items():
+                        if tensors is not None:
+                            writer.add(name, tensors)
+                    nothing += [name for name in names if entries[name] is None]
+                    on_made([name for name in names if entries[name] is not None])
+                    on_done(len(names))
+                    made += len(names)
+                for name in nothing:
+                    writer.add(verdict(name), {VERDICT: torch.empty(0, dtype=torch.uint8)})
+        return made
 
     def leftovers(self) -> list[Path]:
         """What shards that were set aside and writers that were killed left behind. A writer at work has one such file too."""
@@ -357,6 +328,10 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         return self
+
+    def keys(self) -> np.ndarray:
+        """The keys of what waits to be written, S32 [N]."""
+        return np.array([key_bytes(key) for key in self.waiting], "S32")
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Takes an entry. Raises InputError when the disk refuses the shard it completes."""

@@ -1,25 +1,41 @@
-"""A picture file -> RGB -> exactly height x width pixels -> a tensor in [-1, 1]. One path for training and checking."""
+"""A picture file -> RGB -> exactly height x width pixels -> a tensor in [-1, 1]. One path for training and checking.
+
+What a picture takes is known from its header and bounded: PICTURE_BYTES of its file, twice Pillow's Image.MAX_IMAGE_PIXELS (179 million
+pixels) decoded, 8 bytes a pixel at its fullest, and MEMORY over all threads together.
+"""
 
 import hashlib
 import io
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import PIL
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from latentfm.data.sources.base import Place, sha256
+from latentfm.data.memory import Room, lacking
+from latentfm.data.sources.base import PICTURE_BYTES, Place, sha256
+from latentfm.data.sources.texts import FETCH, POINTER
 from latentfm.errors import InputError
+from latentfm.files import open_file, read_bytes, reason
+from latentfm.words import shown
 
 # Only these decoders are tried, whatever the extension says: Pillow's EPS decoder, for one, would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 TRANSFORM_VERSION = 1  # raise it when open_rgb or apply changes a pixel: caches keyed by Transform.key then miss
+MEMORY = 2 * 2**30  # bytes that pictures being decoded may take over all threads of a process; a larger one is decoded alone
+PIXEL_BYTES = 8  # a pixel at its fullest: as decoded and as RGB, Pillow's four bytes each
+STRIP = 2**22  # pixels that are converted at a time
+
+decoding = Room(MEMORY)
 
 # EXIF orientation -> what turns the stored picture upright (EXIF 2.3, tag 0x0112).
 _UPRIGHT = {
@@ -52,18 +68,19 @@ class Transform:
                 raise InputError(f"{name} must be a whole number of pixels, not {side!r}: give 1 or more")
 
     def key(self) -> str:
-        """Returns every setting and the version of the code as one canonical string, for content-addressed caches."""
+        """Every setting and the version of the code as one canonical string, for content-addressed caches."""
         settings = " ".join(f"{field.name}={int(getattr(self, field.name))}" for field in fields(self))
         return f"cover-lanczos-centre v{TRANSFORM_VERSION} {settings}"
 
 
-def load(path: str | Path, transform: Transform) -> np.ndarray:
-    """Returns the picture at `path` as uint8 [height, width, 3]. Raises UnreadableImage."""
-    return apply(open_rgb(path), transform)
+def load(path: str | Path | Place, transform: Transform, data: bytes | None = None) -> np.ndarray:
+    """The picture at `path` as uint8 [height, width, 3]; `data` as for `open_rgb`. Raises UnreadableImage, MemoryError."""
+    with opened_rgb(path, data) as image:
+        return apply(image, transform)
 
 
 def open_rgb(path: str | Path | Place, data: bytes | None = None) -> Image.Image:
-    """Returns the picture as 8-bit RGB, upright (EXIF orientation applied), transparency laid on white.
+    """The picture as 8-bit RGB, upright (EXIF orientation applied), transparency laid on white.
 
     `data` are the bytes of `path` when they are in hand already; then `path` is only a name for messages.
 
@@ -71,24 +88,89 @@ def open_rgb(path: str | Path | Place, data: bytes | None = None) -> Image.Image
     profiles are ignored: RGB values are taken as sRGB, CMYK is converted by the plain formula. Damaged EXIF is ignored.
 
     Raises UnreadableImage when the file is missing, empty, truncated, corrupt, not a picture in FORMATS, or larger than
-    Pillow's limit against decompression bombs (twice Image.MAX_IMAGE_PIXELS).
+    Pillow's limit against decompression bombs (twice Image.MAX_IMAGE_PIXELS); MemoryError when the memory does not suffice, which
+    says nothing about the picture.
     """
-    if data is None and not isinstance(path, (str, Path)):
+    with opened_rgb(path, data) as image:
+        return image
+
+
+@contextmanager
+def opened_rgb(path: str | Path | Place, data: bytes | None = None) -> Iterator[Image.Image]:
+    """A context with `open_rgb`'s picture, in which its memory counts as taken: threads wait for their turn with large ones."""
+    if data is None:
+        if not isinstance(path, Place) and not os.path.lexists(path):
+            raise UnreadableImage(f"there is no picture {shown(path)}: restore it, or remove its caption")
         data = contents(path)
-    with _named(path, data), Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+    with ExitStack() as stack:
+
+        def take(pixels: int) -> None:
+            stack.enter_context(decoding.of(pixels * PIXEL_BYTES))
+
+        try:
+            image = decoded(path, data, take)
+        except (UnreadableImage, MemoryError):
+            stack.close()
+            stack.enter_context(decoding.of(MEMORY))
+            image = _alone(path, data)
+        yield image
+
+
+def _alone(path: str | Path | Place, data: bytes) -> Image.Image:
+    """What `decoded` gives of a picture that it failed on, now that no other is being decoded.
+
+    Decoders call a picture broken that they lack the memory for, and out of memory one whose header asks for far too much: which
+    of them it is, is seen by whether the system has what a picture of its size takes. Raises as `opened_rgb`.
+    """
+    sizes: list[int] = [0]
+
+    def lacks_memory() -> bool:
+        return lacking(2 * PIXEL_BYTES * sizes[-1] + 4 * len(data) + 2**26)
+
+    for _ in range(2):
+        try:
+            return decoded(path, data, sizes.append)
+        except UnreadableImage as error:
+            if lacks_memory():
+                raise MemoryError(f"the memory does not suffice to tell whether {shown(path)} is a picture; free some") from error
+            raise
+        except MemoryError:
+            if lacks_memory():
+                raise
+    raise UnreadableImage(f"cannot read {shown(path)}: it asks for more memory than its size explains; save it again as PNG or remove it")
+
+
+def decoded(path: str | Path | Place, data: bytes, take: Callable[[int], None]) -> Image.Image:
+    """The picture in `data` as `open_rgb` gives it; `take` is told of its pixels before they are decoded."""
+    with _named(path, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        take(image.width * image.height)
         image.load()
-        return _to_rgb(_upright(image))
+        orientation = _orientation(image, type(image).getexif)
+        rgb = _to_rgb(image)
+    del image
+    # not ImageOps.exif_transpose: that writes the other EXIF tags anew, and fails on the odd ones real cameras leave
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+@cache
+def decoders() -> str:
+    """What a verdict on a picture's bytes depends on besides them: the decoders and the bounds."""
+    versions = [f"{name} {features.version(name)}" for name in ("jpg", "libjpeg_turbo", "zlib", "libtiff", "webp", "avif")]
+    bounds = (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, PICTURE_BYTES)
+    return f"Pillow {PIL.__version__} {' '.join(versions)} {' '.join(FORMATS)} {bounds} v{TRANSFORM_VERSION}"
 
 
 def upright_size(path: str | Path | Place, data: bytes | None = None) -> tuple[int, int]:
-    """Returns the picture's (width, height) in pixels, EXIF orientation applied, from its header: no pixel is decoded.
+    """The picture's (width, height) in pixels, EXIF orientation applied, from its header: no pixel is decoded.
 
     `data` are the bytes of `path` when they are in hand already. Raises UnreadableImage as open_rgb does, as far as a header tells: a file
     that is truncated later on has a size.
     """
     if data is None and not isinstance(path, (str, Path)):
         data = contents(path)
-    with _named(path, data), Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+    with _named(path, data), ExitStack() as stack:
+        file = stack.enter_context(open_file(path, PICTURE_BYTES)) if data is None else io.BytesIO(data)
+        image = stack.enter_context(Image.open(file, formats=FORMATS))
         if image.format == "TIFF":  # Pillow turns a TIFF by itself
             return image.size
         # Pillow decodes a whole PNG for the EXIF that may follow its pixels
@@ -98,7 +180,7 @@ def upright_size(path: str | Path | Place, data: bytes | None = None) -> tuple[i
 
 
 def apply(image: Image.Image, transform: Transform) -> np.ndarray:
-    """Returns an RGB picture as uint8 [height, width, 3]: scaled (Lanczos) to cover that size, then cropped centrally.
+    """An RGB picture as uint8 [height, width, 3]: scaled (Lanczos) to cover that size, then cropped centrally.
 
     A picture that already fits on one side and covers the other is only cropped, never resampled: pixels stay exact.
     """
@@ -117,81 +199,105 @@ def apply(image: Image.Image, transform: Transform) -> np.ndarray:
 def load_mask(
     path: str | Path | Place, data: bytes | None, size: tuple[int, int], transform: Transform, factor: int
 ) -> torch.Tensor:
-    """Returns a loss mask at latent resolution, float32 [1, height / factor, width / factor] in [0, 1]: 1 where the mask is white.
+    """A loss mask at latent resolution, float32 [1, height / factor, width / factor] in [0, 1]: 1 where the mask is white.
 
     The mask goes through the picture's own transform, as grey, and each latent takes the mean of its factor x factor pixels.
     `data` are the bytes of `path` when they are in hand; `size` is the picture's (width, height).
 
-    Raises UnreadableImage when the mask cannot be read, has not the picture's size, or leaves nothing of the crop to learn from.
+    Raises UnreadableImage when the mask cannot be read, has not the picture's size, or leaves nothing of the crop to learn from;
+    MemoryError as `open_rgb`.
     """
-    mask = open_rgb(path, data)
-    if mask.size != size:
-        raise UnreadableImage(f"the mask {path} is {mask.width} x {mask.height}, its picture {size[0]} x {size[1]}: make them one size")
-    grey = torch.from_numpy(apply(mask, transform).astype(np.float32)).mean(-1)[None] / 255
+    with opened_rgb(path, data) as mask:
+        if mask.size != size:
+            sizes = f"{mask.width} x {mask.height}, its picture {size[0]} x {size[1]}"
+            raise UnreadableImage(f"the mask {shown(path)} is {sizes}: make them one size")
+        pixels = apply(mask, transform)
+    grey = torch.from_numpy(pixels.astype(np.float32)).mean(-1)[None] / 255
     reduced = torch.nn.functional.avg_pool2d(grey, factor)
     if not reduced.any():
-        raise UnreadableImage(f"the mask {path} is black wherever the picture is not cropped away: nothing counts; remove it")
+        raise UnreadableImage(f"the mask {shown(path)} is black wherever the picture is not cropped away: nothing counts; remove it")
     return reduced
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """Returns uint8 [H, W, 3] as float32 [3, H, W] in [-1, 1], a copy. Raises ValueError for another type or shape."""
+    """Uint8 [H, W, 3] as float32 [3, H, W] in [-1, 1], a copy. Raises ValueError for another type or shape."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"to_tensor takes uint8 [H, W, 3], not {array.dtype} {list(array.shape)}: make it with load")
     return torch.from_numpy(array.transpose(2, 0, 1).astype(np.float32, order="C")) / 127.5 - 1
 
 
 def contents(path: str | Path | Place) -> bytes:
-    """Returns the bytes of a picture's file or place. Raises UnreadableImage when they cannot be had."""
+    """The bytes of a picture's file or place. Raises UnreadableImage when they cannot be had."""
     try:
-        return Path(path).read_bytes() if isinstance(path, str) else path.read_bytes()
+        return path.read_bytes() if isinstance(path, Place) else read_bytes(path, PICTURE_BYTES)
+    except MemoryError as error:
+        raise out_of_memory(path) from error
     except Exception as error:  # a place may be on any storage, which raises errors of its own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"cannot read {path}: {reason}; restore it or remove its caption") from None
+        raise UnreadableImage(f"cannot read {shown(path)}: {reason(error)}; restore it or remove its caption") from None
 
 
 def digest(path: str | Path | Place) -> str:
-    """Returns the SHA-256 of the file's bytes, in hexadecimal. Raises UnreadableImage."""
+    """The SHA-256 of the file's bytes, in hexadecimal. Raises UnreadableImage."""
     if isinstance(path, Place):
         return path.sha256 or sha256(contents(path))
     try:
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
+        with open_file(path, PICTURE_BYTES) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
-    except OSError as error:
-        raise UnreadableImage(f"cannot read {path}: {error.strerror}; restore it or remove its caption") from None
+    except (OSError, InputError) as error:
+        raise UnreadableImage(f"cannot read {shown(path)}: {reason(error)}; restore it or remove its caption") from None
+
+
+def out_of_memory(path: str | Path | Place) -> MemoryError:
+    return MemoryError(f"the memory does not suffice to read {shown(path)}; free some, or scale the picture down")
 
 
 @contextmanager
 def _named(path: str | Path | Place, data: bytes | None) -> Iterator[None]:
-    """A context in which whatever Pillow raises becomes an UnreadableImage that names the file, the reason and the way out."""
+    """A context in which whatever Pillow raises becomes an UnreadableImage that names the file, the reason and the way out.
+
+    A lack of memory stays one.
+    """
     try:
         yield
+    except MemoryError as error:
+        raise out_of_memory(path) from error
     except FileNotFoundError:
-        raise UnreadableImage(f"there is no picture {path}: restore it, or remove its caption") from None
+        raise UnreadableImage(f"there is no picture {shown(path)}: restore it, or remove its caption") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(f"cannot read {path}: {error}; scale it down or remove it") from None
+        raise UnreadableImage(f"cannot read {shown(path)}: {reason(error)}; scale it down or remove it") from None
     except UnidentifiedImageError:
-        size = os.path.getsize(path) if data is None else len(data)
-        reason = "the file is empty" if size == 0 else f"not a picture in {', '.join(FORMATS)}"
-        raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from None
+        raise UnreadableImage(f"cannot read {shown(path)}: {_unidentified(path, data)}") from None
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything: OSError, SyntaxError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"cannot read {path}: {reason}; save it again as PNG or remove it") from error
+        if re.search("out of memory|insufficient memory|cannot allocate", str(error), re.IGNORECASE):
+            raise out_of_memory(path) from error
+        raise UnreadableImage(f"cannot read {shown(path)}: {reason(error)}; save it again as PNG or remove it") from error
+
+
+def _unidentified(path: str | Path, data: bytes | None) -> str:
+    """What a file is that no decoder takes for a picture, and the way out."""
+    if data is None:
+        with open_file(path) as file:
+            data = file.read(len(POINTER))
+    if data.startswith(POINTER):
+        return FETCH
+    return f"{'not a picture in ' + ', '.join(FORMATS) if data else 'the file is empty'}; save it again as PNG or remove it"
 
 
 def _orientation(image: Image.Image, getexif: Callable[[Image.Image], Image.Exif]) -> int | None:
-    """Returns what the EXIF tag says; None without one, or where the EXIF is damaged: the pixels may still be good."""
+    """What the EXIF tag says; None without one, or where the EXIF is damaged: the pixels may still be good."""
     try:
         return getexif(image).get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
     except Exception:
         return None
 
 
 def _metadata_after_pixels(file: BinaryIO) -> bool:
-    """Returns whether a PNG has EXIF or text chunks behind its pixels. Leaves the file where it was."""
+    """Whether a PNG has EXIF or text chunks behind its pixels. Leaves the file where it was."""
     before, pixels = file.tell(), False
     try:
         file.seek(8)
@@ -206,34 +312,46 @@ def _metadata_after_pixels(file: BinaryIO) -> bool:
         file.seek(before)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Returns the picture turned as its EXIF orientation says.
-
-    Not ImageOps.exif_transpose: that writes the other EXIF tags anew, and fails on the odd ones real cameras leave.
-    """
-    orientation = _orientation(image, type(image).getexif)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Returns a loaded picture of any Pillow mode as RGB."""
+    """A loaded picture of any Pillow mode as RGB, strip by strip where more than the two would be in memory; RGB is given back."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _grey_to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")  # a new picture, also when it is RGB already
+        convert = _grey_to_8_bits(image)
+    elif image.has_transparency_data:
+        convert = _on_white
+    else:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(convert(strip), (0, top))
+    return rgb
 
 
-def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Returns integer (I, I;16) or float (F) grey as mode L; values below 0 are black.
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """A picture in strips of about STRIP pixels over its whole width, each with its first row."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey_to_8_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What brings strips of integer (I, I;16) or float (F) grey to mode L; values below 0 are black.
 
     White is 65535 for integers, and for floats 1 when no value is above 1, else 255; where values go beyond that, the
     picture's own maximum is white.
     """
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    highest = values.max()
-    scale = 65535 if image.mode != "F" else 1 if highest <= 1 else 255
-    return Image.fromarray(np.rint(values.clip(min=0) / max(scale, highest) * 255).astype(np.uint8))
+
+    def values(strip: Image.Image) -> np.ndarray:
+        return np.asarray(strip).astype(np.float64)
+
+    highest = -np.inf
+    for _, strip in _strips(image):
+        if not np.isfinite(values(strip)).all():
+            raise ValueError("it holds values that are not finite")
+        highest = max(highest, values(strip).max())
+    scale = max(65535 if image.mode != "F" else 1 if highest <= 1 else 255, highest)
+    return lambda strip: Image.fromarray(np.rint(values(strip).clip(min=0) / scale * 255).astype(np.uint8)).convert("RGB")

@@ -9,7 +9,7 @@ import gc
 import hashlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from latentfm.data.cache import Entries
-from latentfm.data.images import Transform, apply, load_mask, open_rgb
+from latentfm.data.entries import Entries
+from latentfm.data.images import Transform, apply, load_mask, opened_rgb
 from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable, bounds_of, choose
@@ -214,10 +214,12 @@ class PictureReader(TorchDataset):
     """
 
     def __init__(
-        self, table: SampleTable, draws: Draws, samples: Sequence[Sample], digests: Sequence[str], bucket_of: np.ndarray,
-        transforms: Sequence[Sequence[Transform]], channels: int, factor: int, read: Callable[[Path | Place, str], bytes],
+        self, table: SampleTable, draws: Draws, samples: Sequence[Sample], digests: Sequence[str], mask_digests: Mapping[str, str],
+        bucket_of: np.ndarray, transforms: Sequence[Sequence[Transform]], channels: int, factor: int,
+        read: Callable[[Path | Place, str], bytes],
     ):  # fmt: skip
         self.table, self.draws, self.samples, self.digests, self.bucket_of = table, draws, samples, digests, bucket_of
+        self.mask_digests = mask_digests
         self.transforms, self.channels, self.factor, self.read = transforms, channels, factor, read
 
     def __getitem__(self, request: Request) -> Batch:
@@ -228,9 +230,11 @@ class PictureReader(TorchDataset):
         pixels, masks = [], []
         for (_, index, _), flip in zip(members, flipped, strict=True):
             sample, transform = self.samples[index], self.transforms[self.bucket_of[index]][int(flip)]
-            picture = open_rgb(sample.path, self.read(sample.path, self.digests[index]))
-            pixels.append(torch.from_numpy(apply(picture, transform)).permute(2, 0, 1))
-            masks.append(load_mask(sample.mask, None, picture.size, transform, self.factor) if sample.mask else None)
+            with opened_rgb(sample.path, self.read(sample.path, self.digests[index])) as picture:
+                size, array = picture.size, apply(picture, transform)
+            pixels.append(torch.from_numpy(array).permute(2, 0, 1))
+            mask = self.read(sample.mask, self.mask_digests[sample.id]) if sample.mask else None
+            masks.append(load_mask(sample.mask, mask, size, transform, self.factor) if sample.mask else None)
         ones = torch.ones(1, *shape[1:])
         return replace(
             batch,

@@ -22,6 +22,7 @@ PREFIXES = {
 }
 # What programs save beside the weights, and nothing reads
 IDLE = ("logit_scale", "position_ids", "model_sampling.sigmas", "encoder.embed_tokens.weight")
+MOST_BLOCKS = 512
 SD3_SCALING, SD3_SHIFT = 1.5305, 0.0609  # of the latents of SD3's VAE
 
 Table = dict[str, tuple[str, ...]]  # original module -> diffusers' module, or the three that its rows are split into
@@ -158,9 +159,15 @@ def attention_matrix(name: str) -> bool:
 
 
 def count(tensors: Tensors, before: str) -> int:
-    """How many there are of the modules that `before` numbers: 1 + the largest number that follows it in a name."""
-    numbers = (name.removeprefix(before).split(".")[0] for name in tensors if name.startswith(before))
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+    """How many there are of the modules that `before` numbers: 1 + the largest number that follows it in a name.
+
+    Raises InputError for a number beyond every model's.
+    """
+    numbers = {name.removeprefix(before).split(".")[0] for name in tensors if name.startswith(before)}
+    decimal = [number for number in numbers if number.isdecimal() and number.isascii()]
+    if huge := [number for number in decimal if len(number) > 4 or int(number) >= MOST_BLOCKS]:
+        raise InputError(f"there is a tensor of {before}{huge[0][:20]} among these; at most {MOST_BLOCKS} are read")
+    return 1 + max(map(int, decimal), default=-1)
 
 
 def shape_of(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:

@@ -1,38 +1,42 @@
 """How a pipeline comes from disk and goes back: folders, single files, LoRA adapters."""
 
+import inspect
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import PipelineQuantizationConfig
 from diffusers.loaders import SD3LoraLoaderMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
 from latentfm.errors import InputError
-from latentfm.interchange.lora import ADAPTER_METADATA, check_names, diffusers_adapter, is_adapter, open_adapter
-from latentfm.interchange.weights import check_transformer, completed, load_part, load_tokenizer, open_weights
-from latentfm.models.folder import INFO_FILE, check_folder, read_info, refuse_pickle, write_stock_names
-from latentfm.models.mmdit import MMDiT
-from latentfm.models.text import NullCondition
+from latentfm.files import follow_umask, reading, reason
+from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
+from latentfm.interchange.lora import ADAPTER_FILE, Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
+from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
+from latentfm.models.folder import INFO_FILE, PARTS, TEXT, check_folder, read_info, refuse_pickle, write_stock_names
+from latentfm.models.manifest import renew_entry, write_manifest
+from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
-DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 41) else "torch_dtype"  # the old name warns
+COMPONENTS = (*CLASSES, *EXTRA)
 
 
 class PipelineFiles(SD3LoraLoaderMixin):
     """Loading and saving of a DiffusionPipeline that has SD3's components, an `info` and a `null` condition; the base before that class."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "PipelineFiles":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, verify: bool = False, **kwargs: Any) -> "PipelineFiles":
         """Loads a pipeline folder: one saved here, or a stock SD3 / SD3.5 folder (a hub name works as in diffusers).
 
-        The keyword arguments are DiffusionPipeline.from_pretrained's; torch_dtype (or dtype) is float32 unless given.
-        Raises InputError for a folder that is no pipeline or holds only pickles, and for a transformer that is another model's (saying
-        which it looks like), cut short, or unlike its configuration.
+        The keyword arguments are DiffusionPipeline.from_pretrained's: components that stand for the folder's, torch_dtype (or dtype, one
+        or by component), float32 unless given, variant, quantization_config, and those of the download. verify: every byte of the
+        folder is compared with what was saved there. Raises InputError for a folder that is no pipeline, has changed since it was
+        saved, holds only pickles or would need code of its own, and for components cut short, damaged, or of another model.
         """
         folder = Path(pretrained_model_name_or_path)
         names = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
@@ -45,19 +49,31 @@ class PipelineFiles(SD3LoraLoaderMixin):
             try:
                 folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
             except (OSError, ValueError) as error:
-                reason = str(error).partition("\n")[0]
-                raise InputError(f"no such model folder: {folder}; as a model on the hub it did not load either: {reason}") from error
-        check_folder(folder, transformer="transformer" not in kwargs)
-        if "transformer" not in kwargs:
-            check_transformer(folder / "transformer")
-            kwargs["transformer"] = MMDiT.from_pretrained(
-                folder, subfolder="transformer", use_safetensors=True, variant=kwargs.get("variant"),
-                torch_dtype=dtype.get("transformer", dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype,
-            )  # fmt: skip
-        pipe = super().from_pretrained(str(folder), **kwargs, **{DTYPE: dtype})
+                raise InputError(
+                    f"no such model folder: {shown(folder)}; as a model on the hub it did not load either: {reason(error)}"
+                ) from error
+        given = {name: kwargs[name] for name in COMPONENTS if name in kwargs}
+        device, variant = place_asked_for(kwargs.get("device_map")), kwargs.get("variant")
+        index = check_folder(folder, transformer="transformer" not in given, without=given.keys(), verify=verify, variant=variant)
+        if unknown := index.keys() - set(COMPONENTS):
+            logger.warning("%s has components that are not of this pipeline and are left out: %s", shown(folder), listed(sorted(unknown)))
+        loaded = dict(given)
+        for name in (name for name in COMPONENTS if name in index and name not in given):
+            wanted = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+            quantization = quantisation_of(name, kwargs.get("quantization_config"))
+            loaded[name] = load_component(folder, name, index[name][1], wanted, variant, quantization)
+        if lost := [name for name in ("transformer", "vae", "scheduler") if name not in loaded]:
+            raise InputError(f"{shown(folder)} has no {' and no '.join(lost)}; give one, or another folder")
+        for name in (name for name in TEXT if name in index and loaded[name] is not None):
+            if (tokenizer := name.replace("text_encoder", "tokenizer")) not in loaded:
+                raise InputError(f"{shown(folder)} has a {name} and no {tokenizer}; its copy is not complete")
+        check_together({name: part for name, part in loaded.items() if name not in given}, folder)
+        pipe = cls(**loaded)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         pipe.info = read_info(folder)
-        pipe.null = NullCondition.load(folder, pipe.prompt_encoder)
-        return pipe
+        replaced = [number for number, name in enumerate(TEXT) if {name, name.replace("text_encoder", "tokenizer")} & given.keys()]
+        pipe.null = read_null(folder, pipe.prompt_encoder, replaced)
+        return pipe if device is None else pipe.to(device)
 
     @classmethod
     def from_single_file(
@@ -80,41 +96,105 @@ class PipelineFiles(SD3LoraLoaderMixin):
             logger.warning(note)
         components = {name: load_part(name, part, torch_dtype) for name, part in weights.parts.items()}
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
-        components |= {name: load_tokenizer(name, weights) for name in tokenizers}
-        pipe = cls(scheduler=FlowMatchEulerDiscreteScheduler.from_config(weights.scheduler), **components)
+        components |= {name: tokenizer_of(name, weights) for name in tokenizers}
+        pipe = cls(scheduler=scheduler_from(weights.scheduler, weights.path), **components)
         pipe.info = weights.info
         if weights.null:
-            pipe.null = NullCondition.load(weights.null.parent, pipe.prompt_encoder)
+            pipe.null = read_null(weights.null.parent, pipe.prompt_encoder)
         return pipe
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], **kwargs: Any) -> Any:
         """The tensors of a LoRA, and its metadata with return_lora_metadata=True, as SD3LoraLoaderMixin; a peft adapter folder too.
 
-        The keyword arguments are SD3LoraLoaderMixin's. Raises InputError for a pickle, a file that cannot be read, or a LoRA of
-        another model or in a form that would load as nothing.
+        The keyword arguments are SD3LoraLoaderMixin's, and verify=True, which compares every byte of a folder with what was saved there.
+        Names are diffusers' whatever the file's spelling was, and the metadata is always there; without it an alpha is multiplied in.
+        Raises InputError for a pickle, a file that cannot be read, or a LoRA of another model, kind or naming.
         """
-        given = pretrained_model_name_or_path_or_dict
-        source = Path("the given state dict" if isinstance(given, dict) else given)
-        refuse_pickle(source / (kwargs.get("weight_name") or ""))
-        if source.is_dir() and is_adapter(source):
-            stored, metadata = diffusers_adapter(open_adapter(source))
-            tensors = {name: value.load() for name, value in stored.items()}
-            return (tensors, json.loads(metadata[ADAPTER_METADATA])) if kwargs.get("return_lora_metadata") else tensors
-        try:
-            found = super().lora_state_dict(given if isinstance(given, dict) else str(given), **kwargs | {"use_safetensors": True})
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"the LoRA {source} cannot be read: {str(error).partition(chr(10))[0]}") from error
-        check_names(source, list(found[0] if isinstance(found, tuple) else found))
-        return found
+        given, with_metadata = pretrained_model_name_or_path_or_dict, kwargs.pop("return_lora_metadata", False)
+        verify, name = kwargs.pop("verify", False), kwargs.get("weight_name")
+        if isinstance(given, dict):
+            source, parts = Path("the given state dict"), parts_of(Path("the given state dict"), given, {})
+        else:
+            source = Path(given)
+            if source.exists():
+                parts, _ = read_adapter(source / (kwargs.get("subfolder") or ""), name, verify)
+            else:
+                parts = fetched(super().lora_state_dict, source, kwargs)
+        tensors, metadata = loaded(parts, source)
+        return (tensors, metadata) if with_metadata else with_alphas(tensors, parts)
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict: dict[str, Tensor], transformer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Adds the adapter to the transformer. Raises InputError when it does not fit."""
+        check_fit(transformer, "transformer", state_dict)
+        with reading("the LoRA", "it does not fit this model"):
+            super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: dict[str, Tensor], network_alphas: Any, text_encoder: torch.nn.Module | None, prefix: str, **kwargs: Any
+    ) -> None:
+        """Adds the adapter to a text encoder. Raises InputError when it does not fit, or there is no such encoder."""
+        if text_encoder is None:
+            if any(name.startswith(f"{prefix}.") for name in state_dict):
+                raise InputError(f"the LoRA adapts {prefix}, which is not loaded; load the model with its text encoders")
+            return
+        check_fit(text_encoder, prefix, state_dict)
+        with reading("the LoRA", "it does not fit this model"):
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix, **kwargs)
+
+    @classmethod
+    def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes a LoRA file as SD3LoraLoaderMixin, whose arguments these are, and keeps its folder's manifest right."""
+        save = super().save_lora_weights
+        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
+        save(save_directory, *args, **kwargs)
+        follow_umask(Path(save_directory).glob("*.safetensors"))
+        name = given.get("weight_name") or ADAPTER_FILE
+        if given.get("is_main_process", True) and (Path(save_directory) / name).is_file():
+            renew_entry(Path(save_directory), name)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json and the null condition."""
+        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest."""
         folder = Path(save_directory)
         kwargs["safe_serialization"] = True
         if self.has_encoders:
             self.null.parts(self.max_sequence_length)
         super().save_pretrained(str(folder), **kwargs)
+        follow_umask(file for name in self.components for file in (folder / name).glob("*.safetensors"))
         self.null.save(folder)
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
+        write_manifest(folder)
+
+
+def fetched(fetch: Callable[..., Any], name: Path, kwargs: dict[str, Any]) -> Parts:
+    """A LoRA of the hub's. Raises InputError for one that is not there, or is no safetensors."""
+    wanted = kwargs.get("weight_name")
+    if wanted is not None:
+        refuse_pickle(Path(wanted))
+        if not str(wanted).endswith(".safetensors"):
+            raise InputError(f"the LoRA {shown(wanted)} is no safetensors file by its name; only these are loaded")
+    refuse_pickle(name)
+    with reading(f"the LoRA {shown(name)}", "give a file, a folder, or a name on the hub", also=(SafetensorError,)):
+        tensors, said = fetch(str(name), **kwargs | {"use_safetensors": True, "return_lora_metadata": True})
+    return parts_of(name, tensors, said or {})
+
+
+def place_asked_for(device_map: Any) -> torch.device | None:
+    """The device that device_map names; None for none. Raises InputError for a map over several."""
+    try:
+        return None if device_map is None else torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"device_map {device_map!r} is no device; components are put on one, as in device_map='cuda', or moved while drawing: "
+            "pipe.enable_model_cpu_offload()"
+        ) from None
+
+
+def quantisation_of(name: str, config: PipelineQuantizationConfig | None) -> Any:
+    """How `config` has the component `name` quantised; None for not at all."""
+    if config is None or name not in PARTS:
+        return None
+    return config._resolve_quant_config(is_diffusers=name not in TEXT, module_name=name)

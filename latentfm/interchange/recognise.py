@@ -7,7 +7,10 @@ MMDIT, LORA = "an SD3 MM-DiT", "a LoRA"
 
 # (what it is, patterns that must each match some name). The first that fits counts, the most particular being first.
 SIGNS: list[tuple[str, tuple[str, ...]]] = [
-    (LORA, (r"\.lora_(A|B|up|down|magnitude)|\.lora\.(up|down)|lora_linear_layer|^lora_(unet|te|transformer)|\.lokr_|\.hada_w",)),
+    (LORA, (
+        r"\.lora_(A|B|up|down|magnitude)|\.lora\.(up|down)|lora_linear_layer|^lora_(unet|te|transformer)|^lycoris_"
+        r"|\.(lokr|hada|b?oft)_|\.dora_scale",
+    )),
     ("a ControlNet", (r"(^|\.)(control_model|controlnet_(blocks|down_blocks|x_embedder|cond_embedding))\.",)),
     ("an IP-Adapter", (r"^(ip_adapter|image_proj)\.",)),
     ("a Flux transformer", (r"(^|\.)double_blocks\.0\.img_attn\.norm\.", r"(^|\.)single_blocks\.0\.")),

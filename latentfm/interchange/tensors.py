@@ -1,7 +1,6 @@
 """Safetensors on disk as byte ranges: found, split, joined and written on piece by piece, so that no file is ever held in memory.
 
-The format (safetensors, README "Format"): eight bytes, little-endian, the length of a JSON header; the header, by name the dtype,
-the shape and the range of bytes after it; the bytes. Splitting or joining along the first dimension is choosing ranges.
+The format is told in models/stored.py, which reads the headers. Splitting or joining along the first dimension is choosing ranges.
 """
 
 import json
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from latentfm.errors import InputError
-from latentfm.words import listed
+from latentfm.files import open_file
+from latentfm.models.stored import read_header, weight_files
+from latentfm.words import listed, shown
 
 CHUNK = 16 * 2**20  # bytes held at a time; a multiple of every item's size
-LARGEST_HEADER = 100_000_000  # safetensors' own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -46,7 +46,7 @@ class Stored:
     def chunk(self, parts: int) -> list["Stored"]:
         """`parts` equal tensors, one after the other along the first dimension. Raises InputError when it does not divide."""
         if not self.shape or self.shape[0] % parts:
-            raise InputError(f"a tensor of shape {self.shape} in {self.pieces[0][0]} does not divide into {parts}")
+            raise InputError(f"a tensor of shape {self.shape} in {shown(self.pieces[0][0])} does not divide into {parts}")
         size = self.nbytes // parts
         shape = (self.shape[0] // parts, *self.shape[1:])
         return [replace(self, shape=shape, pieces=tuple(self.pieces_between(i * size, (i + 1) * size))) for i in range(parts)]
@@ -67,7 +67,7 @@ class Stored:
         """
         buffer = bytearray(min(CHUNK, max((end - first for _, first, end in self.pieces), default=0)))
         for path, first, end in self.pieces:
-            with path.open("rb", buffering=0) as file:
+            with open_file(path) as file:
                 file.seek(first)
                 while first < end:
                     part = memoryview(buffer)[: min(CHUNK, end - first)]
@@ -75,7 +75,7 @@ class Stored:
                     while filled < len(part):
                         got = file.readinto(part[filled:])
                         if not got:
-                            raise InputError(f"{path} ended while it was read; copy it again")
+                            raise InputError(f"{shown(path)} ended while it was read; copy it again")
                         filled += got
                     yield torch.frombuffer(part, dtype=self.dtype)
                     first += len(part)
@@ -108,105 +108,30 @@ def join(tensors: list[Stored]) -> Stored:
     first = tensors[0]
     if any(t.dtype != first.dtype or t.shape[1:] != first.shape[1:] for t in tensors):
         kinds = ", ".join(f"{NAMES[t.dtype]} {list(t.shape)}" for t in tensors)
-        raise InputError(f"{first.pieces[0][0]} has tensors of {kinds} where one naming joins them; give --dtype to make them alike")
+        raise InputError(f"{shown(first.pieces[0][0])} has tensors of {kinds} where one naming joins them; give --dtype to make them alike")
     shape = (sum(t.shape[0] for t in tensors), *first.shape[1:])
     return replace(first, shape=shape, pieces=tuple(piece for t in tensors for piece in t.pieces))
 
 
 def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of the safetensors file `path` and its metadata; only the header is read.
+    """The tensors of the safetensors file `path` and its metadata; only the header is read. Raises InputError as read_header."""
+    found, metadata = read_header(path)
+    return {name: Stored(DTYPES[e.dtype], e.shape, ((path, e.first, e.end),)) for name, e in found.items()}, metadata
 
-    Raises InputError for a file that is none, is cut short (saying by how much), or whose header is not to be trusted.
+
+def read_folder(folder: Path, variant: str | None = None) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a component's folder, from the files that weight_files chooses, and the first file's metadata.
+
+    Raises InputError as it does, and for a tensor that the index names and no shard has.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            text = file.read(length if length <= LARGEST_HEADER else 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if text[:1] != b"{":
-        raise other_format(path, start)
-    if len(text) < length:
-        raise cut_short(path, 8 + length - size, "even of its header")
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
-        found = {name: described(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no safetensors file, or a damaged one: its header cannot be read ({error})") from error
-    ends = sorted((piece[1], piece[2]) for stored in found.values() for piece in stored.pieces)
-    end = 8 + length
-    for first, last in ends:
-        if first != end:
-            raise InputError(f"{path} is damaged: its header leaves a gap or an overlap at byte {first}; copy it again")
-        end = last
-    if size < end:
-        raise cut_short(path, end - size, f"of {end:,}")
-    if size > end:
-        raise InputError(f"{path} is damaged: {size - end:,} bytes follow what its header describes; copy it again")
-    return found, metadata
-
-
-def described(path: Path, name: str, entry: dict, base: int) -> Stored:
-    """The tensor that a header's `entry` describes, the data beginning at byte `base`."""
-    if entry["dtype"] not in DTYPES:
-        raise InputError(f"{name} in {path} is of dtype {entry['dtype']}, which is not read here; there are {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(side) for side in entry["shape"])
-    first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize or first < 0 or min(shape, default=0) < 0:
-        raise InputError(f"{path} is damaged: {last - first} bytes for {name}, {entry['dtype']} {list(shape)}; copy it again")
-    return Stored(dtype, shape, ((path, base + first, base + last),))
-
-
-def other_format(path: Path, start: bytes) -> InputError:
-    """What to say of a file that begins with the eight bytes `start` and no header after them."""
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        return InputError(
-            f"{path} is a pickle under another name, which can run code when opened; only safetensors are loaded: convert it "
-            "once in a place you trust (torch.load(..., weights_only=True), then safetensors.torch.save_file)"
-        )
-    if start == b"version ":
-        return InputError(f"{path} is a Git LFS pointer, not the weights themselves; fetch them with: git lfs pull")
-    if start[:4] == b"GGUF":
-        return InputError(f"{path} is a GGUF file, quantized for another program; use the model's safetensors")
-    if len(start) < 8:
-        return InputError(f"{path} is no safetensors file: it is {len(start)} bytes long")
-    return InputError(f"{path} is no safetensors file, or a damaged one: it does not begin with a header")
-
-
-def cut_short(path: Path, missing: int, of: str) -> InputError:
-    return InputError(f"{path} is cut short: {missing:,} bytes {of} are missing; download or copy it again")
-
-
-def read_folder(folder: Path) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of a component's folder, one file or shards with their index, and the first file's metadata.
-
-    Where there are variants (model.fp16.safetensors), the one without is read; a lone variant is read too. Raises
-    InputError naming a shard that is missing.
-    """
-    indices = sorted(folder.glob("*.safetensors.index*.json"), key=lambda path: (len(path.name), path.name))
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
-    if indices and not (files and files[0].name.count(".") == 1 and "-of-" not in files[0].name):
-        try:
-            shard_of = json.loads(indices[0].read_text("utf-8"))["weight_map"]
-            shards = {shard: folder / Path(shard).name for shard in sorted(set(shard_of.values()))}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{indices[0]} is damaged ({error}); copy the folder again") from error
-        if lost := [path.name for path in shards.values() if not path.is_file()]:
-            raise InputError(f"{folder} lacks {', '.join(lost)}, {len(lost)} of {len(shards)} shards; its copy is not complete")
-        read = {shard: read_file(path) for shard, path in shards.items()}
-        if lost := [name for name, shard in shard_of.items() if name not in read[shard][0]]:
-            raise InputError(f"{folder} lacks {listed(lost)}, which its index names; copy the folder again")
-        return {name: read[shard][0][name] for name, shard in shard_of.items()}, next(iter(read.values()))[1]
-    if not files:
-        raise InputError(f"{folder} has no safetensors weights; its copy is not complete")
-    if len(files) > 1 and files[1].name.count(".") == files[0].name.count("."):
-        raise InputError(f"{folder} has several weights ({', '.join(file.name for file in files)}) and no index; keep one")
-    return read_file(files[0])
+    paths, file_of = weight_files(folder, variant)
+    read = {path.name: read_file(path) for path in paths}
+    first, metadata = read[paths[0].name]
+    if file_of is None:
+        return first, metadata
+    if lost := [name for name, shard in file_of.items() if name not in read[shard][0]]:
+        raise InputError(f"{shown(folder)} lacks {listed(lost)}, which its index names; copy the folder again")
+    return {name: read[shard][0][name] for name, shard in file_of.items()}, metadata
 
 
 def target_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:

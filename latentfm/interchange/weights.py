@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from torch import Tensor, nn
 
 from latentfm.errors import InputError
+from latentfm.files import CONTENT_ERRORS, reading, reason
 from latentfm.interchange import original
+from latentfm.interchange.networks import all_finite, empty
 from latentfm.interchange.open_clip import clip_tokenizer
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
 from latentfm.interchange.tensors import Held, Stored, Tensors, read_file, read_folder, target_dtype
-from latentfm.models.folder import check_folder, read_info, refuse_pickle
+from latentfm.models.folder import PARTS, TEXT, check_folder, read_config, read_info, refuse_pickle, wrong_info, wrong_setting
+from latentfm.models.manifest import check_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
-from latentfm.words import listed
+from latentfm.models.tokenizers import load_tokenizer
+from latentfm.words import count, listed, shown
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT = PARTS[2:]
 CLASSES = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -41,6 +41,7 @@ KEY = "latentfm"  # in a single file's metadata: the configurations, which weigh
 SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
 ACTS = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
 CLIP_VOCABULARY = 49408
+WIDEST_CLIP = 8192
 
 
 @dataclass(frozen=True)
@@ -72,37 +73,41 @@ class Weights:
 
 
 def open_weights(
-    path: str | Path, parts: tuple[str, ...] = PARTS, like: Weights | None = None, sample_size: int | None = None
+    path: str | Path, parts: tuple[str, ...] = PARTS, like: Weights | None = None, sample_size: int | None = None, verify: bool = False
 ) -> Weights:
     """The weights at `path`, those of `parts`, each checked against the network its configuration makes.
 
     like: a pipeline folder whose configurations say of a single file what its weights do not show, where they fit it.
-    sample_size: the side of the latents that the network is meant for, 128 in a file that does not say. Raises InputError for
-    a path that holds something else, saying what it looks like, and for tensors missing, unknown, or of another shape.
+    sample_size: the side of the latents that the network is meant for, 128 in a file that does not say. verify: every byte of a folder
+    is compared with its manifest. Raises InputError for a path that holds something else, saying what it looks like, for tensors
+    missing, unknown, or of another shape, and for a folder that has changed since it was saved.
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{shown(path)} does not exist")
+    if path.is_dir() and (path / "model_index.json").is_file():
+        return open_pipeline(path, parts, verify)
     refuse_pickle(path)
-    if path.is_file():
-        return open_file(path, parts, like, sample_size)
-    if (path / "model_index.json").is_file():
-        return open_pipeline(path, parts)
+    if not path.is_dir():
+        if verify:
+            raise InputError(f"{shown(path)} is a single file, and verifying is for folders, which have a manifest; leave it out")
+        try:
+            with reading(path, "it is no SD3 or SD3.5 model, or a damaged one; copy it again"):
+                return open_file(path, parts, like, sample_size)
+        except InputError as error:
+            raise error if shown(path) in str(error) else InputError(f"{shown(path)}: {error}") from error
     if (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} is a LoRA adapter, not a model; load it on top of one, or convert it")
+        raise InputError(f"{shown(path)} is a LoRA adapter, not a model; load it on top of one, or convert it")
     if not (path / "config.json").is_file():
-        raise InputError(f"{path} is no model folder: it has neither a model_index.json nor a config.json")
+        raise InputError(f"{shown(path)} is no model folder: it has neither a model_index.json nor a config.json")
     part, metadata = open_component(path, "transformer")
+    check_manifest(path, verify)
     return Weights(path, "transformer folder", {"transformer": part}, metadata)
 
 
-def open_pipeline(folder: Path, parts: tuple[str, ...]) -> Weights:
+def open_pipeline(folder: Path, parts: tuple[str, ...], verify: bool = False) -> Weights:
     """The components of a pipeline folder that its model_index.json names."""
-    check_folder(folder, transformer="transformer" in parts)
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
-    if lost := [name for name in named if (name in parts or name not in PARTS) and not (folder / name).is_dir()]:
-        raise InputError(f"{folder} lacks the folder {', '.join(lost)}, which its model_index.json names; its copy is not complete")
+    named = check_folder(folder, transformer="transformer" in parts, without=[name for name in PARTS if name not in parts], verify=verify)
     opened = {name: open_component(folder / name, name) for name in PARTS if name in named and name in parts}
     config = folder / "scheduler" / "scheduler_config.json"
     return Weights(
@@ -111,50 +116,43 @@ def open_pipeline(folder: Path, parts: tuple[str, ...]) -> Weights:
         {name: part for name, (part, _) in opened.items()},
         opened["transformer"][1] if "transformer" in opened else {},
         {name: folder / name for name in named if name.startswith("tokenizer")},
-        read_json(config) if config.is_file() else None,
+        read_config(config) if config.is_file() else None,
         read_info(folder),
         folder / NULL_FILE if (folder / NULL_FILE).is_file() else None,
-        {name: (folder / name, entry) for name, entry in named.items() if name not in CLASSES},
+        {name: (folder / name, list(entry)) for name, entry in named.items() if name not in CLASSES},
     )
 
 
-def open_component(folder: Path, name: str) -> tuple[Part, dict[str, str]]:
-    """The component `name` that lies in `folder`, and its file's metadata."""
-    tensors, metadata = read_folder(folder)
-    if name == "transformer" and (kind := recognise(tensors)) != MMDIT:
-        raise InputError(f"{folder} {looks_like(kind, tensors)}")
-    part = Part(read_json(folder / "config.json"), without_idle(tensors))
-    if wrong := problems(name, part):
-        raise InputError(f"{folder} does not fit its config.json: {wrong}")
-    return part, metadata
+def open_component(folder: Path, name: str, variant: str | None = None) -> tuple[Part, dict[str, str]]:
+    """The component `name` that lies in `folder`, and its file's metadata; of its weights those of `variant` where they are there.
 
-
-def check_transformer(folder: Path) -> None:
-    """Raises InputError unless `folder` holds an MM-DiT's weights, whole and fitting their config.json; only headers are read.
-
-    Weights saved quantised have tensors of their own and are left to their library to check.
+    Raises InputError for weights that are none, cut short, another model's, or unlike their config.json. Quantised weights, which have
+    tensors of their own, are refused.
     """
-    if "quantization_config" not in read_json(folder / "config.json"):
-        open_component(folder, "transformer")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy the folder again") from error
+    tensors, metadata = read_folder(folder, variant)
+    config = read_config(folder / "config.json")
+    if config.get("quantization_config") is not None:
+        raise InputError(f"{shown(folder)} is quantised; it draws, but for this give the model in float16, bfloat16 or float32")
+    if name == "transformer" and (kind := recognise(tensors)) != MMDIT:
+        raise InputError(f"{shown(folder)} {looks_like(kind, tensors)}")
+    part = Part(config, without_idle(tensors))
+    if wrong := problems(name, part):
+        raise InputError(f"{shown(folder)} does not fit its config.json: {wrong}")
+    return part, metadata
 
 
 def open_file(path: Path, parts: tuple[str, ...], like: Weights | None, sample_size: int | None) -> Weights:
     """The components in a single file."""
     tensors, metadata = read_file(path)
     if (kind := recognise(tensors)) != MMDIT:
-        raise InputError(f"{path} {looks_like(kind, tensors)}")
+        raise InputError(f"{shown(path)} {looks_like(kind, tensors)}")
     said = own_words(path, metadata)
     in_original = any("joint_blocks.0." in name for name in tensors)
     found, left = by_prefix(tensors, "joint_blocks.0." if in_original else "transformer_blocks.0.")
     if left := without_idle(left):
-        raise InputError(f"{path} has {len(left)} tensors that belong to no part of an SD3 model: {listed(left)}{scaled_hint(left)}")
+        raise InputError(
+            f"{shown(path)} has {count(len(left), 'tensor')} that belong to no part of an SD3 model: {listed(left)}{scaled_hint(left)}"
+        )
     opened = {}
     for name in (name for name in PARTS if name in found and name in parts):
         own = renamed(name, found[name], in_original)
@@ -166,7 +164,7 @@ def open_file(path: Path, parts: tuple[str, ...], like: Weights | None, sample_s
         if name == "transformer" and sample_size is not None:
             part = replace(part, config=part.config | {"sample_size": sample_size})
         if wrong := problems(name, part):
-            raise InputError(f"{path}: {name} {wrong}")
+            raise InputError(f"{shown(path)}: {name} {wrong}")
         opened[name] = part
     naming = "original" if in_original else "diffusers"
     return Weights(
@@ -175,12 +173,20 @@ def open_file(path: Path, parts: tuple[str, ...], like: Weights | None, sample_s
 
 
 def own_words(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """What a single file written here says of itself; empty for anyone else's."""
-    try:
+    """What a single file written here says of itself: configurations by part, and its info; empty for anyone else's."""
+    with reading(f"{shown(path)}: its metadata's '{KEY}'"):
         said = json.loads(metadata.get(KEY, "{}"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: its metadata's '{KEY}' cannot be read ({error})") from error
-    return said if isinstance(said, dict) else {}
+        if not isinstance(said, dict):
+            return {}
+        for name, settings in said.items():
+            if not isinstance(settings, (dict, type(None))):
+                raise ValueError(f"{shown(name, 80)} is no configuration")
+            if name == "info" and (problem := wrong_info(settings or {})):
+                raise ValueError(f"it says {problem}")
+            for key, value in (settings or {}).items():
+                if problem := wrong_setting(key, value):
+                    raise ValueError(f"it says {shown(key, 80)} {shown(json.dumps(value), 80)}, {problem}")
+        return said
 
 
 def by_prefix(tensors: Tensors, block: str) -> tuple[dict[str, Tensors], Tensors]:
@@ -215,6 +221,8 @@ def identity(tensors: Tensors) -> Stored:
     """The identity as the projection of a CLIP of these tensors."""
     token = "text_model.embeddings.token_embedding.weight"
     width = original.shape_of(tensors, token, 2)[1]
+    if width > WIDEST_CLIP:
+        raise InputError(f"a CLIP {width:,} wide is none that is read; the widest is {WIDEST_CLIP:,}")
     dtype = target_dtype(tensors[token], None)
     return Held(dtype, (width, width), (), torch.eye(width, dtype=dtype))
 
@@ -230,24 +238,12 @@ def config_for(name: str, tensors: Tensors, like: Weights | None) -> dict[str, A
     return original.t5_config(tensors) if name == "text_encoder_3" else original.clip_config(tensors, ACTS[name])
 
 
-def empty(name: str, config: dict[str, Any]) -> nn.Module:
-    """The network of component `name` without memory: parameters and buffers on the meta device."""
-    with torch.device("meta"):
-        if name == "transformer":
-            return MMDiT.from_config(config)
-        if name == "vae":
-            return AutoencoderKL.from_config(config)
-        if name == "text_encoder_3":
-            return T5EncoderModel(T5Config.from_dict(config))
-        return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
-
-
 def problems(name: str, part: Part) -> str:
     """In what the tensors differ from those of the network that the configuration makes; "" when in nothing."""
     try:
         network = empty(name, part.config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return f"cannot be built: {str(error).splitlines()[0]}"
+    except CONTENT_ERRORS as error:
+        return f"cannot be built: {reason(error)}"
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items() if not key.endswith(original.IDLE)}
     missing = [key for key in expected if key not in part.tensors]
     unknown = [key for key in part.tensors if key not in expected]
@@ -256,9 +252,9 @@ def problems(name: str, part: Part) -> str:
         for key, stored in part.tensors.items()
         if key in expected and stored.shape != expected[key]
     ]
-    lines = [f"lacks {len(missing)} tensors: {listed(missing)}"] if missing else []
-    lines += [f"has {len(unknown)} tensors too many: {listed(unknown)}{scaled_hint(unknown)}"] if unknown else []
-    lines += [f"has {len(shapes)} tensors of another shape: {listed(shapes)}"] if shapes else []
+    lines = [f"lacks {count(len(missing), 'tensor')}: {listed(missing)}"] if missing else []
+    lines += [f"has {count(len(unknown), 'tensor')} too many: {listed(unknown)}{scaled_hint(unknown)}"] if unknown else []
+    lines += [f"has {count(len(shapes), 'tensor')} of another shape: {listed(shapes)}"] if shapes else []
     return "; ".join(lines)
 
 
@@ -285,15 +281,34 @@ def architecture(config: dict[str, Any]) -> str:
 
 
 def load_part(name: str, part: Part, dtype: torch.dtype) -> nn.Module:
-    """The component in memory, on the CPU, in evaluation mode, in `dtype`: its weights read once, into no second copy."""
+    """The component in memory, on the CPU, in evaluation mode, in `dtype`: its weights read once, into no second copy.
+
+    What transformers keeps in float32 beside float16 (a part of T5) stays so. Raises InputError for weights that are not finite.
+    """
     network = empty(name, part.config)
-    state = {key: stored.load(dtype if stored.dtype.is_floating_point else None) for key, stored in part.tensors.items()}
+    wide = tuple(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 and name in TEXT else ()
+    state = {}
+    for key, stored in part.tensors.items():
+        kept = torch.float32 if set(key.split(".")).intersection(wide) else dtype
+        state[key] = stored.load(kept if stored.dtype.is_floating_point else None)
+        if not all_finite(state[key]):
+            raise not_finite(name, key, stored, state[key])
     network.load_state_dict(state, strict=False, assign=True)  # tied names are left out; the rest `problems` has checked
     if name in TEXT:
         network.tie_weights()
     if name in ACTS:  # a CLIP: the one buffer here that is not saved
         network.text_model.embeddings.position_ids = torch.arange(network.config.max_position_embeddings)[None]
     return network.eval()
+
+
+def not_finite(name: str, key: str, stored: Stored, value: Tensor) -> InputError:
+    """What to say of a tensor of component `name` that is not all finite."""
+    bad, where = int(value.isfinite().logical_not().sum()), shown(stored.pieces[0][0]) if stored.pieces else "the file"
+    way_out = "copy it again" if value.dtype == stored.dtype else f"copy it again, or load it in {str(stored.dtype).removeprefix('torch.')}"
+    return InputError(
+        f"the weights of the {name} are damaged: {bad:,} of the {value.numel():,} numbers of {shown(key, 100)} in {where} are NaN or "
+        f"infinite in {str(value.dtype).removeprefix('torch.')}; {way_out}"
+    )
 
 
 def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, sample_size: int | None = None) -> MMDiT:
@@ -315,7 +330,7 @@ def completed(weights: Weights, base: Weights | None) -> Weights:
     base = base or Weights(weights.path, "", {})
     parts = {name: found for name in PARTS if (found := weights.parts.get(name) or base.parts.get(name))}
     if missing := [name for name in ("transformer", "vae") if name not in parts]:
-        raise InputError(f"{weights.path} has no {' and no '.join(missing)}; give a pipeline folder that does, to take the rest from")
+        raise InputError(f"{shown(weights.path)} has no {' and no '.join(missing)}; give a pipeline folder to take the rest from")
     notes, tokenizers = list(weights.notes), {}
     for name in TEXT:
         tokenizer = name.replace("text_encoder", "tokenizer")
@@ -327,7 +342,8 @@ def completed(weights: Weights, base: Weights | None) -> Weights:
             del parts[name]
             notes.append("T5 is left out: its tokenizer is not in the file; give a pipeline folder with a tokenizer_3 to keep it")
         elif parts[name].config["vocab_size"] != CLIP_VOCABULARY:
-            raise InputError(f"{weights.path} has a {name} with a vocabulary of its own and no tokenizer; give the pipeline it is of")
+            what = f"a {name} with a vocabulary of its own and no tokenizer"
+            raise InputError(f"{shown(weights.path)} has {what}; give the pipeline it is of")
     if not any(name in parts for name in TEXT):
         notes.append("no text encoder: prompts cannot be read, only prompt_embeds given; give a pipeline folder to take the encoders from")
     encoders = weights if any(name in weights.parts for name in TEXT) else base  # whose null condition and T5 length hold
@@ -343,11 +359,9 @@ def completed(weights: Weights, base: Weights | None) -> Weights:
     )
 
 
-def load_tokenizer(name: str, weights: Weights) -> Any:
-    """The tokenizer `name` of a completed pipeline."""
-    from transformers import CLIPTokenizer, T5Tokenizer
-
-    if name not in weights.tokenizers:
-        length = weights.parts[name.replace("tokenizer", "text_encoder")].config["max_position_embeddings"]
-        return clip_tokenizer("!" if name == "tokenizer_2" else "<|endoftext|>", length)
-    return (T5Tokenizer if name == "tokenizer_3" else CLIPTokenizer).from_pretrained(weights.tokenizers[name])
+def tokenizer_of(name: str, weights: Weights) -> Any:
+    """The tokenizer `name` of a completed pipeline: its folder's, or CLIP's own."""
+    if name in weights.tokenizers:
+        return load_tokenizer(weights.tokenizers[name])
+    length = weights.parts[name.replace("tokenizer", "text_encoder")].config["max_position_embeddings"]
+    return clip_tokenizer("!" if name == "tokenizer_2" else "<|endoftext|>", length)

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from latentfm.files import check_regular
 from latentfm.interchange import original
 from latentfm.interchange.tensors import Tensors, write_file, write_shards
-from latentfm.interchange.weights import CLASSES, KEY, TEXT, Part, Weights, empty, load_tokenizer
-from latentfm.models.folder import INFO_FILE, write_stock_names
+from latentfm.interchange.weights import CLASSES, KEY, Part, Weights, empty, tokenizer_of
+from latentfm.models.folder import INFO_FILE, TEXT, write_stock_names
+from latentfm.models.manifest import write_manifest
+from latentfm.models.stored import is_pickle, names_in
 from latentfm.models.text import NULL_FILE
 
 
@@ -68,21 +71,33 @@ def write_pipeline(
         if name in TEXT:
             tokenizer = name.replace("text_encoder", "tokenizer")
             if tokenizer in weights.tokenizers:
-                shutil.copytree(weights.tokenizers[tokenizer], folder / tokenizer)
+                copy_files(weights.tokenizers[tokenizer], folder / tokenizer)
             else:
-                load_tokenizer(tokenizer, weights).save_pretrained(folder / tokenizer)
+                tokenizer_of(tokenizer, weights).save_pretrained(folder / tokenizer)
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": CLASSES["scheduler"][1], **weights.scheduler}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n", "utf-8")
     for name, (source, entry) in weights.others.items():
-        shutil.copytree(source, folder / name)
+        copy_files(source, folder / name)
         index[name] = entry
     if weights.null:
+        check_regular(weights.null)
         shutil.copy(weights.null, folder / NULL_FILE)
     if weights.info:
         (folder / INFO_FILE).write_text(json.dumps(weights.info, indent=2) + "\n", "utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
     write_stock_names(folder)
+    write_manifest(folder)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copies the files of a component that is only copied, pickles left out. Raises SpecialFile for what is no regular file."""
+    target.mkdir()
+    for name in names_in(source):
+        path = source / name
+        if not path.is_dir() and not is_pickle(path) and name[0] != ".":
+            check_regular(path)
+            shutil.copyfile(path, target / name)
 
 
 def write_single(

@@ -217,7 +217,7 @@ class Decoder:
 
     def numbers(self, pixels: int) -> int:
         """Numbers in memory at the peak of decoding one picture: its widest layer's input, what normalises it, and its output."""
-        return 3 * self.channels[1] * pixels
+        return 3 * self.channels[:2][-1] * pixels
 
     def encoder_numbers(self, pixels: int) -> int:
         """The same of the encoder beside it, encoding one picture: five times its first layer's output."""

@@ -1,18 +1,23 @@
 """What a preset or a folder says of a model and of the frozen models around it; no weight is read, and no torch needed."""
 
-import json
-import math
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentfm.bundled import bundled_model
 from latentfm.errors import InputError, nearest
+from latentfm.files import reading
 from latentfm.models.cost import SD3_ENCODERS, SD3_VAE, Decoder, Network
-from latentfm.models.folder import read_info, t5_length
+from latentfm.models.folder import TEXT, read_config, read_info, t5_length
+from latentfm.models.manifest import check_manifest
 from latentfm.models.presets import PRESETS
+from latentfm.models.stored import stored_numbers
+from latentfm.words import shown
 
 SD3_TOKENS = 77 + 256  # CLIP's, then T5's
+SIZES = (
+    "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "joint_attention_dim",
+    "pooled_projection_dim", "pos_embed_max_size",
+)  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -42,53 +47,38 @@ def preset_model(name: str) -> Model:
 
 
 def read_model(folder: Path, network: dict[str, Any] | None = None) -> Model:
-    """What a pipeline or transformer folder says of itself; what a transformer's has not is SD3's. Raises InputError when it is neither.
+    """What a pipeline or transformer folder says of itself; what a transformer's has not is SD3's.
 
-    network: the arguments of a network in the place of the folder's own, which a pipeline folder then need not have.
+    network: the arguments of a network in the place of the folder's own, which a pipeline folder then need not have. Raises InputError
+    when it is neither, is damaged, or has changed since it was saved.
     """
     if not folder.is_dir():
         what = "is a file; convert it to a folder first (latentfm convert)" if folder.exists() else "does not exist"
-        raise InputError(f"--model {folder} {what}")
+        raise InputError(f"--model {shown(folder)} {what}")
     pipeline = network is not None or (folder / "transformer" / "config.json").is_file()
-    config = network or read_json(folder / "transformer" / "config.json" if pipeline else folder / "config.json")
+    path = folder / "transformer" / "config.json" if pipeline else folder / "config.json"
+    if network is None and not path.is_file():
+        raise InputError(f"{shown(path)} is missing; give a pipeline folder, or one with a transformer's config.json")
+    config = network or read_config(path)
+    with reading(path):
+        net = Network.of(config)
+        if unsaid := [key for key in SIZES if config[key] is None]:
+            raise KeyError(unsaid[0])
+    latents = config.get("sample_size") or 128
     if not pipeline:
-        net, decoder = Network.of(config), Decoder()
-        return Model(str(folder), net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, config.get("sample_size", 128) * decoder.factor)
-    settings, clip = read_json(folder / "vae" / "config.json"), folder / "text_encoder" / "config.json"
-    decoder = Decoder(tuple(settings["block_out_channels"]), settings["layers_per_block"], settings["latent_channels"])
+        check_manifest(folder)
+        decoder = Decoder()
+        return Model(str(folder), net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, latents * decoder.factor)
+    clip = folder / "text_encoder" / "config.json"
+    settings, clip_tokens = read_config(folder / "vae" / "config.json"), read_config(clip) if clip.is_file() else {}
+    with reading(folder / "vae" / "config.json"):
+        if unsaid := [key for key in ("block_out_channels", "layers_per_block", "latent_channels") if not settings[key]]:
+            raise KeyError(unsaid[0])
+        decoder = Decoder(tuple(settings["block_out_channels"]), settings["layers_per_block"], settings["latent_channels"])
+    encoders = {part: stored_numbers(folder / part) for part in TEXT if (folder / part).is_dir()}
+    vae, text_tokens = stored_numbers(folder / "vae"), (clip_tokens.get("max_position_embeddings") or 77) + t5_length(read_info(folder))
+    check_manifest(folder)
     return Model(
-        name=str(folder), network=Network.of(config), decoder=decoder, vae=stored_numbers(folder / "vae"),
-        encoders={part.name: stored_numbers(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()},
-        text_tokens=(read_json(clip)["max_position_embeddings"] if clip.is_file() else 77) + t5_length(read_info(folder)),
-        side=config.get("sample_size", 128) * decoder.factor,
+        name=str(folder), network=net, decoder=decoder, vae=vae, encoders=encoders, text_tokens=text_tokens,
+        side=latents * decoder.factor,
     )  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError when it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; give a pipeline folder, or one with a transformer's config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} should hold a JSON object, it holds {type(found).__name__}")
-    return found
-
-
-def stored_numbers(folder: Path) -> int:
-    """How many numbers the safetensors of a folder hold, by their headers; where they lie there in two precisions, one of them."""
-    files = sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if ".fp16" not in file.name] or files
-    return sum(math.prod(tensor["shape"]) for file in files for name, tensor in header(file).items() if name != "__metadata__")
-
-
-def header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: an entry a tensor. Raises InputError when it is damaged."""
-    try:
-        with file.open("rb") as content:
-            (length,) = struct.unpack("<Q", content.read(8))
-            return json.loads(content.read(min(length, file.stat().st_size)))
-    except (OSError, ValueError, struct.error) as error:
-        raise InputError(f"{file} is no safetensors file, or its copy is not complete: {error}") from None

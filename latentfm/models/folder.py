@@ -1,19 +1,90 @@
-"""Pipeline folders on disk: what makes one whole, what it says of itself, and the names that stock diffusers looks for."""
+"""Pipeline folders on disk: what makes one whole, what it says of itself, and the names that stock diffusers looks for. Needs no torch."""
 
 import json
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentfm.errors import InputError
+from latentfm.files import read_json
+from latentfm.models.manifest import check_manifest
+from latentfm.models.stored import is_pickle, pickle_refused, read_header, weight_files
+from latentfm.words import shown
 
-INFO_FILE = "latentfm.json"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+INFO_FILE, INDEX_FILE = "latentfm.json", "model_index.json"
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT = PARTS[2:]
+LIBRARIES = ("diffusers", "transformers")  # what a component's class may be of; nothing else is imported because a file names it
+COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # a component's name, which is its folder's, and a class's
+
+# Bounds on what a configuration asks for, well beyond every published model's
+MOST_OF = {
+    "num_layers": 512, "num_hidden_layers": 512, "num_decoder_layers": 512, "layers_per_block": 32, "num_train_timesteps": 100_000,
+}  # fmt: skip
+MOST_LEVELS = 16  # of a VAE
+MOST = 2**24  # of any other whole number: a width, a vocabulary
+MOST_T5_TOKENS = 4096
+WHOLE = {
+    *MOST_OF, "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "out_channels", "joint_attention_dim",
+    "pooled_projection_dim", "caption_projection_dim", "pos_embed_max_size", "sample_size", "latent_channels", "norm_num_groups",
+    "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim", "d_model", "d_ff", "d_kv", "num_heads",
+    "relative_attention_num_buckets", "relative_attention_max_distance", "base_image_seq_len", "max_image_seq_len",
+}  # fmt: skip
+NUMBERS = ("scaling_factor", "shift_factor", "shift", "shift_terminal", "base_shift", "max_shift", "layer_norm_eps", "layer_norm_epsilon")
+LISTS = ("block_out_channels", "down_block_types", "up_block_types")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a component's JSON file, its sizes within bounds. Raises InputError when it is not to be trusted."""
+    config = read_json(path, way_out="copy the folder again")
+    for key, value in config.items():
+        if problem := wrong_setting(key, value):
+            raise InputError(f"{shown(path)} says {shown(key, 80)} {shown(json.dumps(value), 80)}, {problem}; copy the folder again")
+    return config
+
+
+def wrong_setting(key: str, value: Any) -> str:
+    """What is wrong with a setting of a configuration, in words; "" when nothing is."""
+    if key in WHOLE and value is not None:
+        most = MOST_OF.get(key, MOST)
+        if type(value) is not int or value < 1:
+            return "which is no whole number from 1 on"
+        if value > most:
+            return f"more than the {most:,} that are read"
+    if key in LISTS and (not isinstance(value, list) or len(value) > MOST_LEVELS):
+        return f"which is no list of at most {MOST_LEVELS}"
+    if key == "block_out_channels" and not all(type(width) is int and 1 <= width <= MOST for width in value):
+        return "which is no list of whole numbers from 1 on"
+    if key == "dual_attention_layers" and not (
+        value is None or (isinstance(value, list) and len(value) <= MOST_OF["num_layers"] and all(type(i) is int for i in value))
+    ):
+        return "which is no list of blocks"
+    if key in NUMBERS and (value is not None or key == "scaling_factor"):
+        if type(value) not in (int, float) or not abs(value) < float("inf"):
+            return "which is no finite number"
+        if (key == "scaling_factor" and value == 0) or (key == "shift" and value <= 0):
+            return "which is no number to scale with"
+    return ""
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder says of itself in latentfm.json; empty for a stock folder."""
+    """What a pipeline folder says of itself in latentfm.json; empty for a stock folder. Raises InputError when it is damaged."""
     path = folder / INFO_FILE
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    info = read_json(path, way_out="copy the folder again")
+    if problem := wrong_info(info):
+        raise InputError(f"{shown(path)} says {problem}; copy the folder again")
+    return info
+
+
+def wrong_info(info: Mapping[str, Any]) -> str:
+    """What is wrong with what a model says of itself, in words; "" when nothing is."""
+    length = info.get("max_sequence_length", 1)
+    if type(length) is not int or not 1 <= length <= MOST_T5_TOKENS:
+        return f"max_sequence_length {shown(json.dumps(length), 80)}, which is no number of tokens from 1 to {MOST_T5_TOKENS:,}"
+    return ""
 
 
 def t5_length(info: dict[str, Any]) -> int:
@@ -21,41 +92,72 @@ def t5_length(info: dict[str, Any]) -> int:
     return info.get("max_sequence_length", 256)
 
 
+def read_index(folder: Path) -> dict[str, tuple[str, str]]:
+    """(library, class) of each component that a folder's model_index.json names and does not leave out.
+
+    Raises InputError for a name that is no folder's beside it, and for a class that is not of diffusers or transformers.
+    """
+    path = folder / INDEX_FILE
+    found = {}
+    for name, value in read_json(path, way_out="it is damaged: copy the folder again").items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue  # the pipeline's class, versions, flags
+        where = f"{shown(path)} names the component {shown(name, 80)}"
+        if not COMPONENT.fullmatch(name):
+            raise InputError(f"{where}, which is no name of a folder beside it; copy the folder again")
+        if value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(word, str) for word in value) or not COMPONENT.fullmatch(value[1]):
+            raise InputError(f"{where} as {shown(json.dumps(value), 80)}, not as a library and a class; copy the folder again")
+        if value[0] not in LIBRARIES:
+            raise InputError(f"{where} of the library {shown(value[0], 80)}; only classes of {' and '.join(LIBRARIES)} are loaded")
+        found[name] = (value[0], value[1])
+    return found
+
+
 def refuse_pickle(path: Path) -> None:
-    """Raises InputError when `path` is a pickle by name, or a folder whose weights are only pickles."""
-    found = [path] if path.suffix.lower() in PICKLES else []
+    """Raises InputError when `path` is a pickle by its name, or a folder of whose weights only pickles would be opened."""
+    if is_pickle(path):
+        raise pickle_refused(path)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICKLES)
-        if any(path.rglob("*.safetensors")):
-            return
-    if found:
-        raise InputError(
-            f"{found[0]} is a pickle, which can run code when opened; only safetensors are loaded. Convert it once in a "
-            "place you trust: python -c \"import torch, safetensors.torch as s; "
-            f"s.save_file(torch.load('{found[0]}', weights_only=True), '{found[0].with_suffix('.safetensors')}')\""
-        )
+        files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern))
+        if (pickles := [file for file in files if is_pickle(file)]) and not any(file.suffix == ".safetensors" for file in files):
+            raise pickle_refused(pickles[0])
 
 
-def check_folder(folder: Path, transformer: bool = True) -> None:
-    """Raises InputError unless `folder` is a pipeline folder with safetensors weights; `transformer` says whether it must have one."""
+def check_folder(
+    folder: Path, transformer: bool = True, without: Collection[str] = (), verify: bool = False, variant: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """The components of a pipeline folder, as read_index, once it is clear that what will be opened is there and is safetensors.
+
+    transformer: whether it must have one. without: components that are not loaded. variant: of the weights, as weight_files. verify: as
+    check_manifest. Raises InputError for a folder that is no pipeline, lacks something, is damaged, or has changed since it was saved.
+    """
     if not folder.is_dir():
         refuse_pickle(folder)
-        raise InputError(f"no such model folder: {folder}; give a folder with a model_index.json")
-    if not (folder / "model_index.json").is_file():
+        raise InputError(f"no such model folder: {shown(folder)}; give a folder with a {INDEX_FILE}")
+    if not (folder / INDEX_FILE).is_file():
         refuse_pickle(folder)
-        raise InputError(f"{folder} is no pipeline folder: it has no model_index.json; give a folder saved by latentfm or diffusers")
-    try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder}/model_index.json is damaged ({error}); copy the folder again") from error
-    for name in index:
-        refuse_pickle(folder / name)
-    if not transformer:
-        return
-    if not (folder / "transformer" / "config.json").is_file():
-        raise InputError(f"{folder} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    if not any((folder / "transformer").glob("*.safetensors")):
-        raise InputError(f"{folder}/transformer has no safetensors weights; its copy is not complete")
+        raise InputError(f"{shown(folder)} is no pipeline folder: it has no {INDEX_FILE}; give a folder saved by latentfm or diffusers")
+    index = read_index(folder)
+    without = {*without} if transformer else {*without, "transformer"}
+    if transformer and not (folder / "transformer" / "config.json").is_file():
+        refuse_pickle(folder / "transformer")
+        raise InputError(f"{shown(folder)} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    named = [name for name in index if name not in without]
+    if lost := [name for name in named if not (folder / name).is_dir()]:
+        without_config = [f"it has no {name}/config.json" for name in lost if name in PARTS][:1]
+        raise InputError(
+            f"{shown(folder)} lacks the folder {', '.join(lost)}, which its {INDEX_FILE} names; "
+            f"{', '.join([*without_config, 'its copy is not complete'])}"
+        )
+    for name in (name for name in named if name in PARTS):  # what is wrong with a file says more than that it is another than was saved
+        read_config(folder / name / "config.json")
+        for path in weight_files(folder / name, variant).paths:
+            read_header(path)
+    read_info(folder)
+    check_manifest(folder, verify, without)
+    return index
 
 
 def write_stock_names(folder: Path) -> None:
@@ -64,14 +166,20 @@ def write_stock_names(folder: Path) -> None:
     Without a dtype stock diffusers loads the transformer and the VAE in float32 whatever was saved, but transformers 5 loads
     a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail.
     """
-    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
-        data = json.loads(path.read_text("utf-8"))
-        data.pop("_name_or_path", None)  # a path of the machine it was saved on
-        component = path.parent.name if path.name == "config.json" else None
-        if component is None:
-            data |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
-        elif component == "transformer":
-            data["_class_name"] = "SD3Transformer2DModel"
-        elif component.startswith("text_encoder"):
-            data["dtype"] = "float32"
-        path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    index = read_json(folder / INDEX_FILE)
+    index.pop("_name_or_path", None)  # a path of the machine it was saved on
+    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    write_json(folder / INDEX_FILE, index)
+    for name in read_index(folder):
+        path = folder / name / "config.json"
+        if not path.is_file():
+            continue
+        config = read_json(path)
+        config.pop("_name_or_path", None)
+        config |= {"_class_name": "SD3Transformer2DModel"} if name == "transformer" else {}
+        config |= {"dtype": "float32"} if name in TEXT else {}
+        write_json(path, config)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

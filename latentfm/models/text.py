@@ -5,22 +5,30 @@ on the features and zero-padded to the joint width; T5's last hidden states foll
 the pooled vector joins both CLIP projections. What an absent encoder would give is zeros.
 """
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentfm.errors import InputError
-from latentfm.models.folder import refuse_pickle
+from latentfm.files import read_bytes, reading, whole_or_nothing
+from latentfm.models.manifest import MANIFEST, renew_entry
+from latentfm.models.prints import encoder_print
 from latentfm.words import shortened
 
 logger = logging.getLogger(__name__)
 NULL_FILE = "null_condition.safetensors"
+MOST_BYTES = 2**30  # of that file: twice eight thousand tokens of T5-XXL's width are a quarter
+PRINTS = "encoders"  # in that file's metadata: the prints of the encoders it belongs to, by T5 length
+ENCODER_OF = {"clip_1": 0, "pooled_1": 0, "clip_2": 1, "pooled_2": 1, "t5": 2}
 
 
 @dataclass(frozen=True)
@@ -101,32 +109,14 @@ def assemble(parts: PromptParts, joint_dim: int, pooled_dim: int) -> Condition:
 class PromptEncoder:
     """The tokenizers and text encoders of a pipeline, in SD3's order (CLIP, CLIP, T5); None where absent."""
 
+    tells_cuts = True  # whether a prompt that is cut is logged; who encodes many says so of all at once
+
     def __init__(self, tokenizers: Sequence, encoders: Sequence, joint_dim: int, pooled_dim: int):
         self.tokenizers, self.encoders = tuple(tokenizers), tuple(encoders)
         self.joint_dim, self.pooled_dim = joint_dim, pooled_dim
         first = next((t for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None), None)
-        self.clip_length = first.model_max_length if first is not None else 77
-
-    @classmethod
-    def from_folder(cls, folder: Path, joint_dim: int, pooled_dim: int, dtype: torch.dtype = torch.float32) -> "PromptEncoder":
-        """Loads whichever of text_encoder{,_2,_3} and its tokenizer a pipeline folder holds, in evaluation mode."""
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-        tokenizers, encoders = [], []
-        for suffix, model, tokenizer in (
-            ("", CLIPTextModelWithProjection, CLIPTokenizer),
-            ("_2", CLIPTextModelWithProjection, CLIPTokenizer),
-            ("_3", T5EncoderModel, T5Tokenizer),
-        ):
-            weights = folder / f"text_encoder{suffix}"
-            if not weights.is_dir():
-                encoders.append(None)
-                tokenizers.append(None)
-                continue
-            refuse_pickle(weights)
-            encoders.append(model.from_pretrained(weights, dtype=dtype, use_safetensors=True).eval())
-            tokenizers.append(tokenizer.from_pretrained(folder / f"tokenizer{suffix}"))
-        return cls(tokenizers, encoders, joint_dim, pooled_dim)
+        positions = [e.config.max_position_embeddings for e in self.encoders[:2] if e is not None]
+        self.clip_length = int(min(first.model_max_length, *positions)) if first is not None else 77  # as said, and as can be read
 
     def to(self, device: torch.device) -> "PromptEncoder":
         for encoder in self.encoders:
@@ -137,8 +127,13 @@ class PromptEncoder:
     def tokenize(self, index: int, texts: list[str], length: int) -> Tensor:
         """Token ids [B, length] of encoder `index`, padded; a text too long is cut, and the cut part is logged."""
         tokenizer = self.tokenizers[index]
+        if tokenizer is None:
+            raise InputError(f"{encoder_name(index)} has no tokenizer; load its tokenizer too, or leave both out")
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        for text, lost in self.lost_text(index, texts, length):
+        encoder = self.encoders[index]
+        if encoder is not None and int(ids.max()) >= (size := encoder.config.vocab_size):
+            raise InputError(f"the tokenizer of {encoder_name(index)} has tokens beyond its vocabulary of {size:,}: they are not a pair")
+        for text, lost in self.lost_text(index, texts, length) if self.tells_cuts else ():
             logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), shortened(text), shortened(lost))
         return ids
 
@@ -157,10 +152,16 @@ class PromptEncoder:
     ) -> PromptParts:
         """Each encoder's share of `prompts` [B]; `prompts_2` and `prompts_3` replace them for the second CLIP and for T5.
 
-        t5_length is the number of T5 tokens, padding included. Without T5, t5 is that many rows of zeros, as in SD3.
+        t5_length is the number of T5 tokens, padding included. Without T5, t5 is that many rows of zeros, as in SD3. The encoders
+        answer in evaluation mode, whatever mode they are in.
         """
+        with evaluating(*self.encoders):
+            return self.answers(prompts, t5_length, prompts_2 or prompts, prompts_3 or prompts)
+
+    def answers(self, prompts: list[str], t5_length: int, prompts_2: list[str], prompts_3: list[str]) -> PromptParts:
+        """What `encode` returns, from the encoders as they are."""
         found: dict[str, Tensor] = {}
-        for index, texts in enumerate((prompts, prompts_2 or prompts)):
+        for index, texts in enumerate((prompts, prompts_2)):
             encoder = self.encoders[index]
             if encoder is None:
                 continue
@@ -168,7 +169,7 @@ class PromptEncoder:
             out = encoder(ids, output_hidden_states=True)
             found[f"clip_{index + 1}"], found[f"pooled_{index + 1}"] = out.hidden_states[-2], out[0]
         if self.encoders[2] is not None:
-            ids = self.tokenize(2, prompts_3 or prompts, t5_length).to(self.encoders[2].device)
+            ids = self.tokenize(2, prompts_3, t5_length).to(self.encoders[2].device)
             found["t5"] = self.encoders[2](ids)[0]
         else:
             like = next(iter(found.values()), torch.zeros(0))
@@ -184,43 +185,126 @@ class NullCondition:
     """What "no prompt" means for each encoder: the encoding of the empty prompt, which is what stock SD3 guides against.
 
     The one object that label dropout (training) and classifier-free guidance (sampling) both read. It is kept by T5
-    length, since the encoding of "" depends on how far it is padded, and is saved with the model.
+    length, since the encoding of "" depends on how far it is padded, and is saved with the model. With each part is kept a print of
+    the encoder that it belongs to: where another encoder is loaded, or none where there was one, the part is made anew by what is there.
+    Parts that come without prints are taken for those of `encoder`.
     """
 
-    def __init__(self, encoder: PromptEncoder | None = None, by_length: dict[int, PromptParts] | None = None):
+    def __init__(self, encoder: PromptEncoder | None = None, by_length: Mapping[int, PromptParts] | None = None):
         self.encoder = encoder
         self.by_length = dict(by_length or {})
+        # of the three encoders that each length was made by; None where that cannot be known
+        self.prints: dict[int, tuple[str | None, ...]] = {length: encoder_prints(encoder, length) for length in self.by_length}
+
+    def read_by(self, encoder: PromptEncoder | None) -> "NullCondition":
+        """The same null condition, kept in the same place, for the encoders that are loaded now."""
+        other = NullCondition(encoder)
+        other.by_length, other.prints = self.by_length, self.prints
+        return other
+
+    def is_bare(self) -> bool:
+        """Whether nobody told which encoders the parts belong to."""
+        return self.encoder is None and all(prints == (None,) * 3 for prints in self.prints.values())
+
+    def kept(self, lengths: Iterable[int], device: torch.device | None = None) -> "NullCondition":
+        """The parts of these lengths, which from now on stand by themselves: a training reads them at every step, its encoders frozen.
+
+        With `device` they are there.
+        """
+        found = NullCondition(None, {length: self.parts(length).map(lambda value: value.to(device)) for length in lengths})
+        found.prints = {length: self.prints[length] for length in found.by_length}
+        return found
 
     def parts(self, t5_length: int) -> PromptParts:
-        """The null condition's parts ([1, ...]) for prompts of `t5_length` T5 tokens; encodes "" the first time.
+        """The null condition's parts ([1, ...]) for prompts of `t5_length` T5 tokens, encoding "" where they are not those of the encoders.
 
         Raises InputError when that length is not saved and there are no encoders to make it.
         """
-        if t5_length not in self.by_length:
-            if self.encoder is None or all(e is None for e in self.encoder.encoders):
+        saved, loaded = self.by_length.get(t5_length), self.encoder is not None and any(e is not None for e in self.encoder.encoders)
+        if not loaded:
+            if saved is None:
                 raise InputError(
                     f"the null condition is saved for T5 lengths {sorted(self.by_length)}, not {t5_length}, and no text encoder "
                     "is loaded to make it; use one of those lengths or load the text encoders"
                 )
-            self.by_length[t5_length] = self.encoder.encode([""], t5_length)
+            return saved
+        now, before = encoder_prints(self.encoder, t5_length), self.prints.get(t5_length, (None,) * 3)
+        same = [was is not None and was == now[index] for index, was in enumerate(before)]
+        if saved is None or not all(same):
+            made = dict(self.encoder.encode([""], t5_length).items())
+            kept = {name: value for name, value in saved.items() if same[ENCODER_OF[name]]} if saved is not None else {}
+            made |= {name: value.to(made[name].device) for name, value in kept.items()}
+            self.by_length[t5_length], self.prints[t5_length] = PromptParts(**made), now
         return self.by_length[t5_length]
 
     def save(self, folder: Path) -> None:
-        """Writes null_condition.safetensors: every length made so far, in float32."""
+        """Writes null_condition.safetensors: every length made so far, in float32, with the prints of the encoders."""
+        by_length = {length: self.parts(length) for length in sorted(self.by_length)}
         tensors = {
-            f"{length}.{name}": value.float().cpu().contiguous()
-            for length, parts in self.by_length.items()
-            for name, value in parts.items()
+            f"{length}.{name}": value.float().cpu().contiguous() for length, parts in by_length.items() for name, value in parts.items()
         }
-        save_file(tensors, folder / NULL_FILE)
+        prints = {str(length): self.prints[length] for length in by_length}
+        with whole_or_nothing(folder / NULL_FILE) as partial:  # safetensors' own writer would leave a file that others may not read
+            partial.write_bytes(save(tensors, {PRINTS: json.dumps(prints)} if prints else None))
+        if (folder / MANIFEST).exists():
+            renew_entry(folder, NULL_FILE)
 
     @classmethod
-    def load(cls, folder: Path, encoder: PromptEncoder | None = None) -> "NullCondition":
-        """The null condition saved in `folder`, or, where there is none (a stock SD3 folder), the empty prompt's."""
+    def load(cls, folder: Path, encoder: PromptEncoder | None = None, replaced: Collection[int] = ()) -> "NullCondition":
+        """The null condition saved in `folder`, or, where there is none (a stock SD3 folder), the empty prompt's.
+
+        `replaced`: which of the three encoders (0, 1, 2) are not the folder's own; of these a file without prints knows nothing.
+        Raises InputError for a file that is damaged.
+        """
         path = Path(folder) / NULL_FILE
-        by_length: dict[int, dict[str, Tensor]] = {}
-        if path.exists():
-            for name, value in load_file(path).items():
+        if not path.exists():
+            return cls(encoder)
+        with reading(path, "copy it again, or remove it: it is made anew where the text encoders are", also=(SafetensorError,)):
+            data = read_bytes(path, MOST_BYTES)  # not mapped: the file may be written again while its values are in use
+            by_length: dict[int, dict[str, Tensor]] = {}
+            for name, value in load(data).items():
                 length, part = name.split(".")
-                by_length.setdefault(int(length), {})[part] = value
-        return cls(encoder, {length: PromptParts(**parts) for length, parts in by_length.items()})
+                by_length.setdefault(int(length), {})[part] = checked(name, int(length), value)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            written = json.loads(header.get("__metadata__", {}).get(PRINTS, "null"))
+            saved = {length: PromptParts(**parts) for length, parts in by_length.items()}
+            if written is None:
+                found = cls(encoder, saved)
+                found.prints = {n: tuple("" if i in replaced else p for i, p in enumerate(prints)) for n, prints in found.prints.items()}
+                return found
+            found = cls(None, saved)
+            found.encoder, found.prints = encoder, {length: tuple(written[str(length)]) for length in saved}
+            if any(len(prints) != 3 for prints in found.prints.values()):
+                raise ValueError(f"its {PRINTS} are not those of three encoders")
+            return found
+
+
+def checked(name: str, length: int, value: Tensor) -> Tensor:
+    """A saved part of the null condition. Raises ValueError for one of another shape, or with values that are no numbers."""
+    rows = (1, length) if name.endswith("t5") else (1,)
+    if value.shape[: len(rows)] != rows or value.ndim != (2 if "pooled" in name else 3) or not value.isfinite().all():
+        raise ValueError(f"{name} of shape {tuple(value.shape)} is no part of a null condition for {length} tokens")
+    return value
+
+
+def encoder_prints(encoder: PromptEncoder | None, t5_length: int) -> tuple[str | None, ...]:
+    """A print of each of the three encoders and of how it reads the empty prompt, see `prints.encoder_print`."""
+    if encoder is None:
+        return (None,) * 3
+    lengths = (encoder.clip_length, encoder.clip_length, t5_length)
+    ids = [encoder.tokenize(i, [""], lengths[i]) if e is not None else None for i, e in enumerate(encoder.encoders)]
+    prints = [encoder_print(e, i) for e, i in zip(encoder.encoders, ids, strict=True)]
+    return (*prints[:2], prints[2] if prints[2] != "absent" else f"absent, {encoder.joint_dim} wide")
+
+
+@contextmanager
+def evaluating(*networks: nn.Module | None) -> Iterator[None]:
+    """A context with the networks in evaluation mode, so that no dropout draws; afterwards each module is in the mode it was in."""
+    training = [module for network in networks if network is not None for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from latentfm.errors import InputError
+
 
 def shift_and_scale(vae: torch.nn.Module) -> tuple[float, float]:
     """(shift, scale) of a VAE's configuration; a VAE without shift_factor has shift 0."""
@@ -29,6 +31,19 @@ def sample_latents(moments: Tensor, noise: Tensor, shift: float, scale: float) -
 
 @torch.no_grad()
 def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Images [B, 3, H, W], about [-1, 1], of the MM-DiT's latents [B, C, h, w]."""
+    """Images [B, 3, H, W], about [-1, 1], of the MM-DiT's latents [B, C, h, w].
+
+    Raises InputError for latents or images that are not finite, which would be black pictures.
+    """
+    if not torch.isfinite(latents).all():
+        raise InputError(
+            "the latents are not finite numbers: the network's numbers ran over, or its weights or the text encoders' are damaged; "
+            "try a lower guidance, or float32"
+        )
     shift, scale = shift_and_scale(vae)
-    return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0]
+    images = vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0]
+    if not torch.isfinite(images).all():
+        kind = str(vae.dtype).removeprefix("torch.")
+        way_out = "its weights are damaged, copy it again" if vae.dtype is torch.float32 else "load the model in float32"
+        raise InputError(f"the VAE decodes to numbers that are not finite in {kind}: {way_out}")
+    return images

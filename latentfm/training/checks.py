@@ -14,11 +14,12 @@ from latentfm.config import RunConfig
 from latentfm.data.buckets import Buckets, base_shape
 from latentfm.data.loader import Routing
 from latentfm.errors import InputError, nearest
-from latentfm.interchange.weights import PARTS, empty, open_pipeline, read_json
+from latentfm.files import expanded
+from latentfm.interchange.weights import empty, open_pipeline
 from latentfm.models.backends import attention_backend
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.described import Model, read_model
-from latentfm.models.folder import check_folder, read_info, t5_length
+from latentfm.models.folder import PARTS, check_folder, read_config, read_info, t5_length
 from latentfm.models.memory import Shard
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
@@ -27,6 +28,7 @@ from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
 from latentfm.training.optimizers import NOT_SPLIT, check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
 from latentfm.training.zero import asked_of_zero, check_zero
+from latentfm.words import count, shown
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def examined(config: RunConfig, resume: bool, launch: Launch, found: Found) -> S
         check_output(config, resume)
     with found.noting():
         if not config.data.online:
-            check_place(Path(config.data.cache).expanduser(), "data.cache")
+            check_place(expanded(config.data.cache), "data.cache", may_be_complete=True)
     with found.noting():
         check_batch(config, launch.processes)
     with found.noting():
@@ -157,7 +159,7 @@ def examined(config: RunConfig, resume: bool, launch: Launch, found: Found) -> S
         attention_backend(config.train.attention)
     with found.noting():
         density(config.train)
-    folder = Path(config.model.pipeline).expanduser() if config.model.pipeline else bundled_model()
+    folder = expanded(config.model.pipeline) if config.model.pipeline else bundled_model()
     with found.noting():
         check_parts(folder, config.model.preset is None)
         return set_up(config, launch, folder, found)
@@ -205,15 +207,15 @@ def trained_numbers(network: MMDiT, config: RunConfig) -> tuple[tuple[int, ...],
 def network_config(folder: Path, preset: str | None) -> dict[str, Any]:
     """The arguments of the network to train: the pipeline's own, or a preset's with the widths of the pipeline's VAE and encoders."""
     if preset is None:
-        return read_json(folder / "transformer" / "config.json")
+        return read_config(folder / "transformer" / "config.json")
     if preset not in PRESETS:
         raise InputError(f"no preset '{preset}'{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
     encoders = [folder / f"text_encoder{suffix}" / "config.json" for suffix in ("", "_2", "_3")]
-    clips = [read_json(path)["projection_dim"] for path in encoders[:2] if path.is_file()]
-    channels = read_json(folder / "vae" / "config.json")["latent_channels"]
+    clips = [read_config(path)["projection_dim"] for path in encoders[:2] if path.is_file()]
+    channels = read_config(folder / "vae" / "config.json")["latent_channels"]
     changes = {"in_channels": channels, "out_channels": channels}
     changes |= {"pooled_projection_dim": sum(clips)} if clips else {}
-    changes |= {"joint_attention_dim": read_json(encoders[2])["d_model"]} if encoders[2].is_file() else {}
+    changes |= {"joint_attention_dim": read_config(encoders[2])["d_model"]} if encoders[2].is_file() else {}
     return PRESETS[preset] | changes
 
 
@@ -225,28 +227,43 @@ def make_buckets(config: RunConfig, model: Model) -> Buckets:
     return Buckets.make(width, height, multiple, options.buckets, options.max_aspect, largest)
 
 
+def cautions(config: RunConfig) -> list[str]:
+    """What is allowed and is hardly meant, a line each."""
+    train, found = config.train, []
+    if train.warmup_steps >= train.steps:
+        share = train.steps / train.warmup_steps
+        found.append(
+            f"the warm-up, train.warmup_steps {train.warmup_steps:,}, is as long as the run of {count(train.steps, 'step')} or longer: the "
+            f"rate climbs to {share:.0%} of train.learning_rate and the run ends; train.warmup_steps={train.steps // 10} is a tenth"
+        )
+    return found
+
+
 # the checks, each raising InputError
 
 
 def check_output(config: RunConfig, resume: bool) -> None:
     """The output folder can be written, and holds a run if and only if one is to be resumed."""
-    out = Path(config.output.folder).expanduser()
+    out = expanded(config.output.folder)
     if out.exists() and not out.is_dir():
         raise InputError(f"output.folder {out} is a file; choose another")
     check_place(out, "output.folder")
     saved = checkpoint.checkpoints(out / "checkpoints")
     if resume and not saved:
-        raise InputError(f"nothing to resume: {out} holds no checkpoint; leave --resume out to start from the first step")
+        way_out = "leave --resume out to start from the first step"
+        if (out / "model").exists():
+            way_out = f"to train its result on, start a new run with model.pipeline={shown(out / 'model')} and another output.folder"
+        raise InputError(f"nothing to resume: {shown(out)} holds no checkpoint; {way_out}")
     if (saved or (out / "model").exists()) and not resume:
         raise InputError(f"{out} already holds a run; go on with --resume, or choose another output.folder")
 
 
-def check_place(folder: Path, option: str) -> None:
-    """A folder exists or can be made, and can be written."""
+def check_place(folder: Path, option: str, may_be_complete: bool = False) -> None:
+    """A folder exists or can be made, and can be written; one that is there and `may_be_complete` need not be."""
     existing = existing_parent(folder)
     if not existing.is_dir():
         raise InputError(f"{option} {folder}: {existing} is a file, not a folder; choose another")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK) and not (may_be_complete and existing == folder.absolute()):
         raise InputError(f"{option} {folder}: no permission to write in {existing}; choose another")
 
 
@@ -297,7 +314,7 @@ def given_places(config: RunConfig) -> list[tuple[str, str]]:
 
 def check_data(option: str, place: str) -> None:
     """A local source is there; a pattern of several files is left to its reader."""
-    path = Path(place).expanduser()
+    path = expanded(place)
     if option == "data.folder" and path.is_file():
         raise InputError(f"{option}: {path} is a file, not a folder: give the folder that holds the pictures")
     if not path.exists() and not re.search(r"[*?{\[]", place):
@@ -310,7 +327,7 @@ def check_parts(folder: Path, own_network: bool) -> None:
     check_folder(folder, transformer=own_network)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    quantised = own_network and "quantization_config" in read_json(folder / "transformer" / "config.json")
+    quantised = own_network and "quantization_config" in read_config(folder / "transformer" / "config.json")
     weights = open_pipeline(folder, PARTS[1:] if quantised or not own_network else PARTS)
     texts = [name for name in weights.parts if name.startswith("text_encoder")]
     if not texts:

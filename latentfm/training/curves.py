@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from latentfm.files import open_file
+from latentfm.training.rows import LONGEST, MOST_STEP, number
+
 CURVES = ("loss", "prior_loss", "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
 POINTS = 750  # of a curve; each shows the least and the most of its rows: 1,500 numbers
 BLOCK = 2**23  # bytes of the log that are parsed at once
@@ -36,10 +39,10 @@ class Log:
         if size < self.offset:  # rows were taken away
             self.start()
         if size > self.offset:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 file.seek(self.offset)
                 while block := file.read(BLOCK):
-                    block += file.readline()
+                    block += file.readline(LONGEST)
                     whole, end, _ = block.rpartition(b"\n")
                     self.offset += len(whole) + len(end)
                     if whole:
@@ -59,11 +62,11 @@ def parsed(lines: Iterable[bytes]) -> tuple[list[dict], int]:
         rows = json.loads(b"[" + b",".join(lines) + b"]")  # three quarters of the time of one by one
         if len(rows) == len(lines) and all(type(row) is dict for row in rows):
             return rows, 0
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     rows = []
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     rows = [row for row in rows if type(row) is dict]
     return rows, len(lines) - len(rows)
@@ -71,7 +74,7 @@ def parsed(lines: Iterable[bytes]) -> tuple[list[dict], int]:
 
 def columns_of(rows: list[dict]) -> dict[str, np.ndarray]:
     """The columns of rows, see `Log.read`."""
-    rows = [row for row in rows if number(row["step"]) is not None]
+    rows = [row for row in rows if (step := number(row["step"])) is not None and abs(step) <= MOST_STEP]
     found = {"step": np.array([int(row["step"]) for row in rows], dtype=np.int64)}
     for name in (*CURVES, "seconds"):
         found[name] = array([row.get(name) for row in rows])
@@ -88,13 +91,8 @@ def array(values: list) -> np.ndarray:
     """The numbers as float64; NaN for what is none."""
     try:
         return np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.array([number(value) for value in values], dtype=np.float64)
-
-
-def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def in_order(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -154,5 +152,5 @@ def mean_of(sums: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> np.nda
 
 
 def listed(values: np.ndarray) -> list[float | None]:
-    """The values in five digits, None for NaN."""
-    return [None if value != value else float(f"{value:.5g}") for value in values.tolist()]
+    """The values in five digits, None for what is no finite number."""
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -20,14 +20,15 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
-from latentfm.interchange.weights import read_json
+from latentfm.files import expanded
 from latentfm.models.cost import block_products, forward_flops, parameters, trained, training_flops
-from latentfm.models.folder import read_info, t5_length
+from latentfm.models.folder import read_config, read_info, t5_length
 from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
 from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
-from latentfm.training.checks import Found, Launch, Setup, examined, existing_parent
+from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
 from latentfm.training.precision import has_bfloat16, settled
 from latentfm.training.prepare import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
+from latentfm.training.resuming import check_goes_on
 from latentfm.training.samples import DEFAULT_PROMPTS
 from latentfm.training.sources import open_dataset
 from latentfm.training.validation import split_held_out
@@ -77,8 +78,11 @@ def dry_run(
     launch = launch or Launch.here()
     device, found = device or Device.here(launch), Found()
     bfloat16 = has_bfloat16(torch.device("cpu" if device.cpu else "cuda")) if device.gpu is None else True  # all that are known have it
-    config = settled(config, bfloat16)
+    given, config = config, settled(config, bfloat16)
     setup, dataset = examined(config, resume, launch, found), None
+    if resume:
+        with found.noting():
+            check_goes_on(config)
     with found.noting():
         dataset = open_dataset(config.data)
     if setup is None or dataset is None:
@@ -93,7 +97,8 @@ def dry_run(
         check_disk(disk)
     found.raised()
     return {
-        "run": what_trains(setup), "options": options_of(config), "data": data_of(dataset, pictures, setup),
+        "run": what_trains(setup), "options": options_of(given, config), "notes": cautions(config),
+        "data": data_of(dataset, pictures, setup),
         "buckets": table(setup, pictures), "steps": steps_of(setup, pictures), "tokens": tokens_of(setup),
         "parameters": parameters_of(setup),
         "P(no condition)": Dropout(config.train.dropout, config.train.dropout_each).p_unconditional(setup.encoders),
@@ -156,6 +161,8 @@ def data_of(dataset: Dataset, pictures: Pictures, setup: Setup) -> dict[str, Any
     sources = Counter(sample.share for sample in dataset.samples)
     reasons: dict[str, list[str]] = {}
     for problem in dataset.problems:
+        if problem.used:
+            continue
         reasons.setdefault(problem.reason, []).append(problem.path)
     reasons |= {"picture that cannot be read": pictures.unreadable} if pictures.unreadable else {}
     reasons |= {f"more than data.max_crop {setup.config.data.max_crop:g} cropped away": pictures.cropped} if pictures.cropped else {}
@@ -275,7 +282,7 @@ def text_encoding(setup: Setup) -> int:
     path, length = setup.folder / "text_encoder_3" / "config.json", max(setup.lengths)
     if not path.is_file():
         return 0
-    t5, together = read_json(path), setup.micro_batch if setup.config.data.online else CAPTIONS_AT_ONCE
+    t5, together = read_config(path), setup.micro_batch if setup.config.data.online else CAPTIONS_AT_ONCE
     numbers = length * (3 * (t5["d_ff"] + t5["d_model"]) + 2 * t5["num_heads"] * length)
     return together * numbers * WIDTHS[setup.config.model.text_encoders]
 
@@ -325,13 +332,14 @@ def time_of(setup: Setup, pictures: Pictures, device: Device) -> dict[str, Any]:
 def disk_needs(setup: Setup, pictures: Pictures, device: Device) -> list[dict[str, Any]]:
     """What is written where, its size, what of that size may be there already, and the room on its disk."""
     config = setup.config
-    out, cache = Path(config.output.folder).expanduser(), Path(config.data.cache).expanduser()
+    out, cache = expanded(config.output.folder), expanded(config.data.cache)
     train, whole, numbers = config.train, sum(parameters(setup.model.network).values()), sum(setup.trained)
     run = training_of(setup, device, len(pictures.samples))
     state = 8 / (2 if run.narrow_moments else 1) if run.state is None else run.state
     drawn_with = numbers * 4 if train.adapter else whole * WIDTHS[config.output.dtype]
     one = int(numbers * (run.trained_width + 4 + state + 4 * run.master)) + drawn_with
-    kept = config.output.keep + 1 + (config.validation.held_out > 0)  # one more while it is written, and the best
+    made = -(-train.steps // config.output.checkpoint_every)
+    kept = min(config.output.keep, made) + 1 + (config.validation.held_out > 0)  # one more while it is written, and the best
     needs = [
         ("checkpoints", out / "checkpoints", kept * one, f"{kept} of {one / GIB:.2f} GiB, one of them while it is written"),
         ("model", out / "model", whole * WIDTHS[config.output.dtype], "the network; the frozen models are linked where the disk allows it"),
@@ -359,7 +367,7 @@ def cache_bytes(setup: Setup, pictures: Pictures) -> int:
     for name in ("text_encoder", "text_encoder_2"):
         config = setup.folder / name / "config.json"
         if config.is_file():
-            widths = read_json(config)
+            widths = read_config(config)
             fixed += clip * widths["hidden_size"] + widths["projection_dim"]
     captions = len({caption for sample in pictures.samples for caption in sample.captions})
     texts = captions * sum(fixed + length * model.network.text_dim for length in setup.lengths)
@@ -387,23 +395,25 @@ def check_disk(needs: list[dict[str, Any]]) -> None:
 # In words
 
 
-def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Every option by name: its value, and its default where that is another one."""
+def options_of(given: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Every option by name: its value, its default where that is another one, and what was given where the value was chosen here."""
     found: dict[str, dict[str, Any]] = {}
     for section, field in RunConfig.model_fields.items():
-        values = getattr(config, section)
+        values, asked = getattr(config, section), getattr(given, section)
         dumped = values.model_dump(mode="json")
         for key, option in field.annotation.model_fields.items():
             default = None if option.is_required() else option.get_default(call_default_factory=True)
             same = not option.is_required() and getattr(values, key) == default
+            chosen = getattr(asked, key) != getattr(values, key)
             found[f"{section}.{key}"] = {"value": dumped[key]} | ({} if same else {"default": default})
+            found[f"{section}.{key}"] |= {"given": getattr(asked, key)} if chosen else {}
     return found
 
 
 def places(config: RunConfig, setup: Setup) -> dict[str, str]:
     """Where everything is written."""
-    out = Path(config.output.folder).expanduser().absolute()
-    cache = {} if config.data.online else {"cache": str(Path(config.data.cache).expanduser().absolute())}
+    out = expanded(config.output.folder).absolute()
+    cache = {} if config.data.online else {"cache": str(expanded(config.data.cache).absolute())}
     return {
         **cache, "metrics": str(out / "metrics.jsonl"), "run page": str(out / "run.html"), "pictures": str(out / "samples"),
         "checkpoints": str(out / "checkpoints"), "model": str(out / "model"),

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from latentfm.config import RunConfig
 from latentfm.files import whole_or_nothing
 from latentfm.interchange.lora import Adapter, diffusers_adapter
 from latentfm.interchange.tensors import Held, Stored, read_folder, write_file
-from latentfm.models.folder import INFO_FILE, write_stock_names
+from latentfm.models.folder import INFO_FILE, read_index, write_stock_names
+from latentfm.models.manifest import MANIFEST, Saved, files_of, hash_of, read_manifest, write_manifest
 from latentfm.models.mmdit import MMDiT
+from latentfm.models.stored import is_pickle
 from latentfm.models.text import NULL_FILE
 from latentfm.training.models import Models
 from latentfm.training.parallel import Gathering, Late
@@ -60,6 +62,7 @@ def write_pipeline(
             write_around(folder, models, config, lengths, link)
         gathering.write(folder / "transformer", NETWORK_FILE, weights, dtype)
         gathering.raise_error()
+        write_manifest(folder, hashes_of_frozen(models.folder))
 
 
 def write_adapter_of(
@@ -76,15 +79,40 @@ def write_adapter_of(
 def write_around(folder: Path, models: Models, config: RunConfig, lengths: list[int], link: bool) -> None:
     """Makes `folder`, which holds the network in transformer/, a pipeline folder: frozen components, null condition, what was trained."""
     put = linked if link else shutil.copy
+    components = read_index(models.folder).keys() - {"transformer"}
     for source in sorted(models.folder.iterdir()):
-        if source.name not in ("transformer", NULL_FILE, INFO_FILE, "README.md") and not source.name.startswith("."):
-            shutil.copytree(source, folder / source.name, copy_function=put) if source.is_dir() else put(source, folder / source.name)
+        if source.is_dir() and source.name in components:
+            shutil.copytree(source, folder / source.name, copy_function=put, ignore=not_of_a_model)
+        elif source.is_file() and source.name not in (NULL_FILE, INFO_FILE, MANIFEST, "README.md") and not source.name.startswith("."):
+            put(source, folder / source.name)
     models.null.save(folder)
     train = config.train
     trained: dict[str, Any] = {"steps": train.steps, "batch_size": train.batch_size, "seed": train.seed, "t5_lengths": lengths}
     trained |= {"adapter": train.adapter.model_dump(mode="json")} if train.adapter else {}
     (folder / INFO_FILE).write_text(json.dumps({"format": 1, **models.info, "trained": trained}, indent=2) + "\n", "utf-8")
     write_stock_names(folder)
+
+
+def not_of_a_model(folder: str, names: list[str]) -> list[str]:
+    """Those of the names in a component's folder that are not copied with it: pipes and devices, which never end, and pickles."""
+    paths = [Path(folder, name) for name in names]
+    return [path.name for path in paths if is_pickle(path) or not (path.is_file() or path.is_dir())]
+
+
+def hashes_of_frozen(folder: Path) -> dict[str, Saved]:
+    """The size and hash of the frozen components' weights in the base folder, by name: as it was saved, else read once in a process."""
+    found, saved = {}, read_manifest(folder) or {}
+    for name in files_of(folder):
+        if name.endswith(".safetensors") and "/" in name and not name.startswith("transformer/"):
+            status = (folder / name).stat()
+            found[name] = saved.get(name) or hash_once(folder / name, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
+
+
+@cache
+def hash_once(path: Path, status: tuple[int, ...]) -> Saved:
+    """hash_of(path), read again only where its status is another."""
+    return hash_of(path)
 
 
 def trained_weights(models: Models, network: MMDiT, averages: Mapping[str, Late], config: RunConfig) -> dict[str, Stored]:
@@ -170,6 +198,7 @@ def write_adapter(
         adapter = Adapter(path, "diffusers LoRA file", network.peft_config["default"].to_dict(), held, {})
         named, described = diffusers_adapter(adapter)
         write_file(path, named, dict(metadata or {}) | described, dtype)
+        write_manifest(partial)
 
 
 def linked(source: str | os.PathLike, target: str | os.PathLike) -> None:

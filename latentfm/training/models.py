@@ -13,11 +13,14 @@ from latentfm.bundled import bundled_model
 from latentfm.config import DataOptions, ModelOptions
 from latentfm.data.buckets import base_shape
 from latentfm.errors import InputError
-from latentfm.interchange.weights import check_transformer, empty
+from latentfm.files import expanded
+from latentfm.interchange.components import load_component, load_text_encoders, read_null
+from latentfm.interchange.weights import empty
 from latentfm.models import vae as vae_room
-from latentfm.models.folder import check_folder, read_info
+from latentfm.models.folder import check_folder, read_config, read_info
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NullCondition, PromptEncoder
+from latentfm.words import shown
 
 
 @dataclass
@@ -58,28 +61,27 @@ def load_models(options: ModelOptions, weights: bool = True) -> Models:
     The frozen ones are loaded whole, the VAE in float32 and the text encoders as the options say; with weights=False the network has no
     memory (it is on the meta device), only its configuration. Raises InputError for a folder that lacks something.
     """
-    folder = Path(options.pipeline).expanduser() if options.pipeline else bundled_model()
+    folder = expanded(options.pipeline) if options.pipeline else bundled_model()
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
-        raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
+        raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    vae = load_component(folder, "vae", "AutoencoderKL", torch.float32)
     dtype = getattr(torch, options.text_encoders)
     if options.preset is None:
         if weights:
-            check_transformer(folder / "transformer")
-            network = MMDiT.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True)
+            network = load_component(folder, "transformer", "SD3Transformer2DModel", torch.float32)
         else:
-            network = empty("transformer", MMDiT.load_config(folder, subfolder="transformer"))
+            network = empty("transformer", read_config(folder / "transformer" / "config.json"))
         widths = (network.config.joint_attention_dim, network.config.pooled_projection_dim)
-        encoder = PromptEncoder.from_folder(folder, *widths, dtype)
+        encoder = load_text_encoders(folder, *widths, dtype)
     else:
-        encoder = PromptEncoder.from_folder(folder, 4096, 2048, dtype)
+        encoder = load_text_encoders(folder, 4096, 2048, dtype)
         network = new_network(options.preset, vae, encoder, weights)
         encoder.joint_dim, encoder.pooled_dim = network.config.joint_attention_dim, network.config.pooled_projection_dim
     for frozen in (vae, *encoder.encoders):
         if frozen is not None:
             frozen.requires_grad_(False)
-    return Models(folder, network, vae, encoder, NullCondition.load(folder, encoder), read_info(folder))
+    return Models(folder, network, vae, encoder, read_null(folder, encoder), read_info(folder))
 
 
 def new_network(preset: str, vae: AutoencoderKL, encoder: PromptEncoder, weights: bool) -> MMDiT:

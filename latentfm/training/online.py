@@ -8,13 +8,14 @@ from torch import Tensor
 
 from latentfm.config import DataOptions
 from latentfm.data.cache import key_of
+from latentfm.data.images import decoders
 from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
 from latentfm.training.models import Models
 from latentfm.training.parallel import alone
 from latentfm.training.pictures import unchanged
-from latentfm.training.prepare import IMAGES_AT_ONCE, CachedDataset, Work
+from latentfm.training.prepare import IMAGES_AT_ONCE, CachedDataset, Work, tell_what_is_cut, untold
 
 
 class OnlineDataset(CachedDataset):
@@ -25,7 +26,7 @@ class OnlineDataset(CachedDataset):
 
     def check_key(self, sample: Sample, flip: bool) -> str:
         masked = (self.mask_digests[sample.id], self.transform(sample, flip).key()) if sample.mask else ()
-        return key_of("readable", self.digests[sample.id], *masked)
+        return key_of("readable", self.digests[sample.id], *masked, decoders())
 
     def load_check(self, item: tuple[Sample, bool]) -> bool:
         """Whether a picture, and its mask if it has one, can be decoded and used."""
@@ -39,15 +40,22 @@ class OnlineDataset(CachedDataset):
 
     def unreadable_now(self) -> list[bool]:
         """Which samples cannot be used."""
+        self.cache.refresh()
         keys = [self.check_key(sample, flip) for sample in self.samples for flip in self.flips]
-        return self.entries(keys).has("unreadable").reshape(len(self.samples), -1).any(axis=1).tolist()
+        return (self.cache.find(keys) < 0).reshape(len(self.samples), -1).any(axis=1).tolist()
+
+    def tell_of_the_cache(self, work: Sequence[Work]) -> None:
+        """As of the cached run; how many captions are cut is counted over all, as none is encoded now."""
+        super().tell_of_the_cache(work)
+        texts = sorted({caption for sample in self.samples for caption in sample.captions})
+        tell_what_is_cut(self.models.encoder, [(text, length) for text in texts for length in self.lengths])
 
     def reader(self, seed: int, dropout: Dropout, routing: Routing | None = None) -> Reader:
         """What reads the pixels and captions of batches of `samples`, and makes their draws."""
         draws = Draws(seed, dropout, self.options.flip, routing)
         digests = [self.digests[sample.id] for sample in self.samples]
         return PictureReader(
-            SampleTable.of(self.samples), draws, self.samples, digests, self.bucket_of, self.transforms,
+            SampleTable.of(self.samples), draws, self.samples, digests, self.mask_digests, self.bucket_of, self.transforms,
             self.models.vae.config.latent_channels, self.factor, unchanged,
         )  # fmt: skip
 
@@ -56,16 +64,17 @@ class OnlineDataset(CachedDataset):
         batch = batch.to(device)
         if batch.pixels is None or batch.captions is None:
             return batch
-        parts = self.models.encoder.encode(batch.captions, batch.t5_length).map(lambda value: value.to(device, torch.bfloat16))
+        with untold(self.models.encoder):
+            parts = self.models.encoder.encode(batch.captions, batch.t5_length).map(lambda value: value.to(device, torch.bfloat16))
         return replace(batch, moments=self.moments(batch.pixels).to(device), parts=parts, pixels=None, captions=None)
 
     def release(self) -> None:
         """Nothing: the VAE and the text encoders are needed at every step."""
 
 
-def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor]]:
-    """The entries of pictures that were decoded, by whether they could be."""
-    return [{"readable" if good else "unreadable": torch.zeros(0, dtype=torch.uint8)} for good in readable]
+def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor] | None]:
+    """The entries of pictures that could be decoded; None of the others."""
+    return [{"readable": torch.zeros(0, dtype=torch.uint8)} if good else None for good in readable]
 
 
 def dataset_of(

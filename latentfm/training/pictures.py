@@ -10,13 +10,14 @@ import numpy as np
 from latentfm.config import DataOptions
 from latentfm.data.buckets import Buckets
 from latentfm.data.cache import ahead, key_of
-from latentfm.data.images import Transform, UnreadableImage, contents, digest, load_mask, open_rgb, upright_size
+from latentfm.data.images import Transform, UnreadableImage, contents, digest, load_mask, opened_rgb, upright_size
 from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
 from latentfm.training.models import Models, largest_side, picture_size
 from latentfm.training.parallel import alone
+from latentfm.words import count, shown
 
 
 class Pictures:
@@ -56,7 +57,7 @@ class Pictures:
                 self.unreadable[sample.id] = size
             elif size is not None and (crop := self.buckets.crop(*size)) > most:
                 width, height = size
-                where = f"{sample.path} ({width} x {height})"
+                where = f"{shown(sample.path)} ({width} x {height})"
                 self.cropped[sample.id] = f"{where} would lose {crop:.0%} to the crop, data.max_crop is {most:.0%}"
         self.keep(sample for sample in samples if sample.id not in self.unreadable and sample.id not in self.cropped)
 
@@ -64,9 +65,11 @@ class Pictures:
         """Makes these the usable samples. Raises InputError when there is none."""
         self.samples = tuple(samples)
         if not self.samples:
+            first = next((reason for reason in self.unreadable.values() if reason), None)
             raise InputError(
-                f"none of the {len(self.dataset.samples)} pictures in {self.dataset.folder} can be read"
+                f"none of the {count(len(self.dataset.samples), 'picture')} in {shown(self.dataset.folder)} can be read"
                 + (f", or {len(self.cropped)} would lose too much to the crop; raise data.max_crop" if self.cropped else "")
+                + (f" (the first: {first})" if first else "")
             )
         self.bucket_of = np.array([self.bucket_by_id[sample.id] for sample in self.samples], np.int32)
 
@@ -89,17 +92,19 @@ class Pictures:
             for id, reason in names.items():
                 print(f"left out: {reason or self.reason(everything[id])}", flush=True)
             if names:
-                print(f"{len(names)} of {len(everything)} pictures {what} and are left out (named above)", flush=True)
+                number = f"{len(names):,} of {count(self.dataset.pictures, 'picture')}"
+                print(f"{number} {what} and {'is' if len(names) == 1 else 'are'} left out (named above)", flush=True)
 
     def reason(self, sample: Sample) -> str:
         """Why a picture or its mask could not be read."""
         try:
-            picture = open_rgb(sample.path)
+            with opened_rgb(sample.path) as picture:
+                size = picture.size
             for flip in self.flips if sample.mask else ():
-                load_mask(sample.mask, None, picture.size, self.transform(sample, flip), self.factor)
-        except UnreadableImage as error:
+                load_mask(sample.mask, None, size, self.transform(sample, flip), self.factor)
+        except (UnreadableImage, MemoryError) as error:
             return str(error)
-        return f"{sample.path}: it could not be read when it was cached"
+        return f"{shown(sample.path)}: it could not be read when it was cached"
 
 
 def seen(path: Path | Place, sized: bool) -> tuple[str, tuple[int, int] | str | None]:
@@ -124,5 +129,5 @@ def unchanged(path: Path | Place, digest: str) -> bytes:
     except UnreadableImage as error:
         raise InputError(f"{error}; it was there when it was listed") from error
     if sha256(data) != digest:
-        raise InputError(f"{path} changed while it was being cached; start again when nothing writes to it")
+        raise InputError(f"{shown(path)} changed while it was being cached; start again when nothing writes to it")
     return data

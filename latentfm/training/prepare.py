@@ -3,9 +3,10 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,32 +15,47 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentfm.config import DataOptions
-from latentfm.data.cache import Cache, Entries, fingerprint, key_of, tokenizer_fingerprint
-from latentfm.data.images import UnreadableImage, apply, load_mask, open_rgb
+from latentfm.data.cache import Cache, fingerprint, key_of, tokenizer_fingerprint
+from latentfm.data.check.captions import limits_of
+from latentfm.data.entries import Entries
+from latentfm.data.images import UnreadableImage, decoders, load, load_mask, opened_rgb
 from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Routing
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.models import vae as vae_room
+from latentfm.models.text import PromptEncoder, encoder_name
 from latentfm.training.models import Models
 from latentfm.training.parallel import alone
 from latentfm.training.pictures import Pictures, unchanged
+from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
-IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 8, 32
+IMAGES_AT_ONCE, CAPTIONS_AT_ONCE, TOKENIZED_AT_ONCE = 8, 32, 1024
 LARGE = 512**2  # pixels: pictures beyond it are encoded one by one
 SECONDS_BETWEEN_LOOKS = 0.5  # at the cache, while other processes fill it
 
 
 @dataclass(frozen=True)
 class Work:
-    """Entries of one kind: (key, item) of each, and what makes them."""
+    """Entries of one kind: (key, item) of each, and what makes them: None of an item of which nothing can be made."""
 
     kind: str
     wanted: list[tuple[str, Any]]
-    make: Callable[[Sequence[Any]], list[dict[str, Tensor]]]
+    make: Callable[[Sequence[Any]], list[dict[str, Tensor] | None]]
     at_once: int
     load: Callable[[Any], Any] | None = None
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """The keys, S32 [N]."""
+        return np.array([bytes.fromhex(key) for key, _ in self.wanted], "S32")
+
+    @cached_property
+    def verdicts(self) -> np.ndarray:
+        """The keys under which it is kept that nothing can be made of an item, S32 [N]."""
+        return np.array([bytes.fromhex(verdict_key(key)) for key, _ in self.wanted], "S32")
 
 
 class CachedDataset(Pictures):
@@ -52,7 +68,9 @@ class CachedDataset(Pictures):
         self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = alone
     ):
         self.models, self.lengths = models, tuple(lengths)
-        self.cache = Cache(Path(options.cache).expanduser())
+        # earlier versions kept "unreadable" in place of a picture's moments, even where it was the memory that lacked
+        self.cache = Cache(expanded(options.cache), outdated="unreadable")
+        self.made: dict[str, list[str]] = {}  # the keys that this process made, by kind
         self.vae_print = fingerprint(models.vae)
         self.text_print = key_of(
             str(models.encoder.joint_dim),  # the width of the zeros that stand for an absent T5
@@ -84,18 +102,18 @@ class CachedDataset(Pictures):
     # Making entries
 
     def load_image(self, item: tuple[Sample, bool]) -> Tensor | None:
-        """A picture as it is trained, uint8 [3, H, W]; None when it cannot be read."""
+        """A picture as it is trained, uint8 [3, H, W]; None when its bytes are no picture. Raises MemoryError when it is the memory."""
         sample, flip = item
         data = unchanged(sample.path, self.digests[sample.id])
         try:
-            return torch.from_numpy(apply(open_rgb(sample.path, data), self.transform(sample, flip)).transpose(2, 0, 1))
+            return torch.from_numpy(load(sample.path, self.transform(sample, flip), data).transpose(2, 0, 1))
         except UnreadableImage:
             return None
 
-    def encode_images(self, pictures: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
-        """The entries of pictures; None gets the entry {"unreadable"}."""
+    def encode_images(self, pictures: Sequence[Tensor | None]) -> list[dict[str, Tensor] | None]:
+        """The entries of pictures; None of None."""
         dtype = getattr(torch, self.options.cache_dtype)
-        entries = [{"unreadable": torch.zeros(0, dtype=dtype)} for _ in pictures]
+        entries: list[dict[str, Tensor] | None] = [None] * len(pictures)
         for shape in {picture.shape for picture in pictures if picture is not None}:
             places = [place for place, picture in enumerate(pictures) if picture is not None and picture.shape == shape]
             # always as many: an entry made again has the bits it had, whatever else was missing then
@@ -116,8 +134,9 @@ class CachedDataset(Pictures):
         sample, flip = item
         data = unchanged(sample.mask, self.mask_digests[sample.id])
         try:
-            picture = open_rgb(sample.path, unchanged(sample.path, self.digests[sample.id]))
-            return load_mask(sample.mask, data, picture.size, self.transform(sample, flip), self.factor)
+            with opened_rgb(sample.path, unchanged(sample.path, self.digests[sample.id])) as picture:
+                size = picture.size
+            return load_mask(sample.mask, data, size, self.transform(sample, flip), self.factor)
         except UnreadableImage:
             return None
 
@@ -125,7 +144,8 @@ class CachedDataset(Pictures):
         """The entries of (caption, T5 length) pairs, all of one length, in bfloat16."""
         captions = [caption for caption, _ in items]
         padded = (captions + [""] * CAPTIONS_AT_ONCE)[: max(CAPTIONS_AT_ONCE, len(captions))]
-        parts = self.models.encoder.encode(padded, items[0][1]).map(lambda value: value.to(torch.bfloat16).cpu())
+        with untold(self.models.encoder):
+            parts = self.models.encoder.encode(padded, items[0][1]).map(lambda value: value.to(torch.bfloat16).cpu())
         return [{name: value[row] for name, value in parts.items()} for row in range(len(items))]
 
     def work(self) -> list[Work]:
@@ -150,35 +170,35 @@ class CachedDataset(Pictures):
     def fill(self, rank: int, world: int, progress: Any) -> dict[str, tuple[int, int]]:
         """Makes what is missing or damaged, this process its share; returns (made here, wanted by all) for each kind.
 
-        Waits for the others by looking at the folder, not in a collective, which would time out. Leaves out, by name, what
-        cannot be read.
+        Waits for the others, of this run or another, by looking at the folder, not in a collective, which would time out. Leaves out, by
+        name, what cannot be read.
         """
-        if rank == 0 and self.cache.old_entries():
-            logger.warning(
-                "%s also holds a cache of an earlier version, one file an entry, which is not read any more; to remove it: rm -r %s",
-                self.cache.folder, self.cache.folder / "[0-9a-f][0-9a-f]",
-            )  # fmt: skip
         work = self.work()
-        keys = np.array([bytes.fromhex(key) for part in work for key, _ in part.wanted], "S32")
-        task = progress.add_task("caching pictures and captions", total=sum(len(part.wanted[rank::world]) for part in work))
+        if rank == 0:
+            self.tell_of_the_cache(work)
+        keys, verdicts = (np.concatenate([getattr(part, name) for part in work]) for name in ("keys", "verdicts"))
+        shares = [replace(part, wanted=part.wanted[rank::world]) for part in work]
+        task = progress.add_task("caching pictures and captions", total=sum(len(part.wanted) for part in shares))
         made, verify = Counter(), self.options.verify
 
-        def settled(count: int) -> None:
-            progress.advance(task, count)
+        def settled(number: int) -> None:
+            progress.advance(task, number)
 
         while True:
-            for part in work:
+            for part in shares:
                 made[part.kind] += self.cache.fill(
-                    part.kind, part.wanted[rank::world], part.make, part.at_once, settled,
-                    verify=verify, load=part.load, threads=self.threads,
+                    part.kind, part.wanted, part.make, part.at_once, settled, verify=verify, load=part.load, threads=self.threads,
+                    verdict=verdict_key, on_made=self.made.setdefault(part.kind, []).extend,
                 )  # fmt: skip
             self.cache.refresh()
-            missing = int((self.cache.find(keys) < 0).sum())
-            if not missing:
+            missing = self.missing(keys, verdicts)
+            if not missing.any():
                 break
-            progress.update(task, description=f"waiting for other processes ({missing} entries)")
-            verify, settled = False, ignore
+            progress.update(task, description=f"waiting for other processes ({count(int(missing.sum()), 'entry', 'entries')})")
+            verify = False
             time.sleep(SECONDS_BETWEEN_LOOKS)
+            lacking = (np.flatnonzero(self.missing(part.keys, part.verdicts)) for part in shares)
+            shares = [replace(part, wanted=[part.wanted[i] for i in mine]) for part, mine in zip(shares, lacking, strict=True)]
         progress.remove_task(task)
         unreadable = {sample.id: None for sample, bad in zip(self.samples, self.unreadable_now(), strict=True) if bad}
         self.unreadable |= unreadable
@@ -190,24 +210,53 @@ class CachedDataset(Pictures):
             wanted[part.kind] += len(part.wanted)
         return {kind: (made[kind], wanted[kind]) for kind in wanted}
 
-    def contents(self) -> dict[str, tuple[int, int, int]]:
-        """(entries that are there, entries wanted, bytes) for each kind."""
+    def missing(self, keys: np.ndarray, verdicts: np.ndarray) -> np.ndarray:
+        """Which keys have neither an entry nor a verdict, bool [N]."""
+        return (self.cache.find(keys) < 0) & (self.cache.find(verdicts) < 0)
+
+    def tell_of_the_cache(self, work: Sequence[Work]) -> None:
+        """Says what is odd about the cache, and how many of the captions that are to be encoded are cut."""
+        if self.cache.old_entries():
+            logger.warning(
+                "%s also holds a cache of an earlier version, one file an entry, which is not read any more; to remove it: rm -r %s",
+                shown(self.cache.folder), shown(self.cache.folder / "[0-9a-f][0-9a-f]"),
+            )  # fmt: skip
+        self.cache.refresh()
+        for said in self.cache.distrust():
+            logger.warning("%s", said)
+        prompts = [part for part in work if part.kind == "prompts"]
+        new = [part.wanted[i][1] for part in prompts for i in np.flatnonzero(self.cache.find(part.keys) < 0)]
+        tell_what_is_cut(self.models.encoder, new)
+
+    def keys_there(self) -> np.ndarray:
+        """The keys of all entries that are there, S32."""
+        self.cache.refresh()
+        return self.cache.index["key"].copy()
+
+    def contents(self, before: np.ndarray) -> dict[str, tuple[int, int, int]]:
+        """(entries that are there, those of them made since `before`, bytes) for each kind, of the samples that are used.
+
+        Made are those whose keys were not there, and what this process made again.
+        """
         self.cache.refresh()
         found = {kind: (0, 0, 0) for kind in ("moments", "prompts", "masks")}
         for part in self.work():
-            places = self.cache.find([key for key, _ in part.wanted])
-            there = places[places >= 0]
-            more = (len(there), len(places), int(self.cache.index["length"][there].sum()))
+            places = self.cache.find(part.keys)
+            there, keys = places[places >= 0], part.keys[places >= 0]
+            again = np.array([bytes.fromhex(key) for key in self.made.get(part.kind, [])], "S32")
+            new = int((~np.isin(keys, before) | np.isin(keys, again)).sum())
+            more = (len(there), new, int(self.cache.index["length"][there].sum()))
             found[part.kind] = tuple(a + b for a, b in zip(found[part.kind], more, strict=True))
         return found
 
     def unreadable_now(self) -> list[bool]:
-        """Which samples have a picture or a mask that could not be read when it was cached."""
-        bad = self.entries(self.image_keys(self.samples)).has("unreadable").reshape(len(self.samples), -1).any(axis=1)
+        """Which samples have a picture or a mask of which nothing could be made."""
+        self.cache.refresh()
+        bad = (self.cache.find(self.image_keys(self.samples)) < 0).reshape(len(self.samples), -1).any(axis=1)
         masked = [index for index, sample in enumerate(self.samples) if sample.mask]
         if masked:
             keys = [self.mask_key(self.samples[index], flip) for index in masked for flip in self.flips]
-            bad[masked] |= self.entries(keys).has("unreadable").reshape(len(masked), -1).any(axis=1)
+            bad[masked] |= (self.cache.find(keys) < 0).reshape(len(masked), -1).any(axis=1)
         return bad.tolist()
 
     # Training on it
@@ -221,7 +270,7 @@ class CachedDataset(Pictures):
         try:
             return self.cache.entries(keys)
         except KeyError as error:
-            raise InputError(f"the entry {error.args[0]} went from {self.cache.folder} since it was filled; start again") from None
+            raise InputError(f"the entry {error.args[0]} went from {shown(self.cache.folder)} since it was filled; start again") from None
 
     def reader(self, seed: int, dropout: Dropout, routing: Routing | None = None) -> Reader:
         """What reads batches of `samples`, which it counts by, and makes their draws."""
@@ -245,10 +294,42 @@ class CachedDataset(Pictures):
         self.models.frozen_to(torch.device("cpu"))
 
 
-def masks_of(masks: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
-    """The entries of loss masks; None gets {"unreadable"}."""
-    return [{"unreadable": torch.zeros(0)} if mask is None else {"mask": mask} for mask in masks]
+def masks_of(masks: Sequence[Tensor | None]) -> list[dict[str, Tensor] | None]:
+    """The entries of loss masks; None of None."""
+    return [None if mask is None else {"mask": mask} for mask in masks]
 
 
-def ignore(count: int) -> None:
-    """Nobody counts it."""
+def verdict_key(key: str) -> str:
+    """Under which key it is kept that nothing can be made of an entry's item: by these decoders, within these bounds."""
+    return key_of("unreadable", key, decoders())
+
+
+@contextmanager
+def untold(encoder: PromptEncoder) -> Iterator[None]:
+    """A context in which the encoder does not say of each prompt what is cut off: that was said of all together."""
+    encoder.tells_cuts = False
+    try:
+        yield
+    finally:
+        encoder.tells_cuts = True
+
+
+def tell_what_is_cut(encoder: PromptEncoder, items: Sequence[tuple[str, int]]) -> None:
+    """Logs one line on the captions among (caption, T5 length) pairs that are longer than an encoder reads; nothing when none is."""
+    found, cut = [], set()
+    for index, limit in limits_of(encoder, {length for _, length in items}):
+        captions = list(dict.fromkeys(caption for caption, length in items if index < 2 or length == limit))
+        long = []
+        for start in range(0, len(captions), TOKENIZED_AT_ONCE):
+            part = captions[start : start + TOKENIZED_AT_ONCE]
+            ids = encoder.tokenizers[index](part, verbose=False).input_ids
+            long += [caption for caption, row in zip(part, ids, strict=True) if len(row) > limit]
+        cut |= set(long)
+        found += [f"{len(long):,} by {encoder_name(index)} after {limit} tokens"] if long else []
+    if cut:
+        number = len({caption for caption, _ in items})
+        logger.warning(
+            "%s cut: %s; `latentfm data check` shows them and what they lose, the longest begins %s",
+            f"{len(cut):,} of {count(number, 'caption')} {'is' if len(cut) == 1 else 'are'}", ", ".join(found),
+            f'"{shown(max(cut, key=len), 60)}"',
+        )  # fmt: skip

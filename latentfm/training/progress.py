@@ -20,7 +20,7 @@ class Progress:
             console=self.console, disable=not (active and self.console.is_terminal),
         )  # fmt: skip
         self.smoothed: float | None = None
-        self.printed = 0.0
+        self.printed, self.waiting = 0.0, False
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -30,18 +30,26 @@ class Progress:
         self.bar.stop()
 
     def add_task(self, description: str, total: int) -> int:
+        self.described, self.printed, self.waiting = description, 0.0, False
         return self.bar.add_task(description, total=total)
 
     def advance(self, task: int, count: int) -> None:
         self.bar.advance(task, count)
-        if self.due():
-            now = self.bar.tasks[self.bar.task_ids.index(task)]
+        now = self.bar.tasks[self.bar.task_ids.index(task)]
+        if self.due(count > 0 and now.completed >= now.total):
             print(f"{now.description}: {now.completed:,.0f} of {now.total:,.0f}", flush=True)
 
     def update(self, task: int, description: str) -> None:
         self.bar.update(task, description=description)
+        if self.due(not self.waiting):
+            self.waiting = True
+            print(description, flush=True)
 
     def remove_task(self, task: int) -> None:
+        """Ends a task; where lines were printed of it, the last says so."""
+        now = self.bar.tasks[self.bar.task_ids.index(task)]
+        if self.printed and self.due(now=True):
+            print(f"{self.described}: {now.total:,.0f} of {now.total:,.0f}", flush=True)
         self.bar.remove_task(task)
 
     def start(self, step: int, steps: int) -> None:

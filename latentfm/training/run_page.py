@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from latentfm.config import RunConfig
-from latentfm.files import whole_or_nothing
-from latentfm.training.curves import POINTS, Log, curves, number, parsed
-from latentfm.training.sample_files import COLUMNS, cells_of, settings_of, step_of, steps, thinned
+from latentfm.errors import InputError
+from latentfm.files import TEXT_BYTES, read_bytes, read_json, whole_or_nothing
+from latentfm.training.curves import POINTS, Log, curves, parsed
+from latentfm.training.rows import MOST_STEP, number
+from latentfm.training.sample_files import COLUMNS, cells_of, has_cells, opened, settings_of, step_of, steps, thinned
+from latentfm.words import count, shortened, shown
 
 LARGEST = 4 * 10**6  # bytes of pictures in the page
 WHOLE_GRIDS = 8  # pictures of steps whose small pictures are not there: each is read and made smaller anew
 EVENTS = 200  # shown, the latest
+LONGEST_EVENT = 2000  # characters
 UNMARKED = ("started", "saved", "finished")  # how events begin that every run has
 ENDINGS = ("stopped", "ended")  # how events begin after which a run does not go on by itself
 
@@ -40,12 +43,12 @@ class RunPage:
         """The path of folder/run.html, written anew, whole or not at all. Raises InputError when the disk does not take it."""
         target = self.folder / "run.html"
         before, after = files("latentfm.training").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
-        data = json.dumps(self.data(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        data = json.dumps(clean(self.data()), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         for letter in "<>&\u2028\u2029":  # nothing in the data can end the script that holds it
             data = data.replace(letter, f"\\u{ord(letter):04x}")
-        page = before.replace("{{title}}", html.escape(f"{self.name()} - latentfm")) + data + after
+        page = before.replace("{{title}}", html.escape(f"{shown(self.name())} - latentfm")) + data + after
         with whole_or_nothing(target) as partial:
-            partial.write_text(page, "utf-8")
+            partial.write_bytes(page.encode("utf-8", "backslashreplace"))  # a half of a character is no reason for no page
         return target
 
     def name(self) -> str:
@@ -55,8 +58,9 @@ class RunPage:
         """What the page shows, as run_page.html reads it."""
         config, facts = load_json(self.folder / "config.json"), load_json(self.folder / "run.json")
         columns = self.metrics.read()
-        events = [row for row in load_rows(self.folder / "events.jsonl")[0] if "what" in row]
-        damaged = {"metrics.jsonl": self.metrics.damaged}
+        events, damaged_events = load_rows(self.folder / "events.jsonl")
+        events = [row for row in events if "what" in row]
+        damaged = {"metrics.jsonl": self.metrics.damaged, "events.jsonl": damaged_events}
         held_out, damaged["validation.jsonl"] = load_rows(self.validation)
         state = state_of(columns, config, (self.folder / "model").exists(), str(events[-1]["what"]) if events else "")
         return {
@@ -70,13 +74,16 @@ class RunPage:
             "pictures": pictures_of(self.folder / "samples"),
             "options": options(config),
             "events": [event_of(row) for row in events[-EVENTS:]],
-            "notes": [f"{count} rows of {name} are damaged and not shown" for name, count in damaged.items() if count],
+            "notes": [
+                f"{count(lines, 'row')} of {name} {'is' if lines == 1 else 'are'} damaged and not shown"
+                for name, lines in damaged.items() if lines
+            ],
         }
 
 
 def validation(rows: list[dict]) -> dict[str, Any]:
     """The validation's curves: "step", "loss", "stderr" and "by_t", a list for each t."""
-    by_step = {row["step"]: row for row in rows if number(row.get("step")) is not None}
+    by_step = {step: row for row in rows if (step := number(row.get("step"))) is not None and abs(step) <= MOST_STEP}
     rows = thinned([by_step[step] for step in sorted(by_step)], 2 * POINTS)
     by_t = [values if isinstance(values := row.get("by_t"), dict) else {} for row in rows]
     times = sorted({t for values in by_t for t in values if number(as_float(t)) is not None}, key=float)
@@ -128,18 +135,18 @@ def pictures_of(folder: Path) -> dict[str, Any]:
     if not there:
         return none
     settings = {path: settings_of(path) for path in there}
-    newest = settings[there[-1]]
-    same = [path for path in there if alike(settings[path], newest) and cells_of(path).is_file()]
-    if newest is None or not same:
+    newest = next((path for path in reversed(there) if settings[path] is not None and has_cells(path)), None)
+    if newest is None:
         return none | whole_grids(there)
-    prompts = [str(prompt) for prompt in newest.get("prompts", [])]
+    same = [path for path in there if alike(settings[path], settings[newest]) and cells_of(path).is_file()]
+    prompts = settings[newest]["prompts"]
     most = 32
-    shown = thinned(same, most)
+    shown = [path for path in thinned(same, most) if has_cells(path)] or [newest]
     while len(shown) > 1 and sum(cells_of(path).stat().st_size for path in shown) * 4 / 3 > LARGEST:
         most //= 2
-        shown = thinned(same, most) if most > 1 else same[-1:]
-    with Image.open(cells_of(shown[-1])) as sheet:
-        tile = [sheet.width // min(COLUMNS, len(prompts)), sheet.height]
+        shown = thinned(shown, most) if most > 1 else shown[-1:]
+    sheet = opened(cells_of(shown[-1]))
+    tile = [sheet.width // min(COLUMNS, len(prompts)), sheet.height]
     return {
         "steps": [{"step": step_of(path), "src": source("webp", cells_of(path).read_bytes())} for path in shown],
         "prompts": prompts[:COLUMNS], "tile": tile, "total": len(same), "hidden": max(0, len(prompts) - COLUMNS),
@@ -152,9 +159,8 @@ def whole_grids(there: list[Path]) -> dict[str, Any]:
     found, tile = [], [1, 1]
     for path in thinned(there, WHOLE_GRIDS):
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, UnidentifiedImageError):
+            image = opened(path)
+        except InputError:
             continue
         image.thumbnail((800, 800))
         tile, encoded = list(image.size), io.BytesIO()
@@ -198,7 +204,7 @@ def written(value: Any) -> str:
 
 def event_of(row: dict) -> dict[str, Any]:
     """An event as the page shows it; `marked` are those with a line in the curves."""
-    what = str(row["what"])
+    what = shortened(str(row["what"]), LONGEST_EVENT)
     timestamp = number(row.get("time"))
     when = timestamp if timestamp is not None else None if row.get("time") is None else str(row["time"])
     return {"step": number(row.get("step")), "time": when, "what": what, "marked": not what.startswith(UNMARKED)}
@@ -207,17 +213,16 @@ def event_of(row: dict) -> dict[str, Any]:
 def load_json(path: Path) -> dict:
     """The object in a JSON file; an empty one where there is none."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return clean(read_json(path))
+    except (InputError, RecursionError):
         return {}
-    return clean(value) if isinstance(value, dict) else {}
 
 
 def load_rows(path: Path) -> tuple[list[dict], int]:
     """(the rows of a JSON-lines file, how many were damaged); none where there is no file."""
     try:
-        return parsed(path.read_bytes().split(b"\n"))
-    except OSError:
+        return parsed(read_bytes(path, TEXT_BYTES).split(b"\n"))
+    except (OSError, InputError):
         return [], 0
 
 

@@ -6,15 +6,18 @@ samples/progress.png              the growing grid: a row a step, a column a pro
 """
 
 import io
+import re
 from pathlib import Path
 
 from PIL import Image
 
 from latentfm.errors import InputError
-from latentfm.files import whole_or_nothing
-from latentfm.pictures import SMALLEST, grid, png_bytes, read_settings, table
+from latentfm.files import TooLarge, open_file, read_bytes, reading, whole_or_nothing
+from latentfm.pictures import PICTURE_ERRORS, SMALLEST, grid, png_bytes, read_settings, table
+from latentfm.words import shown
 
 ROWS, COLUMNS = 12, 16  # of the growing grid at most; the small pictures of a step are of as many prompts
+MOST_PIXELS = 2**26  # of a grid that is read again
 EXACT = 128  # pixels: smaller pictures are kept to the last bit
 
 
@@ -37,11 +40,10 @@ def write_step(folder: Path, step: int, images: list[Image.Image], prompts: list
 
 def progress(folder: Path, settings: dict) -> Image.Image:
     """The growing grid of the steps drawn with `settings`: at most ROWS of them, the first and the latest always there."""
-    same = [path for path in steps(folder) if cells_of(path).is_file() and settings_of(path) == settings | {"training_step": step_of(path)}]
+    same = [path for path in steps(folder) if settings_of(path) == settings | {"training_step": step_of(path)} and cells_of(path).is_file()]
     prompts = settings["prompts"][:COLUMNS]
-    shown = thinned(same, ROWS)
-    rows = [unstrip(cells_of(path).read_bytes(), len(prompts)) for path in shown]
-    return table(rows, [f"step {step_of(path):,}" for path in shown], prompts)
+    rows = [path for path in thinned(same, ROWS) if has_cells(path)]
+    return table([unstrip(read_bytes(cells_of(p)), len(prompts)) for p in rows], [f"step {step_of(p):,}" for p in rows], prompts)
 
 
 def steps(folder: Path) -> list[Path]:
@@ -52,7 +54,7 @@ def steps(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step in the name of samples/step-<step>.png; -1 where there is none."""
     digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
+    return int(digits) if re.fullmatch(r"[0-9]{1,12}", digits) else -1
 
 
 def cells_of(path: Path) -> Path:
@@ -61,11 +63,30 @@ def cells_of(path: Path) -> Path:
 
 
 def settings_of(path: Path) -> dict | None:
-    """The settings inside a picture; None where there are none."""
+    """The settings inside a picture; None where there are none, or they are not those of pictures of prompts."""
     try:
-        return read_settings(path)
+        settings = read_settings(path)
     except InputError:
         return None
+    prompts = settings.get("prompts")
+    return settings if isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts) else None
+
+
+def has_cells(path: Path) -> bool:
+    """Whether the small pictures of samples/step-<step>.png are there and can be read."""
+    try:
+        opened(cells_of(path), SMALLEST * COLUMNS * SMALLEST)
+    except InputError:
+        return False
+    return True
+
+
+def opened(path: Path, most: int = MOST_PIXELS) -> Image.Image:
+    """The picture in a file, decoded, in RGB. Raises InputError for what is none, is damaged, or has more than `most` pixels."""
+    with reading(path, also=PICTURE_ERRORS), open_file(path) as file, Image.open(file) as image:
+        if image.width * image.height > most:
+            raise TooLarge(f"{shown(path)} has {image.width} x {image.height} pixels, more than are read here")
+        return image.convert("RGB")
 
 
 def thinned(items: list, most: int) -> list:

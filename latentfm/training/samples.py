@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from latentfm.config import SampleOptions
 from latentfm.data.sources import Sample
+from latentfm.errors import InputError
+from latentfm.interchange.components import load_scheduler
 from latentfm.models import vae as vae_room
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
@@ -53,9 +54,10 @@ class SamplePictures:
         """Writes the pictures of `step`, and returns the path of samples/step-<step, 8 digits>.png on the main process.
 
         Call it on every process, within EMA.applied_to: each draws its share of the prompts, all in as many forward passes of as many
-        rows. A picture depends on its prompt and seed alone, whatever the number of processes. Memory that runs out is told and
-        leaves this step without pictures (the answer is None everywhere), unless the weights are split over the processes, which
-        then wait for each other: there it is raised. Raises InputError, on every process, when the disk does not take the pictures.
+        rows. A picture depends on its prompt and seed alone, whatever the number of processes. Memory that runs out, or pictures that
+        are no numbers, is told and leaves this step without pictures (the answer is None everywhere), unless the weights are split over
+        the processes and memory ran out, where they would wait for each other: there it is raised. Raises InputError, on every
+        process, when the disk does not take the pictures.
         """
         rank, world = accelerator.process_index, accelerator.num_processes
         own = list(range(rank, len(self.prompts), world))
@@ -63,16 +65,18 @@ class SamplePictures:
         problem, images = None, []
         try:
             images = self.pictures(network, padded)[: len(own)]
+        except InputError as error:  # latents or pixels that are not finite
+            problem = str(error)
         except torch.OutOfMemoryError as error:
             if world > 1 and is_split(network):
                 raise
-            problem = str(error).split("\n")[0]
+            problem = str(error).split("\n")[0] + ". Take fewer sample.prompts"
         if problem is not None:  # out here the error no longer holds on to what had been allocated
             clear_device_cache(garbage_collection=True)
         gathered = gather_object([(own, images, problem)])
         problems = [problem for _, _, problem in gathered if problem is not None]
         if problems:
-            accelerator.print(f"no pictures at step {step}, the training goes on: {problems[0]}. Take fewer sample.prompts")
+            accelerator.print(f"no pictures at step {step}, the training goes on: {problems[0]}")
             return None
         path = None
         with together(accelerator):
@@ -86,8 +90,7 @@ class SamplePictures:
 
     def pictures(self, network: MMDiT, indices: list[int]) -> list[Image.Image]:
         """The pictures of the prompts `indices`; the network is afterwards as it was before. The VAE runs in float32, autocast or not."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.models.folder, subfolder="scheduler")
-        pipe = LatentFMPipeline(network, scheduler, self.models.vae)
+        pipe = LatentFMPipeline(network, load_scheduler(self.models.folder), self.models.vae)
         pipe.set_progress_bar_config(disable=True)
         vae = self.models.vae
         checkpointing, slicing = network.gradient_checkpointing, vae.use_slicing

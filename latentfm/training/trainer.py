@@ -29,24 +29,28 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
+from latentfm.files import expanded
 from latentfm.models.backends import check_backend
-from latentfm.models.text import NullCondition
+from latentfm.models.folder import t5_length
 from latentfm.training import zero
 from latentfm.training.adapters import seed_dropout
-from latentfm.training.checks import check
+from latentfm.training.checks import cautions, check
+from latentfm.training.launcher import Peers, fewer_than_asked
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
 from latentfm.training.parallel import from_main, shared, together
 from latentfm.training.parts import is_split
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
 from latentfm.training.progress import Progress
-from latentfm.training.records import Records, claimed, differences
+from latentfm.training.records import Records, claimed
+from latentfm.training.resuming import check_options, finished
 from latentfm.training.samples import SamplePictures
 from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
 from latentfm.training.weights import Weights
+from latentfm.words import count, shown
 
 INTERVALS = 8  # of t, for the loss by t in the log
 STEPS_OF_PACE = 50  # that pictures a second are counted over
@@ -57,13 +61,13 @@ class Trainer:
     """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
 
     def __init__(self, config: RunConfig, resume: bool = False):
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = computing_device()
         config = settled(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
         setup = check(config, resume)
         self.lengths, self.way = setup.lengths, WAYS[setup.launch.way]
-        self.config, self.out, self.resuming = config, Path(config.output.folder).expanduser(), resume
+        self.config, self.out, self.resuming = config, expanded(config.output.folder), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
         # bfloat16 weights, and the copies that DeepSpeed makes, need no autocast: everything the network does is in their precision
@@ -74,6 +78,8 @@ class Trainer:
                 kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
                 cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
             )  # fmt: skip
+        for note in filter(None, [*cautions(config), fewer_than_asked(self.accelerator.num_processes)]):
+            self.accelerator.print(f"warning: {note}")
         dataset = open_dataset(config.data)
         self.accelerator.print(summary(dataset))
         self.models = load_models(config.model)
@@ -100,7 +106,8 @@ class Trainer:
 
     def run(self) -> Path:
         """Trains to the last step and returns the folder of the finished pipeline. Raises Stopped when asked to stop by a signal."""
-        with self.progress, self.claimed(), deterministic(self.config.train.deterministic):
+        deterministically = deterministic(self.config.train.deterministic)
+        with Peers(self.accelerator).watched(), self.progress, self.claimed(), deterministically:
             self.set_up()
             try:
                 with self.stop.listening():
@@ -123,7 +130,7 @@ class Trainer:
         with ExitStack() as stack:
             with together(self.accelerator):
                 if self.accelerator.is_main_process:
-                    stack.enter_context(claimed(self.out))
+                    self.records.claim = stack.enter_context(claimed(self.out))
             yield
 
     def set_up(self) -> None:
@@ -136,10 +143,8 @@ class Trainer:
         bucket_of[self.held_out] = -1  # never drawn
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
         self.reader = self.data.reader(seed, self.dropout, self.routing)
-        # on the device once: from a CPU's memory every step would wait for its copy
-        self.null = NullCondition(by_length={
-            length: self.models.null.parts(length).map(lambda value: value.to(accelerator.device)) for length in self.lengths
-        })  # fmt: skip
+        # on the device: from a CPU's memory every step would wait for its copy
+        self.models.null = self.models.null.kept({*self.lengths, t5_length(self.models.info)}, accelerator.device)
         size, samples = picture_size(config.data, self.models), self.out / "samples"
         self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
         self.validation = Validation(
@@ -150,7 +155,8 @@ class Trainer:
         self.weights = Weights(self.models, config, accelerator, self.micro_batch, sorted(self.lengths))
         frozen = self.weights.trained.base
         base = {"frozen weights": frozen} if frozen else {}
-        self.identity = {"config": config.model_dump(mode="json"), "inputs": self.data.identity() | base}
+        inputs = self.data.identity() | base | {"T5 lengths": ", ".join(map(str, sorted(self.lengths)))}
+        self.identity = {"config": config.model_dump(mode="json"), "inputs": inputs}
         if self.resuming:
             self.restore()
         self.has_prior = any(sample.share.regularisation for sample in self.data.samples)
@@ -190,10 +196,10 @@ class Trainer:
         trained, whole = facts["trained"] / 1e6, facts["parameters"] / 1e6
         self.accelerator.print(
             f"{self.weights.trained.summary}: {trained:.1f}M of {whole:.1f}M parameters in {train.weights}, "
-            f"{facts['pictures']} pictures in {len(self.data.buckets.shapes)} bucket(s){out}, "
-            f"{train.steps} steps of {train.batch_size} = {facts['epochs']:.1f} epochs, "
+            f"{count(facts['pictures'], 'picture')} in {len(self.data.buckets.shapes)} bucket(s){out}, "
+            f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
             f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
-            f"its curves and pictures: {self.out / 'run.html'}"
+            f"its curves and pictures: {shown(self.out / 'run.html')}"
         )
         if compute_dtype(train) == torch.bfloat16 and not has_bfloat16(self.accelerator.device):
             self.accelerator.print(
@@ -250,7 +256,7 @@ class Trainer:
                 drawn = self.samples.draw(self.models.network, self.step, self.accelerator)
         except InputError as error:
             drawn, problem = None, str(error)
-            self.accelerator.print(f"warning: no pictures at step {self.step}: {problem}. The training goes on")
+            self.accelerator.print(f"warning: no pictures at step {self.step}: {shown(problem)}. The training goes on")
         if drawn is None:
             self.records.event(self.step, f"no pictures: {problem}")
 
@@ -275,7 +281,7 @@ class Trainer:
             seed_dropout(options, self.step, micro * accelerator.num_processes + accelerator.process_index)
             with parts.summing(last=micro + 1 == options.gradient_accumulation):
                 with accelerator.autocast():
-                    losses, t = cfm_losses(parts.model, batch, self.null, self.objective)
+                    losses, t = cfm_losses(parts.model, batch, self.models.null, self.objective)
                 weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
                 loss = (weights * losses).mean() / options.gradient_accumulation
                 parts.backward(loss)
@@ -328,7 +334,8 @@ class Trainer:
         except Exception as error:  # TensorBoard's writer is broken for good after a write that the disk refused
             self.accelerator.trackers = []
             self.records.event(self.step, f"no more for {', '.join(self.config.output.trackers)}: {error}")
-            self.accelerator.print(f"warning: {', '.join(self.config.output.trackers)}: {error}. It gets no more until --resume")
+            names = ", ".join(self.config.output.trackers)
+            self.accelerator.print(f"warning: {names}: {shown(error, 300)}. It gets no more until --resume")
 
     def validate(self) -> None:
         """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
@@ -368,7 +375,7 @@ class Trainer:
             self.records.event(self.step, f"not saved: {error}")
             if must:
                 raise
-            self.accelerator.print(f"warning: {error}. The training goes on, the next attempt is at the next checkpoint")
+            self.accelerator.print(f"warning: {shown(error)}. The training goes on, the next attempt is at the next checkpoint")
 
     def restore(self) -> None:
         """Goes on from the newest whole checkpoint; raises InputError if it is another run's."""
@@ -378,20 +385,26 @@ class Trainer:
 
     def refuse_other_run(self, path: Path, info: dict[str, Any]) -> None:
         """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models."""
-        changed = differences(info["config"], self.identity["config"])
+        check_options(path, info, self.config)
+        now = self.identity["inputs"]
+        before = {"T5 lengths": now["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
+        changed = ", ".join(what for what, value in now.items() if before.get(what) != value)
         if changed:
-            raise InputError(f"{path} was made with other options: {'; '.join(changed)}. Restore them, or choose another output.folder")
-        changed = [what for what, value in self.identity["inputs"].items() if info.get("inputs", {}).get(what) != value]
-        if changed:
+            named = " (pictures go by their source's name: give it where its folder has another)" if self.config.data.sources else ""
             raise InputError(
-                f"{', '.join(changed)} of this run are not those {path} was trained on; restore them, or choose another output.folder"
+                f"{changed} of this run are not those {shown(path)} was trained on; restore them{named}, or choose another output.folder"
             )
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
     """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
-    model = Path(config.output.folder).expanduser() / "model"
-    if resume and (model / "model_index.json").is_file():
-        print(f"{model.parent} is finished already")
+    model = finished(settled(config, has_bfloat16(computing_device()))) if resume else None
+    if model is not None:
+        print(f"{shown(model.parent)} is finished already")
         return model
     return Trainer(config, resume).run()
+
+
+def computing_device() -> torch.device:
+    """The kind of device that a training computes on here."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -14,6 +14,7 @@ from latentfm import flow
 from latentfm.data.loader import Batch, Reader
 from latentfm.data.sources import Sample
 from latentfm.errors import InputError
+from latentfm.models import text
 from latentfm.training.step import Objective, losses_at
 
 EPOCH = -1  # whose draws (caption, crop, flip and noise) the held-out pictures have, at every validation the same
@@ -153,11 +154,6 @@ def names(grid: Tensor) -> list[str]:
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """A context with the network in evaluation mode and nothing compiled; afterwards each module is in the mode it was in."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiling again for a few forward passes takes longer than they do
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    # compiling again for a few forward passes takes longer than they do
+    with text.evaluating(network), torch.compiler.set_stance("force_eager"):
+        yield

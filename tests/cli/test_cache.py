@@ -108,7 +108,7 @@ def test_damage_is_found_and_repaired_and_leftovers_are_removed(arguments, tmp_p
     (prompts,) = (tmp_path / "cache" / "prompts").iterdir()
     prompts.write_bytes(prompts.read_bytes()[:-100])
     told, code = cache("--verify", *arguments)
-    assert code == 1 and f"{COUNT} entries in 1 shards" in told and "1 damaged" in told and "1 damaged shards are set aside" in told
+    assert code == 1 and f"{COUNT} entries in 1 shard of" in told and "1 damaged" in told and "1 damaged shard is set aside" in told
     told, code = cache(*arguments)
     assert code == 0 and f"; {COUNT} made now, 0 were there" in told and f"; 1 made now, {COUNT - 1} were there" in told
     (tmp_path / "cache" / "moments" / f"{'0' * 32}.safetensors.partial").write_bytes(b"cut")
@@ -125,3 +125,51 @@ def test_damage_is_found_and_repaired_and_leftovers_are_removed(arguments, tmp_p
 def test_bad_input_is_one_line(arguments, change, message):
     told, code = cache(*arguments, change)
     assert code == 2 and message in told.splitlines()[-1], told
+
+
+def test_what_cannot_be_read_is_not_counted_as_made(arguments, pictures, tmp_path):
+    (pictures / "03.png").write_bytes(b"no picture")
+    (pictures / "lone.png").write_bytes((pictures / "04.png").read_bytes())
+    for made, there in ((COUNT - 1, 0), (0, COUNT - 1)):
+        told, code = cache(*arguments)
+        assert code == 0 and f"1 of {COUNT + 1} pictures cannot be read and is left out" in told
+        for kind in ("moments", "prompts"):
+            assert re.search(rf"{kind}: {COUNT - 1} entries, .*; {made} made now, {there} were there", told)
+        assert f"\n{COUNT - 1} pictures, {COUNT - 1} captions" in told
+    for path in pictures.iterdir():
+        if path.stem != "05":
+            path.unlink()
+    told, code = cache(*arguments)
+    assert "moments: 1 entry, " in told and "; 0 made now, 1 was there" in told and "\n1 picture, 1 caption\n" in told
+
+
+def test_a_cache_that_is_complete_need_not_be_written(arguments, tmp_path, monkeypatch):
+    assert cache(*arguments)[1] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(tmp_path / "cache")) or mode == os.R_OK)
+    told, code = cache(*arguments)
+    assert code == 0 and "; 0 made now" in told
+    done = CliRunner().invoke(app, ["train", *arguments, "train.steps=1", "train.batch_size=2", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+
+
+def test_two_runs_at_once_share_the_work_and_the_one_that_waits_says_so(arguments, tmp_path, pictures):
+    for index in range(COUNT, 20 * COUNT):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{index:03d}.png")
+        (pictures / f"{index:03d}.txt").write_text(f"a picture of {index}")
+    runs = [start(*arguments) for _ in range(2)]
+    told = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    found = rows(tmp_path / "cache")
+    assert len(found) == 2 * 20 * COUNT == len(set(found))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["moments", "prompts"]
+
+
+def test_a_cache_that_others_may_write_is_said(arguments, tmp_path, caplog):
+    cache(*arguments)
+    os.chmod(tmp_path / "cache" / "moments", 0o1777)
+    caplog.clear()
+    assert cache(*arguments)[1] == 0 and "moments can be written by everybody" in caplog.text
+    assert "moments can be written by everybody" in cache("--verify", *arguments)[0]

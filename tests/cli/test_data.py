@@ -1,8 +1,11 @@
 """`latentfm data check` from the command line: tables, page and JSON of every kind of source, and one clear line for bad input."""
 
+import errno
 import hashlib
 import io
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -162,3 +165,53 @@ def test_data_alone_explains_itself():
     answer = CliRunner().invoke(app, ["data"])
     assert answer.exit_code == 0 and "check" in answer.stdout
     assert "data check pictures" in CliRunner().invoke(app, ["data", "check", "--help"]).stdout
+
+
+# What is not ours
+
+
+BAD = "x\x1b[31mRED\x1b]0;TITLE\x07 [bold]:smile: \u202egnp"
+
+
+def test_nothing_in_names_or_captions_reaches_the_terminal_as_a_command(run, pictures, tmp_path):
+    (pictures / f"{BAD}.png").write_bytes(png(9))
+    (pictures / f"{BAD}2.png").write_bytes(b"no picture")
+    (pictures / f"{BAD}2.txt").write_text("y")
+    (pictures / "1.txt").write_text(f"caption {BAD} " * 9)
+    answer = run(pictures)
+    assert answer.exit_code == 0, answer.output
+    assert all(line.isprintable() for line in (answer.stdout + answer.stderr).split("\n"))
+    told = "".join(answer.stdout.split())
+    assert r"x\x1b[31mRED\x1b]0;TITLE\x07[bold]:smile:\u202egnp.png" in told and "captionwithcontrolcharacters" in told
+    assert all(line.isprintable() for line in run(tmp_path / BAD).stderr.split("\n"))
+    assert all(line.isprintable() for line in run(pictures, "--out", tmp_path / BAD / "page.html").stderr.split("\n"))
+
+
+def test_a_page_that_may_not_be_written_is_one_line_after_the_tables(run, pictures, tmp_path, monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # even of what is not there
+    answer = run(pictures)
+    assert answer.exit_code == 2 and "4 of 4 pictures" in answer.stdout
+    (line,) = answer.stderr.splitlines()
+    assert "could not write data-check.html: Read-only file system" in line and line.endswith("or give another place as --out")
+
+
+def test_all_pictures_are_counted_those_without_a_caption_too(in_json, pictures, run):
+    (pictures / "2.txt").unlink()
+    (pictures / "1.png").write_bytes(b"no picture")
+    findings = in_json(pictures)
+    assert (findings["used"], findings["pictures"], findings["dropped"]) == (2, 4, 2)
+    assert "2 of 4 pictures of" in run(pictures).stdout
+
+
+def test_what_is_only_said_is_no_loss(in_json, run, pictures):
+    (pictures / "0.txt").write_text("cafÃ©")
+    (pictures / "again").symlink_to(".")
+    findings = in_json(pictures, "data.t5_lengths={16: 1}")
+    assert findings["dropped"] == 0 and findings["problems"] == [] and [len(row["names"]) for row in findings["remarks"]] == [1, 1]
+    assert run(pictures, "--strict", "--json", "data.t5_lengths={16: 1}").exit_code == 0
+    shown = "".join(run(pictures).stdout.split())
+    assert "decodedwrongly" in shown and "folderthatisthereunderanothernametoo" in shown

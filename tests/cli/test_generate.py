@@ -261,7 +261,7 @@ def test_folders_that_are_no_model_are_refused(run, tiny_folder):
     shutil.copytree(tiny_folder, "damaged")
     weights = next(Path("damaged/vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused(run("generate", "a cat", "--model", "damaged"), "damaged cannot be loaded")
+    refused(run("generate", "a cat", "--model", "damaged"), "damaged/vae/diffusion_pytorch_model.safetensors is cut short")
     assert not Path("outputs").exists()
 
 
@@ -271,11 +271,26 @@ def test_latents_that_are_no_numbers_make_no_picture(run, tiny_folder):
     shutil.copytree(tiny_folder, "broken")
     file = next(Path("broken/transformer").glob("*.safetensors"))
     weights = load_file(file)
-    weights["proj_out.bias"].fill_(float("nan"))
+    weights["proj_out.bias"].fill_(3e38)  # finite, and no longer so once guidance has multiplied it
     save_file(weights, file)
     broken = ("generate", "a cat", "--model", "broken", "--steps", 2, "--seed", 1, "--device", "cpu")
     refused(run(*broken), "not finite numbers in float32", "--guidance")
     refused(run(*broken, "--dtype", "bfloat16"), "use --dtype float32")
+    weights["proj_out.bias"][3] = float("nan")
+    save_file(weights, file)
+    refused(run(*broken), "weights of the transformer are damaged: 1 of the 16 numbers of proj_out.bias", str(file))
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_a_part_with_weights_that_are_no_numbers_is_named(run, tiny_folder, part):
+    shutil.copytree(tiny_folder, "broken")
+    (file,) = Path("broken", part).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start:] = b"\xff" * (len(content) - start)
+    file.write_bytes(content)
+    refused(run("generate", "a cat", "--model", "broken", "--steps", 1), f"weights of the {part} are damaged", str(file), "NaN")
     assert not Path("outputs").exists()
 
 
@@ -379,3 +394,161 @@ def test_help_and_version(run):
     assert 'latentfm generate "a red apple"' in run("generate", "--help").stdout
     refused(run("generat"), "generat", "Did you mean 'generate'")
     refused(run("--verbse"), "--verbse")
+
+
+# What was drawn is kept, whatever becomes of the rest
+
+
+def failing(monkeypatch, prompt, error):
+    """Has the pipeline fail in any batch that holds `prompt`, with `error`, or with latents that are no numbers where that is None."""
+    import torch
+
+    from latentfm.pipeline import LatentFMPipeline
+
+    real = LatentFMPipeline.__call__
+
+    def call(self, **given):
+        if prompt not in given["prompt"]:
+            return real(self, **given)
+        if error is not None:
+            raise error
+        row, after = given["prompt"].index(prompt), given["callback_on_step_end"]
+
+        def spoil(pipe, step, timestep, tensors):
+            tensors["latents"][row] = float("nan")
+            return after(pipe, step, timestep, tensors) | {"latents": tensors["latents"]}
+
+        return real(self, **given | {"callback_on_step_end": spoil})
+
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+    monkeypatch.setattr(LatentFMPipeline, "__call__", call)
+
+
+def errors():
+    import torch
+
+    return [
+        None, torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(), InputError("the VAE's picture is no numbers"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_one_of_many_that_fails_costs_itself_alone(run, tiny_folder, monkeypatch, error, batch):
+    more = ("--model", tiny_folder, "--steps", 2, "--device", "cpu")
+    alone = run("generate", "the moon", "--seed", 3, "--out", "alone", *more).stdout.strip()
+    failing(monkeypatch, "a dog", error)
+    result = run("generate", "a cat", "a dog", "the moon", "--seed", 1, "--batch", batch, *more)
+    assert result.exit_code == 2
+    assert result.stdout.split() == ["outputs/1-a-cat.png", "outputs/3-the-moon.png", "outputs/grid-1.png"]
+    told = result.stderr.splitlines()
+    assert len(told) == 2 and told[0].startswith("not drawn: seed 2, 'a dog': ")
+    assert told[1].startswith("error: 1 of 3 pictures could not be drawn, 2 are saved; ")
+    assert [picture["seed"] for picture in read_settings("outputs/grid-1.png")["pictures"]] == [1, 3]
+    assert abs(pixels("outputs/3-the-moon.png") - pixels(alone)).max() <= 1
+
+
+def test_where_nothing_can_be_drawn_it_is_given_up(run, tiny_folder, monkeypatch):
+    failing(monkeypatch, "a dog", MemoryError())
+    result = run("generate", "a dog", "-n", 100, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--batch", 4, "--device", "cpu")
+    assert result.exit_code == 2 and result.stdout == "" and not Path("outputs").exists()
+    assert result.stderr.splitlines()[-1].startswith("error: 16 of 100 pictures could not be drawn, 0 are saved; out of memory")
+
+
+def test_another_error_is_no_lack_of_memory(run, tiny_folder, monkeypatch):
+    failing(monkeypatch, "a dog", RuntimeError("a kernel died"))
+    assert "a kernel died" in str(run("generate", "a dog", "--model", tiny_folder, "--steps", 1, "--device", "cpu").exception)
+
+
+def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkeypatch):
+    import signal
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    real, saved = generate_module.save, []
+
+    def save(*args):
+        saved.append(args)
+        if len(saved) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(generate_module, "save", save)
+    result = run("generate", "a cat", "-n", 4, "--batch", 2, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (130, "outputs/1-a-cat.png\noutputs/2-a-cat.png\n") and "interrupted" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def started(*args, **settings):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | settings
+    command = [sys.executable, "-m", "latentfm", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def test_names_that_stdout_cannot_say_and_readers_that_leave_cost_no_picture(tiny_folder, tmp_path):
+    words = ("generate", "a cat", "苹果", "a dog", "--model", tiny_folder, "--steps", 1, "--seed", 7, "--no-grid", "--batch", 1)
+    narrow = started(*words, "--out", tmp_path / "narrow", PYTHONIOENCODING="cp1252")
+    gone = started(*words, "--out", tmp_path / "gone")
+    gone.stdout.close()  # as head does
+    said, told = narrow.communicate()
+    assert narrow.returncode == 0 and told == b"" and said.splitlines()[1].endswith(rb"8-\u82f9\u679c.png")
+    told = gone.stderr.read()
+    assert gone.wait() == 0 and told.decode() == f"note: standard output was closed; 3 pictures saved in {tmp_path / 'gone'}\n"
+    for folder in ("narrow", "gone"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {"7-a-cat.png", "8-苹果.png", "9-a-dog.png"}
+
+
+# What is asked for, and how
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_a_line_of_prompts_ends_where_a_line_ends(tmp_path, mark):
+    from latentfm.cli.checks import wanted_prompts
+
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(f"a cat{mark}on a mat\r\na dog\rthe moon\n\nthe sun".encode())
+    assert wanted_prompts(None, file) == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("cat", "--steps", 10**9), ["--steps 1000000000 is more than 10,000"]),
+        (("cat", "-n", 10**9), ["the number of pictures, 1000000000 is more than 1,000,000"]),
+        (("cat", "--batch", 10**9), ["--batch 1000000000 is more than"]),
+        (("cat", "-n", 5000, "--grid"), ["--grid of pictures, 5000 is more than 1,024"]),
+        (("x" * 2_000_000,), ["'xxxxx", "has 2,000,000 characters"]),
+        (("cat", "--negative", "x" * 2_000_000), ["--negative 'xxx", "has 2,000,000 characters"]),
+        (("--prompts-file", "pipe"), ["--prompts-file pipe is a named pipe"]),
+        (("--prompts-file", "."), ["--prompts-file . is a folder"]),
+        (("--prompts-file", "~unheard/x.txt"), ["~unheard/x.txt cannot be read: No such file"]),
+        (("cat", "--lora", "~unheard"), ["--lora ~unheard does not exist"]),
+        (("cat", "--model", "~unheard"), ["--model ~unheard does not exist"]),
+        (("cat", "--st\x1b[31m", 3), ["No such option: --st\\x1b[31m"]),
+        (("cat", "--out", "esc\x1b[31m/x"), ["--out esc\\x1b[31m/x"]),
+        (("cat", "--device", "c\x1b]0;title\x07"), ["'c\\x1b]0;title\\x07'"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_what_nobody_means_is_refused_early_in_one_harmless_line(run, monkeypatch, args, words):
+    monkeypatch.setattr(generate_module, "quiet_libraries", lambda: pytest.fail("the libraries were loaded"))
+    os.mkfifo("pipe")
+    Path("esc\x1b[31m").write_text("")
+    result = run("generate", *args)
+    refused(result, *words)
+    assert "\x1b" not in result.stderr and len(result.stderr) < 500
+
+
+def test_a_home_is_a_home_in_every_path(run, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "model").symlink_to(tiny_folder)
+    (tmp_path / "home" / "prompts.txt").write_text("a cat")
+    result = run("generate", "--prompts-file=~/prompts.txt", "--model=~/model", "--out=~/out", "--steps", 1, "--seed", 1)
+    assert result.exit_code == 0 and (tmp_path / "home" / "out" / "1-a-cat.png").is_file()
+
+
+def test_long_prompts_are_not_echoed(run, tiny_folder):
+    Path("prompts.txt").write_text("word " * 20_000)
+    result = run("generate", "--prompts-file", "prompts.txt", "--model", tiny_folder, "--steps", 1, "--seed", 1, "--grid", "-n", 2)
+    assert result.exit_code == 0 and len(result.stderr) < 2000

@@ -200,3 +200,37 @@ def test_a_place_that_cannot_be_written_is_named(arguments, tmp_path, where):
     (tmp_path / "file").write_text("")
     line = refused(*arguments, f"{where}={tmp_path / 'file' / 'deeper'}")
     assert str(tmp_path / "file") in line
+
+
+def test_a_dry_run_shows_names_as_they_are(arguments, pictures, tmp_path):
+    name = "x\x1b[31mRED\x1b]0;TITLE\x07 [bold][red]:smile:"
+    (pictures / f"{name}.png").write_bytes((pictures / "0.png").read_bytes())
+    (pictures / f"{name}2.png").write_bytes(b"no picture")
+    (pictures / f"{name}2.txt").write_text("y")
+    moved = pictures.rename(tmp_path / "[bold][red]:smile:")
+    answer = CliRunner().invoke(app, ["train", *arguments, f"data.folder={moved}", f"output.folder={moved}-run", "--dry-run"])
+    assert answer.exit_code == 0, answer.output
+    assert all(line.isprintable() for line in answer.output.split("\n"))
+    assert answer.output.count(r"x\x1b[31mRED\x1b]0;TITLE\x07 [bold][red]:smile:") == 2
+    assert f"Data {moved}: 3 pictures" in answer.output and f"run page: {moved}-run" in answer.output
+def test_a_stream_outlives_its_reader():
+    from latentfm.cli.terminal import Steady
+
+    read, write = os.pipe()
+    stream = Steady(open(write, "w", encoding="utf-8"))  # noqa: SIM115
+    os.close(read)
+    for _ in range(2):
+        assert stream.write("a line\n") == 7
+        stream.flush()
+    assert stream.lost and not stream.isatty()
+    stream.close()
+
+
+def test_no_memory_is_one_line(monkeypatch):
+    def no_memory(*given):
+        raise MemoryError
+
+    monkeypatch.setattr("latentfm.config.load_config", no_memory)
+    result = CliRunner().invoke(app, ["train", "data.folder=a"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: out of memory (nothing is left); ask for less at once, or close other programs\n"

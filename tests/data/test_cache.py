@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentfm.data import cache as cache_module
+from latentfm.data import entries as entries_module
 from latentfm.data.cache import Cache, fingerprint, key_of
 from latentfm.data.cache_file import Damaged, Layout, read_shard, write_shard
 from latentfm.errors import InputError
@@ -106,7 +107,7 @@ def test_a_batch_is_the_entries_in_the_order_asked_for(tmp_path, monkeypatch, sy
 
 
 def test_few_files_are_open_however_many_shards_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "OPEN_FILES", 3)
+    monkeypatch.setattr(entries_module, "OPEN_FILES", 3)
     cache, keys = Cache(tmp_path), [key_of(str(i)) for i in range(20)]
     for i, key in enumerate(keys):
         cache.write("moments", {key: entry(i)})

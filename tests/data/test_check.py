@@ -20,7 +20,7 @@ from latentfm.data.check.pictures import survey
 from latentfm.data.images import Transform, load
 from latentfm.data.sources import Dataset, Place, Sample, Share, read_folder
 from latentfm.errors import InputError
-from latentfm.models.text import PromptEncoder
+from latentfm.interchange.components import load_text_encoders
 
 PLAN = Plan(Buckets.make(64, 64, 8, 5, 2.0, 128), 4, 1.0, 4, (8,))
 
@@ -211,7 +211,7 @@ def test_lengths_and_what_is_cut_are_those_of_the_encoders(tmp_path, encoder, ti
     put(tmp_path / "p", "4.png", picture(4), "a red apple")
     found = findings_of(tmp_path / "p", encoder, Plan(PLAN.buckets, 4, 1.0, 4, (8, 256)))
     assert found["captions"] == 5 and found["distinct_captions"] == 4
-    whole = PromptEncoder.from_folder(tiny_folder, 48, 40)
+    whole = load_text_encoders(tiny_folder, 48, 40)
     assert [(row["encoder"], row["limit"]) for row in found["tokens"]] == [
         ("text_encoder (CLIP)", 16), ("text_encoder_2 (CLIP)", 16), ("text_encoder_3 (T5)", 8), ("text_encoder_3 (T5)", 256)
     ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import pickle
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -69,11 +71,16 @@ def test_files_laid_out_as_on_the_hub(files, streaming):
 def test_files_whose_columns_are_not_declared(tmp_path, monkeypatch, streaming):
     """JSON lines that name their pictures: a stream of them does not know its columns before its first row."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "0.png").write_bytes(png())
-    (tmp_path / "lines" / "train.jsonl").write_text(json.dumps({"image": str(tmp_path / "0.png"), "text": ["a", "b"]}) + "\n")
-    (sample,) = read_dataset(str(tmp_path / "lines"), streaming=streaming).samples
-    assert (sample.captions, sample.path.read_bytes()) == (("a", "b"), png())
+    folder = tmp_path / "lines"
+    (folder / ".pictures").mkdir(parents=True)
+    (folder / ".pictures" / "0.png").write_bytes(png())
+    names = [".pictures/0.png", str(folder / ".pictures" / "0.png"), "../outside.png", str(tmp_path / "outside.png"), "http://localhost/0.png"]
+    (tmp_path / "outside.png").write_bytes(png())
+    (folder / "train.jsonl").write_text("".join(json.dumps({"image": name, "text": ["a", "b"]}) + "\n" for name in names))
+    dataset = read_dataset(str(folder), streaming=streaming)
+    assert [(s.id, s.captions, s.path.read_bytes()) for s in dataset.samples] == [(f"train:{i}", ("a", "b"), png()) for i in (0, 1)]
+    reasons = ["row whose picture leads out of the folder"] * 2 + ["row whose picture is a URL, which is not followed (fetch it beside)"]
+    assert [problem.reason for problem in dataset.problems] == reasons
 
 
 def test_a_stream_is_read_forward_once_for_listing_and_once_for_its_pictures(saved, monkeypatch):
@@ -149,3 +156,96 @@ def test_kinds_are_told_by_what_is_there_and_options_of_others_are_refused(saved
     assert len(dataset.samples) == 8 and dataset.samples[-1].id == "b/test:1"
     with pytest.raises(InputError, match="is of the kind parquet, which has no split, streaming; leave it out, or give kind: datasets"):
         read_sources([Source(files, split="test", streaming=True)])
+
+
+# Datasets that are not to be believed
+
+
+def saved_cells(folder, cells):
+    """A saved dataset whose pictures are `cells`, as another program could write it: no bytes, only names."""
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": b"", "path": None}] * len(cells), "text": ["x"] * len(cells)}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(folder)  # which would put the files' bytes in
+    (file,) = folder.glob("*.arrow")
+    table = pa.table(rows | {"image": [{"bytes": None, "path": cell} for cell in cells]})
+    table = table.cast(pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "text": pa.string()}))
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_that_name_files_lead_to_files_of_the_dataset_alone(tmp_path, streaming):
+    (tmp_path / "out.png").write_bytes(png())
+    (tmp_path / "set" / "in").mkdir(parents=True)
+    (tmp_path / "set" / "in" / "a.png").write_bytes(png(1))
+    inside = ["in/a.png", str(tmp_path / "set" / "in" / "a.png"), f"file://{tmp_path}/set/in/a.png"]
+    outside = ["../out.png", str(tmp_path / "out.png"), "/etc/passwd", "/dev/zero", f"file://{tmp_path}/out.png", "http://host/a.png",
+               f"zip://a.png::{tmp_path}/out.zip", f"http://host::{tmp_path}/set/in/a.png", "s3://bucket/a.png"]  # fmt: skip
+    dataset = read_dataset(str(saved_cells(tmp_path / "set", inside + outside)), streaming=streaming)
+    assert list(captions_of(dataset)) == [f"train:{i}" for i in range(3)] and {s.path.read_bytes() for s in dataset.samples} == {png(1)}
+    assert len(dataset.problems) == len(outside) == sum("leads out" in p.reason or "is a URL" in p.reason for p in dataset.problems)
+
+
+def test_pictures_in_an_archive_of_the_dataset_are_its_own(tmp_path):
+    import zipfile
+
+    folder = saved_cells(tmp_path / "set", [f"zip://a.png::{tmp_path}/set/in.zip", "zip://a.png::in.zip", "zip://b.png::in.zip"])
+    with zipfile.ZipFile(folder / "in.zip", "w") as archive:
+        archive.writestr("a.png", png(1))
+    dataset = read_dataset(str(folder))
+    assert [s.path.read_bytes() for s in dataset.samples] == [png(1)] * 2 and dataset.problems[0].reason.endswith("is missing")
+
+
+def test_a_picture_of_the_hub_is_read_from_its_repository_or_what_was_fetched(tmp_path, monkeypatch):
+    from latentfm.data.sources import hub
+    from latentfm.data.sources.texts import Unusable
+
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
+    asked = []
+    monkeypatch.setattr(hub, "read_whole", lambda url: asked.append(url) or b"")
+    (tmp_path / "downloads" / "extracted").mkdir(parents=True)
+    (tmp_path / "downloads" / "extracted" / "a.png").write_bytes(png())
+    assert hub.read_of_hub("user/name", f"{tmp_path}/downloads/extracted/a.png") == png()
+    places = ["hf://datasets/user/name@main/a.png", "hf://datasets/user/name/a.png", f"zip://a.png::{tmp_path}/downloads/a.zip",
+              "zip://a.png::hf://datasets/user/name@main/a.zip"]  # fmt: skip
+    for place in places:
+        hub.read_of_hub("user/name", place)
+    assert asked == places
+    for place in ("hf://datasets/user/name2/a.png", "hf://datasets/user/name/../other/a.png", "https://host/a.png", "/etc/passwd",
+                  "http://host::hf://datasets/user/name/a.zip", f"{tmp_path}/downloads/../secret"):  # fmt: skip
+        with pytest.raises(Unusable, match="leads out"):
+            hub.read_of_hub("user/name", place)
+    assert asked == places
+
+
+@pytest.mark.parametrize("damage", ["state", "splits", "pipe", "pointer"])
+def test_a_saved_dataset_whose_files_are_others_is_refused(saved, tmp_path, damage):
+    folder = tmp_path / "saved"
+    arrow = next(folder.glob("*.arrow"))
+    if damage == "state":
+        state = json.loads((folder / "state.json").read_text())
+        state["_data_files"] = [{"filename": "../elsewhere.arrow"}]
+        (folder / "state.json").write_text(json.dumps(state))
+    elif damage == "splits":
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "/etc"]}))
+    elif damage == "pipe":
+        arrow.unlink()
+        os.mkfifo(arrow)
+    else:
+        arrow.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    message = {"pipe": "named pipe, not a regular file", "pointer": "Git LFS pointer"}
+    with pytest.raises(InputError, match=message.get(damage, "is damaged: an entry row whose file leads")):
+        read_dataset(str(folder))
+
+
+def test_offsets_that_lead_out_of_a_column_are_not_followed(saved, tmp_path):
+    """Arrow maps the file and trusts it: what it would read is another part of the memory, if any."""
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    data = bytearray(arrow.read_bytes())
+    lengths = np.cumsum([0, *(len(f"picture {i}") for i in range(6))], dtype=np.int32).tobytes()
+    at = data.index(lengths)
+    data[at + 8 : at + 12] = np.int32(2**30).tobytes()
+    arrow.write_bytes(data)
+    with pytest.raises(InputError, match="reading the dataset .* failed after 0 rows"):
+        read_dataset(saved)

@@ -251,7 +251,7 @@ class TestRefusals:
             open_weights(altered(foreign, tmp_path, change))
         said = str(refused.value)
         assert "lacks 2 tensors: transformer_blocks.1.ff.net.0.proj.weight, transformer_blocks.1.ff.net.0.proj.bias" in said
-        assert "1 tensors too many: joint_blocks.0.x_block.surprise.weight" in said
+        assert "has 1 tensor too many: joint_blocks.0.x_block.surprise.weight" in said
 
     def test_another_shape_is_said(self, foreign, tmp_path):
         def change(tensors):

@@ -1,6 +1,7 @@
 """Prompt embeddings against StableDiffusion3Pipeline.encode_prompt, the null condition, and per-encoder dropping."""
 
 import logging
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiny import CLIP_WIDTHS, T5_WIDTH
 
 from latentfm.errors import InputError
+from latentfm.interchange.components import load_text_encoders
 from latentfm.models.text import NULL_FILE, NullCondition, PromptEncoder, PromptParts, assemble, stack
 
 JOINT, POOLED, CLIP_LENGTH = T5_WIDTH, sum(CLIP_WIDTHS), 16
@@ -23,7 +25,7 @@ def stock(tiny_folder) -> StableDiffusion3Pipeline:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_folder) -> PromptEncoder:
-    return PromptEncoder.from_folder(tiny_folder, JOINT, POOLED)
+    return load_text_encoders(tiny_folder, JOINT, POOLED)
 
 
 def without(encoder: PromptEncoder, *absent: int) -> PromptEncoder:
@@ -78,17 +80,17 @@ def test_without_t5_is_diffusers(encoder, tiny_folder, length):
 def test_from_folder_takes_what_the_folder_has(tiny_folder, tmp_path, encoder):
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         shutil.copytree(tiny_folder / name, tmp_path / name)
-    partial = PromptEncoder.from_folder(tmp_path, JOINT, POOLED)
+    partial = load_text_encoders(tmp_path, JOINT, POOLED)
     assert partial.encoders[2] is None and partial.tokenizers[2] is None
     assert same(partial.encode(PROMPTS, 16), without(encoder, 2).encode(PROMPTS, 16))
     assert not any(e.training for e in partial.encoders[:2])
     (tmp_path / "text_encoder_2" / "model.safetensors").rename(tmp_path / "text_encoder_2" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle"):
-        PromptEncoder.from_folder(tmp_path, JOINT, POOLED)
+        load_text_encoders(tmp_path, JOINT, POOLED)
 
 
 def test_from_folder_dtype(tiny_folder):
-    encoder = PromptEncoder.from_folder(tiny_folder, JOINT, POOLED, dtype=torch.bfloat16)
+    encoder = load_text_encoders(tiny_folder, JOINT, POOLED, dtype=torch.bfloat16)
     condition = assemble(encoder.encode(["a cat"], 16), JOINT, POOLED)
     assert condition.embeds.dtype == condition.pooled.dtype == torch.bfloat16
 
@@ -218,3 +220,81 @@ def test_rows_do_not_depend_on_their_batch(encoder):
     alone = stack([encoder.encode([prompt], 16) for prompt in PROMPTS])
     for (name, value), (_, other) in zip(together.items(), alone.items(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_print_is_of_all_that_an_encoders_answer_depends_on(encoder):
+    import copy
+
+    from latentfm.models.prints import encoder_print, totals
+
+    ids = encoder.tokenize(0, [""], 16)
+    module = copy.deepcopy(encoder.encoders[0])
+    before = encoder_print(module, ids)
+    assert encoder_print(encoder.encoders[0], ids) == before and len(before) == 32
+    assert encoder_print(None, None) == "absent" and encoder_print(module, ids + 1) != before
+    for name, value in module.named_parameters():
+        kept, flat = value.data.clone(), value.data.view(-1)
+        flat[-1] += 1e-3  # past autograd's version counter
+        assert encoder_print(module, ids) != before, name
+        flat.copy_(kept.view(-1).flip(0))
+        assert encoder_print(module, ids) != before or len(set(kept.view(-1).tolist())) == 1, name
+        flat.copy_(kept.view(-1))
+    assert encoder_print(module, ids) == before
+    assert encoder_print(copy.deepcopy(module).bfloat16(), ids) != before
+    module.text_model.final_layer_norm.eps = 0.5
+    assert encoder_print(module, ids) != before
+    hook = encoder.encoders[1].register_forward_hook(lambda *given: None)
+    try:
+        assert encoder_print(encoder.encoders[1], ids) is None
+    finally:
+        hook.remove()
+    assert encoder_print(copy.deepcopy(module).to("meta"), ids) is None
+    large = torch.randn(70_000)
+    assert totals([large, large[:0], large[:3].to(torch.float16)]) == [*totals([large]), 0, *totals([large[:3].to(torch.float16)])]
+
+
+def test_a_null_condition_changed_anywhere_is_refused_or_still_one(encoder, tmp_path):
+    import random
+
+    null, rng, refused = NullCondition(encoder), random.Random(0), 0
+    null.parts(16)
+    null.save(tmp_path)
+    data = (tmp_path / NULL_FILE).read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(200):
+        changed = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            place, kind = rng.randrange(length if rng.random() < 0.8 else len(changed)), rng.randrange(3)
+            if kind == 0:
+                changed[place] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                del changed[place : place + rng.randint(1, 9)]
+            else:
+                changed[place:place] = rng.choice([b'"', b"{", b"9", b"null", b"\xff", b"-1", b"[[["])
+        (tmp_path / NULL_FILE).write_bytes(changed)
+        try:
+            parts = NullCondition.load(tmp_path, encoder).parts(16)
+            assert [name for name, _ in parts.items()] == ["clip_1", "pooled_1", "clip_2", "pooled_2", "t5"]
+            assert all(value.isfinite().all() for _, value in parts.items())
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100
+    (tmp_path / NULL_FILE).unlink()
+    os.mkfifo(tmp_path / NULL_FILE)
+    with pytest.raises(InputError, match="is a named pipe"):
+        NullCondition.load(tmp_path, encoder)
+
+
+def test_encoders_without_a_tokenizer_are_refused_by_name(encoder):
+    bare = PromptEncoder((encoder.tokenizers[0], None, encoder.tokenizers[2]), encoder.encoders, JOINT, POOLED)
+    with pytest.raises(InputError, match=r"text_encoder_2 \(CLIP\) has no tokenizer; load its tokenizer too"):
+        bare.encode(["a cat"], 16)
+
+
+def test_the_null_condition_of_a_training_stands_by_itself(encoder, monkeypatch):
+    kept = NullCondition(encoder).kept([16, 24])
+    monkeypatch.setattr(PromptEncoder, "encode", lambda *given: pytest.fail("it was encoded"))
+    assert kept.parts(16).t5.shape[1] == 16 and kept.parts(24).t5.shape[1] == 24 and kept.encoder is None
+    with pytest.raises(InputError, match=r"\[16, 24\], not 8"):
+        kept.parts(8)

@@ -1,9 +1,11 @@
 """Checkpoints: whole or absent, the newest and the best kept, and a run that goes on from one as if it had never stopped."""
 
 import json
+import os
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from faults import files_no_larger_than
@@ -180,3 +182,90 @@ def test_the_description_is_readable(tmp_path):
     path = save(tmp_path, 7, {"a": torch.zeros(1)}, {"config": {"train": {"steps": 9}}, "validation_loss": 0.25})
     info = json.loads((path / "state.json").read_text())
     assert info["config"]["train"]["steps"] == 9 and info["validation_loss"] == 0.25
+
+
+def state_texts(path):
+    text = (path / "state.json").read_text()
+    return text, [i for i, letter in enumerate(text) if not letter.isspace()]
+
+
+def test_any_letter_of_the_description_that_is_flipped_is_noticed(tmp_path):
+    config = {"train": {"steps": 9, "learning_rate": 1e-4}, "data": {"t5_lengths": {8: 0.5, 12: 0.5}}}
+    info = {"config": config, "inputs": {"pictures": "af"}}
+    path = save(tmp_path, 7, {"a": torch.zeros(1)}, info | {"data": {"step": 7, "seed": 0}, "validation_loss": 0.25})
+    assert checkpoint.load(path)[1]["config"]["data"]["t5_lengths"] == {"8": 0.5, "12": 0.5}
+    text, places = state_texts(path)
+    rng = np.random.default_rng(0)
+    for place in places:
+        other = chr(ord(text[place]) ^ int(rng.choice([1, 2, 4, 16])))
+        (path / "state.json").write_text(text[:place] + other + text[place + 1 :])
+        with pytest.raises(checkpoint.Damaged, match="move it away"):
+            checkpoint.load(path)
+    (path / "state.json").write_text(json.dumps(json.loads(text), indent=3))  # laid out otherwise it says the same
+    assert checkpoint.load(path)[1]["inputs"] == {"pictures": "af"}
+
+
+DAMAGES = ["{", "[]", "5", "", "\x00", "[" * 100_000, '{"files": []}', '{"files": {}, "checksum": "x"}', "\ud800"]
+
+
+@pytest.mark.parametrize("text", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_description_is_renamed_and_the_one_before_is_taken(tmp_path, text):
+    first, second = (save(tmp_path, step, {"a": torch.zeros(1)}) for step in (1, 2))
+    (second / "state.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    (tmp_path / "step-00000002.damaged").mkdir()  # of another time
+    told = []
+    assert checkpoint.newest_whole(tmp_path, told.append) == first
+    assert (tmp_path / "step-00000002.damaged-2" / "state.safetensors").is_file()
+    assert len(told) == 1 and "step-00000002.damaged-2, going on from the one before" in told[0] and "\n" not in told[0]
+    assert checkpoint.best([first, tmp_path / "step-00000002.damaged-2"]) is None
+
+
+def test_a_description_that_is_no_file_is_not_waited_for(tmp_path):
+    first, second = (save(tmp_path, step, {"a": torch.zeros(1)}) for step in (1, 2))
+    (second / "state.json").unlink()
+    os.mkfifo(second / "state.json")
+    assert checkpoint.newest_whole(tmp_path, print) == first
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"a": torch.zeros(1)})
+    path = save(tmp_path, 2, {"a": torch.zeros(1)})
+
+    def fails(error):
+        def read(*given):
+            raise error
+
+        return read
+
+    for place in ("read_bytes", "checksum", "read_file"):
+        for error, kind in ((OSError(5, "Input/output error"), InputError), (MemoryError(), MemoryError)):
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, place, fails(error))
+                with pytest.raises(kind) as caught:
+                    checkpoint.newest_whole(tmp_path, print)
+            assert not isinstance(caught.value, checkpoint.Damaged)
+            assert kind is MemoryError or "Input/output error. Nothing was renamed" in str(caught.value)
+    assert checkpoint.newest_whole(tmp_path, print) == path
+
+
+def test_a_description_of_before_there_were_checksums_is_taken(tmp_path):
+    path = save(tmp_path, 1, {"a": torch.zeros(1)}, {"config": {}, "inputs": {}, "data": {}})
+    info = json.loads((path / "state.json").read_text())
+    del info["checksum"]
+    (path / "state.json").write_text(json.dumps(info))
+    assert checkpoint.load(path)[1] == info
+    for odd in (info | {"chfcksum": 1}, info | {"config": 5}, {name: info[name] for name in info if name != "data"}):
+        (path / "state.json").write_text(json.dumps(odd))
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.load(path)
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_is_saved(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1, {"a": torch.zeros(1)}, keep=1)
+
+    def refuses(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuses)
+    path = save(tmp_path, 2, {"a": torch.zeros(1)}, keep=1)
+    assert checkpoint.load(path) and "step-00000001 could not be removed: Permission denied" in capsys.readouterr().out

@@ -290,9 +290,9 @@ def test_what_it_finds_is_plain_json(configure):
 
 def test_wrong_options_are_refused_with_the_way_out(refused, configure, tmp_path):
     assert "there is no folder" in refused(f"data.folder={tmp_path / 'nowhere'}")
-    assert "there is no folder" in refused("data.folder=null", f"data.sources=[{{path: {tmp_path / 'nowhere'}}}]")
+    assert "there is no folder" in refused("data.folder=", f"data.sources=[{{path: {tmp_path / 'nowhere'}}}]")
     with pytest.raises(InputError, match="data.sources.0.path: there is no file .*nowhere.parquet"):
-        check(configure("data.folder=null", f"data.sources=[{{path: {tmp_path / 'nowhere.parquet'}}}]"))
+        check(configure("data.folder=", f"data.sources=[{{path: {tmp_path / 'nowhere.parquet'}}}]"))
     assert "the nearest are 32 and 40" in refused("data.size=33")
     assert "larger than this network's 64" in refused("data.size=128")
     assert "no 40 shapes" in refused("data.buckets=40")

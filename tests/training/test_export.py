@@ -17,6 +17,7 @@ from latentfm.config import ModelOptions, RunConfig
 from latentfm.errors import InputError
 from latentfm.interchange.lora import open_adapter
 from latentfm.models.folder import INFO_FILE
+from latentfm.models.manifest import MANIFEST
 from latentfm.training import export
 from latentfm.training.adapters import cast_weights, choose_trainable, parse_blocks
 from latentfm.training.export import own_weights, write_adapter
@@ -74,7 +75,7 @@ def test_stock_draws_the_same_with_the_merged_folder_and_with_base_and_adapter(t
     weights = "bfloat16" if kind.endswith("bfloat16") else "float32"
     models, config, averages = trained(tiny_folder, tmp_path, ADAPTERS[kind], weights=weights)
     write_pipeline(tmp_path / "model", models, models.network, averages, config, [8])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lora", "model"] and os.listdir(tmp_path / "lora") == [FILE]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lora", "model"] and sorted(os.listdir(tmp_path / "lora")) == [MANIFEST, FILE]
     merged = picture(StableDiffusion3Pipeline.from_pretrained(tmp_path / "model"))
     base = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
     before = picture(base)

@@ -48,7 +48,7 @@ def write_parquet(folder, path, masks=False, count=5):
 
 
 def given(*sources):
-    return ["data.folder=null", f"data.sources={json.dumps(sources)}"]
+    return ["data.folder=", f"data.sources={json.dumps(sources)}"]
 
 
 def rows_of(out):

@@ -11,6 +11,8 @@ import numpy as np
 from latentfm.data.sources.base import Sample
 from latentfm.errors import InputError
 from latentfm.models.text import PromptEncoder, encoder_name
+from latentfm.models.tokenizers import load_tokenizer
+from latentfm.words import shown
 
 AT_ONCE = 1024
 SHOWN = 20  # of the worst truncations and the most shared captions
@@ -18,20 +20,10 @@ SHOWN = 20  # of the worst truncations and the most shared captions
 
 def load_tokenizers(folder: Path) -> PromptEncoder:
     """The tokenizers of a pipeline folder beside no encoder. Raises InputError when the folder has none, or one cannot be read."""
-    from transformers import CLIPTokenizer, T5Tokenizer
-
-    found = []
-    for suffix, kind in (("", CLIPTokenizer), ("_2", CLIPTokenizer), ("_3", T5Tokenizer)):
-        place = folder / f"tokenizer{suffix}"
-        if not (folder / f"text_encoder{suffix}").is_dir():
-            found.append(None)
-            continue
-        try:
-            found.append(kind.from_pretrained(place, local_files_only=True))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{place} cannot be read: {' '.join(str(error).split())}; copy the folder again") from error
+    places = [(folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}") for suffix in ("", "_2", "_3")]
+    found = [load_tokenizer(tokenizer) if encoder.is_dir() else None for encoder, tokenizer in places]
     if not any(found):
-        raise InputError(f"{folder} has no text_encoder; it is not an SD3-style pipeline, or its copy is not complete")
+        raise InputError(f"{shown(folder)} has no text_encoder; it is not an SD3-style pipeline, or its copy is not complete")
     return PromptEncoder(found, (None, None, None), 0, 0)
 
 

@@ -12,11 +12,13 @@ from latentfm.data.buckets import Buckets
 from latentfm.data.check.captions import empty_captions, shared_captions, token_report
 from latentfm.data.check.duplicates import exact_groups, near_groups
 from latentfm.data.check.pictures import ODD, Survey, survey
-from latentfm.data.images import Transform, apply, open_rgb
+from latentfm.data.images import Transform, apply, opened_rgb
 from latentfm.data.mixture import Mixture
-from latentfm.data.sources.base import Dataset, Sample
+from latentfm.data.sources.base import Dataset, Problem, Sample
 from latentfm.models.text import PromptEncoder
+from latentfm.words import shortened
 
+LONGEST = 1000  # characters of a caption on the page
 TINY = 2.0  # a picture whose sides must be scaled up more than this is called tiny
 
 
@@ -81,19 +83,18 @@ def check(
     empty, (several, most) = empty_captions(samples), shared_captions(samples)
     left_out = [index for index in kept[np.argsort(-lost[kept], kind="stable")].tolist() if not used[index]]
     table = bucket_table(samples, seen, plan, bucket_of, lost, used, trained)
-    dropped = len(samples) - int(used.sum()) + len(dataset.problems)
+    lost_by_name = [problem for problem in dataset.problems if not problem.used]
+    dropped = len(samples) - int(used.sum()) + len(lost_by_name)
     findings = {
         "place": str(dataset.folder),
-        "pictures": len(samples),
+        "pictures": dataset.pictures,
         "used": int(used.sum()),
         "held_out": int((used & ~trained).sum()),
         "captions": sum(len(sample.captions) for sample in samples),
         "distinct_captions": len(captions),
         "sources": source_table(samples, trained),
-        "problems": [
-            {"reason": reason, "names": [problem.path for problem in dataset.problems if problem.reason == reason]}
-            for reason in dict.fromkeys(problem.reason for problem in dataset.problems)
-        ],
+        "problems": by_reason(lost_by_name),
+        "remarks": by_reason([problem for problem in dataset.problems if problem.used]),
         "unusable": [{"name": samples[index].id, "reason": reason} for index, reason in seen.reasons.items()],
         "max_crop": plan.max_crop,
         "left_out": [{"name": samples[index].id, "crop": round(float(lost[index]), 4)} for index in left_out],
@@ -112,6 +113,14 @@ def check(
         "truncated": max((row["truncated"] for row in tokens), default=0),
     }
     return Report(findings, seen, used)
+
+
+def by_reason(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """A row for each reason: {"reason", "names"}."""
+    names: dict[str, list[str]] = {}
+    for problem in problems:
+        names.setdefault(problem.reason, []).append(problem.path)
+    return [{"reason": reason, "names": found} for reason, found in names.items()]
 
 
 def lost_of(buckets: Buckets, sizes: np.ndarray, bucket_of: np.ndarray) -> np.ndarray:
@@ -233,11 +242,11 @@ def contact_sheet(
     for place in sorted(chosen):  # in the order of the source, which may be read in order only
         sample = samples[drawn[place]]
         width, height = plan.buckets.shapes[chosen[place]]
-        image = open_rgb(sample.path)
-        crop = Image.fromarray(apply(image, Transform(height, width)))
+        with opened_rgb(sample.path) as image:
+            size, crop = image.size, Image.fromarray(apply(image, Transform(height, width)))
         crop.thumbnail((192, 192))
-        scale = max(width / image.width, height / image.height)
-        made[place] = Crop(sample.id, sample.captions[0], crop, image.size, float(lost[place]), scale)
+        scale = max(width / size[0], height / size[1])
+        made[place] = Crop(sample.id, shortened(sample.captions[0], LONGEST), crop, size, float(lost[place]), scale)
         advance(1)
     return [[made[place] for place in queue[: quota[bucket]]] for bucket, queue in enumerate(queues)]
 

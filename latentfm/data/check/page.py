@@ -8,6 +8,7 @@ from typing import Any
 
 from latentfm.data.check.findings import Crop
 from latentfm.data.check.tables import Bar, Names, Table, headline, percent, tables
+from latentfm.words import count
 
 NAMES_SHOWN = 200  # of each list; the JSON has all
 MUCH = 0.2  # a crop that loses more is marked
@@ -40,7 +41,7 @@ def page(findings: dict[str, Any], sheet: Sequence[Sequence[Crop]]) -> str:
     dropped, truncated = findings["dropped"], findings["truncated"]
     verdict = (
         mark(f"{dropped:,} left out" if dropped else "nothing left out", dropped > 0),
-        mark(f"{truncated:,} captions cut" if truncated else "no caption cut", truncated > 0),
+        mark(f"{count(truncated, 'caption')} cut" if truncated else "no caption cut", truncated > 0),
     )
     body = [f"<h1>{title}</h1>", f"<p>{escape(headline(findings))}: {', '.join(verdict)}.</p>"]
     body += [*map(section, tables(findings)), contact(findings, sheet)]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from latentfm.data.buckets import Buckets
-from latentfm.data.images import FORMATS, Transform, UnreadableImage, contents, load_mask, open_rgb
+from latentfm.data.images import FORMATS, Transform, UnreadableImage, contents, load_mask, opened_rgb
 from latentfm.data.sources.base import Sample, sha256
 
 HUGE = 50e6  # pixels; such a picture takes half a second or more, and 200 MB, whenever it is decoded
@@ -121,15 +121,16 @@ def facts_of(
     picture, mask = data
     digest, odd = bytes.fromhex(sha256(picture)), oddities(picture)
     try:
-        image = open_rgb(sample.path, picture)
+        with opened_rgb(sample.path, picture) as image:
+            size = image.size
+            small = image.resize((4 * HASH_SHAPE[0], 4 * HASH_SHAPE[1]), Image.Resampling.BOX)
         if mask is not None:
-            width, height = buckets.shapes[buckets.of(*image.size)]
-            load_mask(sample.mask, mask, image.size, Transform(height, width), factor)
+            width, height = buckets.shapes[buckets.of(*size)]
+            load_mask(sample.mask, mask, size, Transform(height, width), factor)
     except UnreadableImage as error:
         return Facts(digest, odd=odd, reason=str(error))
-    odd += ("huge",) if image.width * image.height > HUGE else ()
-    small = image.resize((4 * HASH_SHAPE[0], 4 * HASH_SHAPE[1]), Image.Resampling.BOX)
-    return Facts(digest, image.size, odd, difference_hash(small), small.resize((COLOURS, COLOURS), Image.Resampling.BOX).tobytes())
+    odd += ("huge",) if size[0] * size[1] > HUGE else ()
+    return Facts(digest, size, odd, difference_hash(small), small.resize((COLOURS, COLOURS), Image.Resampling.BOX).tobytes())
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -144,7 +145,7 @@ def oddities(data: bytes) -> tuple[str, ...]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             profile = image.info.get("icc_profile")
             shown = {
-                "animated": getattr(image, "n_frames", 1) > 1,
+                "animated": getattr(image, "is_animated", False),  # n_frames would look at a million of them
                 "CMYK": image.mode == "CMYK",
                 "deep": image.mode.startswith("I") or image.mode == "F",
                 "palette": image.mode in ("P", "PA"),
@@ -152,6 +153,8 @@ def oddities(data: bytes) -> tuple[str, ...]:
                 "ICC": bool(profile) and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile,
                 "rotated": orientation(image) in range(2, 9),
             }
+    except MemoryError:
+        raise
     except Exception:  # whatever a damaged header makes a decoder raise
         return ()
     return tuple(kind for kind, there in shown.items() if there)
@@ -161,5 +164,7 @@ def orientation(image: Image.Image) -> int | None:
     """The EXIF orientation of an opened picture, 1 to 8; None without one, or when the EXIF is damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
     except Exception:
         return None

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from latentfm.words import count
+
 
 class Bar(float):
     """A share in [0, 1], drawn as a bar."""
@@ -31,10 +33,11 @@ class Table:
 def headline(findings: dict[str, Any]) -> str:
     """One sentence on the whole."""
     held_out = f", {findings['held_out']:,} of them held out" if findings["held_out"] else ""
+    steps = findings["steps_an_epoch"]
     return (
-        f"{findings['used']:,} of {findings['pictures']:,} pictures of {findings['place']}{held_out}, {findings['captions']:,} captions "
-        f"({findings['distinct_captions']:,} distinct), {findings['steps_an_epoch']:,g} steps an epoch at a batch of "
-        f"{findings['batch_size']:,}"
+        f"{findings['used']:,} of {count(findings['pictures'], 'picture')} of {findings['place']}{held_out}, "
+        f"{count(findings['captions'], 'caption')} ({findings['distinct_captions']:,} distinct), "
+        f"{steps:,g} {'step' if steps == 1 else 'steps'} an epoch at a batch of {findings['batch_size']:,}"
     )
 
 
@@ -70,7 +73,8 @@ def left_out(findings: dict[str, Any]) -> Table:
 
 def odd(findings: dict[str, Any]) -> Table:
     rows = [[row["kind"], len(row["names"]), row["meaning"], Names(row["names"])] for row in findings["odd"]]
-    return Table("Odd pictures, used as they are", ["kind", "pictures", "what becomes of them", "which"], rows)
+    rows += [["said of", len(row["names"]), row["reason"], Names(row["names"])] for row in findings["remarks"]]
+    return Table("Odd, used as they are", ["kind", "how many", "what becomes of them", "which"], rows)
 
 
 def sizes(findings: dict[str, Any]) -> Table:
@@ -82,7 +86,7 @@ def sizes(findings: dict[str, Any]) -> Table:
 
 def common_sizes(findings: dict[str, Any]) -> Table:
     found = findings["sizes"]
-    rows = [[shape(width, height), count] for width, height, count in found["common"]] if found else []
+    rows = [[shape(width, height), number] for width, height, number in found["common"]] if found else []
     return Table(f"The most common of {found['distinct']:,} sizes" if found else "", ["size", "pictures"], rows, folded=True)
 
 

@@ -1,20 +1,23 @@
 """What every source gives: samples with a stable id, captions, the picture's bytes on demand, and problems by name."""
 
 import hashlib
+import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
+from latentfm.data.sources.texts import Unusable, checked, is_text, oddity, visible
 from latentfm.errors import InputError, nearest
-from latentfm.words import count
+from latentfm.words import count, listed, shown
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 IMAGE_COLUMNS = ("image", "picture", "img", "jpg", "png", "webp")
 NAMES_SHOWN = 5
+PICTURE_BYTES = 2**30  # the most that a picture's file, or the cell that holds it, may have
 
 T = TypeVar("T")
 
@@ -68,49 +71,59 @@ class Sample:
 class Problem:
     """Something in a source that is not used. `path` names it (a metadata row as "metadata.jsonl:3 cat.png").
 
-    `reason` is the same text for every problem of a kind, so problems can be counted by it.
+    `reason` is the same text for every problem of a kind, so problems can be counted by it. With `used` nothing is lost by it: it is
+    only said.
     """
 
     path: str
     reason: str
+    used: bool = False
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable samples, in an order that depends on the source alone (a folder's by id), and what could not be used."""
+    """The usable samples, in an order that depends on the source alone (a folder's by id), and what could not be used.
+
+    `found` is how many pictures there are, the unusable ones with them; None is as many as samples.
+    """
 
     folder: Path | str
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
+    found: int | None = None
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures there are, used or not."""
+        return len(self.samples) if self.found is None else self.found
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a row hold what; None or {} is found by name. `captions` maps each caption column to its weight."""
+    """Which columns of a row hold what; None or {} is found by name. `captions` maps each caption column to its weight.
+
+    `caption` is the one caption of every picture, whatever captions the source holds.
+    """
 
     image: str | None = None
     captions: Mapping[str, float] = field(default_factory=dict)
     mask: str | None = None
+    caption: str | None = None
 
     def found_in(self, names: Iterable[str], where: str) -> "Columns":
         """These columns, the ones left open chosen among `names`. Raises InputError for one that is not there."""
         names = list(names)
+        there = f"there are {listed(names, 50)}"
         for wanted in (self.image, self.mask, *self.captions):
             if wanted is not None and wanted not in names:
-                raise InputError(f"{where} has no column '{wanted}'{nearest(wanted, names)}; there are {', '.join(names)}")
+                raise InputError(f"{shown(where)} has no column '{shown(wanted)}'{shown(nearest(wanted, names))}; {there}")
         image = self.image or next((name for name in IMAGE_COLUMNS if name in names), None)
         if image is None:
-            raise InputError(f"{where} has no column {' or '.join(IMAGE_COLUMNS)}; name one as image_column, there are {', '.join(names)}")
+            raise InputError(f"{shown(where)} has no column {' or '.join(IMAGE_COLUMNS)}; name one as image_column, {there}")
         captions = self.captions or {name: 1.0 for name in [n for n in CAPTION_COLUMNS if n in names][:1]}
-        if not captions:
-            raise InputError(
-                f"{where} has no column {' or '.join(CAPTION_COLUMNS)}; name yours as caption_columns, there are {', '.join(names)}"
-            )
-        return Columns(image, captions, self.mask)
-
-
-class Unusable(Exception):
-    """A row that becomes a Problem: its reason."""
+        if not captions and self.caption is None:
+            raise InputError(f"{shown(where)} has no column {' or '.join(CAPTION_COLUMNS)}; name yours as caption_columns, {there}")
+        return replace(self, image=image, captions={} if self.caption is not None else captions)
 
 
 class Forward(Generic[T]):
@@ -138,41 +151,61 @@ class Forward(Generic[T]):
         return self.__dict__ | {"rows": None, "number": -1, "row": None}  # another process opens it for itself
 
 
-def captions_of(row: Mapping[str, Any], weights: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Returns the captions of a row's caption columns, and their weights: () when all are equal.
+def texts_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, list[str]]:
+    """The captions of each of a row's caption columns: a text, or a list of them; one that is absent or null is passed over.
 
-    A column holds a text or a list of texts, which share its weight equally; one that is absent or null is passed over.
     Raises Unusable when there is no caption, or one is not a text.
     """
-    captions: list[str] = []
-    shares: list[float] = []
-    for column, weight in weights.items():
+    found: dict[str, list[str]] = {}
+    for column in columns:
         value = row.get(column)
         texts = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(text, str) and is_text(text) for text in texts):
             raise Unusable("row whose caption is not a text")
-        captions += [text.strip() for text in texts]
-        shares += [weight / len(texts) for _ in texts]
-    if not captions:
+        if texts:
+            found[column] = [checked(text) for text in texts]
+    if not found:
         raise Unusable("row without a caption")
-    return tuple(captions), () if len(set(shares)) == 1 else tuple(shares)
+    return found
 
 
-def lines_of(text: str) -> tuple[str, ...]:
-    """Returns the non-empty lines of a caption file; ("",) when there is none."""
-    # Not splitlines(), which also cuts at U+2028 and other characters a caption may hold.
-    lines = (line.strip() for line in text.split("\n"))
-    return tuple(line for line in lines if line) or ("",)
+def weighted(texts: Mapping[str, Sequence[str]], weights: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """(the captions of all columns, their weights): each column's texts share its weight equally; () when all weights are equal."""
+    captions = tuple(text for column in texts for text in texts[column])
+    shares = tuple(weights[column] / len(texts[column]) for column in texts for _ in texts[column])
+    return captions, () if len(set(shares)) == 1 else shares
 
 
-def path_within(name: object, what: str = "file_name") -> str:
-    """Returns the normalised relative path that a row's `what` stands for. Raises Unusable when it is none, or leads out of its folder."""
+def captions_of(row: Mapping[str, Any], columns: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The captions of a row and their weights: () when all are equal. Raises Unusable as `texts_of` does."""
+    if columns.caption is not None:
+        return (columns.caption,), ()
+    return weighted(texts_of(row, columns.captions), columns.captions)
+
+
+def path_within(name: object, what: str = "file_name", root: Path | None = None) -> str:
+    """The normalised relative path that a row's `what` stands for; an absolute one is taken where it leads into `root`.
+
+    Raises Unusable when it is none, or leads out of its folder.
+    """
     if not isinstance(name, str) or not name.strip() or not is_text(name):
         raise Unusable(f"row without a {what}")
+    if "://" in name.removeprefix("file://"):
+        raise Unusable(f"row whose {what} is a URL, which is not followed (fetch it beside)")
+    name = name.removeprefix("file://")
     path = Path(name)
+    if path.anchor and root is not None and "\0" not in name:
+        places = {os.path.abspath(root): os.path.normpath(name)}
+        places[os.path.realpath(root)] = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        for folder, place in places.items():
+            if place == folder or place.startswith(os.path.join(folder, "")):
+                path = Path(os.path.relpath(place, folder))
+                break
     normal = posixpath.normpath(path.as_posix())
     if path.anchor or normal.split("/")[0] == "..":
         raise Unusable(f"row whose {what} leads out of the folder")
+    if normal == ".":
+        raise Unusable(f"row whose {what} is the folder itself")
     return normal
 
 
@@ -180,39 +213,45 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def finished(place: Path | str, samples: Iterable[Sample], problems: Iterable[Problem], found: int) -> Dataset:
+    """The dataset, its captions looked at: what is odd about one is said, and one that shows nothing is the empty caption."""
+    kept, said = [], list(problems)
+    for sample in samples:
+        odd = dict.fromkeys(filter(None, map(oddity, sample.captions)))
+        said += [Problem(sample.id, reason, used=True) for reason in odd]
+        if odd:
+            sample = replace(sample, captions=tuple(caption if visible(caption) else "" for caption in sample.captions))
+        kept.append(sample)
+    return Dataset(place, tuple(kept), tuple(said), found)
+
+
 def summary(dataset: Dataset) -> str:
-    """Returns a line with the numbers of pictures and captions, one for each of several sources, then one for each kind of problem."""
+    """A line with the numbers of pictures and captions, one for each of several sources, then one for each kind of problem."""
     captions = sum(len(sample.captions) for sample in dataset.samples)
-    lines = [f"{count(len(dataset.samples), 'picture')}, {count(captions, 'caption')} in {dataset.folder}"]
+    lines = [f"{count(len(dataset.samples), 'picture')}, {count(captions, 'caption')} in {shown(dataset.folder)}"]
     shares = Counter(sample.share for sample in dataset.samples)
     for share, number in shares.items() if any(share.source for share in shares) else ():
         lines.append(
-            f"{share.source}: {count(number, 'picture')}, {share.rate:g} x an epoch"
+            f"{shown(share.source)}: {count(number, 'picture')}, {share.rate:g} x an epoch"
             + (", a regularisation set" if share.regularisation else "")
         )
     kinds = defaultdict(list)
     for problem in dataset.problems:
-        kinds[problem.reason].append(problem.path)
-    for reason, paths in kinds.items():
-        rest = f" and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else ""
-        lines.append(f"not used, {reason}: {len(paths)} ({', '.join(paths[:NAMES_SHOWN])}{rest})")
+        kinds[problem.used, problem.reason].append(problem.path)
+    for (used, reason), paths in sorted(kinds.items(), key=lambda item: item[0][0]):
+        lines.append(f"{'used' if used else 'not used'}, {shown(reason)}: {len(paths):,} ({listed(paths, NAMES_SHOWN)})")
     return "\n".join(lines)
 
 
 def nothing_usable(where: str, problems: list[Problem], way_out: str) -> InputError:
     """The error of a source without a usable sample, with the first problem."""
-    first = f" (first problem: {problems[0].path}, {problems[0].reason})" if problems else ""
-    return InputError(f"nothing to train on in {where}: no usable row{first}; {way_out}")
+    return InputError(f"nothing to train on in {shown(where)}: no usable row{first_of(problems)}; {way_out}")
+
+
+def first_of(problems: Sequence[Problem]) -> str:
+    """The first problem in brackets; "" where there is none."""
+    return f" (first problem: {shown(problems[0].path, 300)}, {shown(problems[0].reason)})" if problems else ""
 
 
 def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def is_text(text: str) -> bool:
-    """Returns False for lone surrogates: undecodable file names, or half an emoji in JSON. No tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

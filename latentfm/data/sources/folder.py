@@ -8,13 +8,11 @@ Two layouts are read; the first goes before the second:
 In both, pictures/cat.mask.png is cat's loss mask, unless it has a caption itself.
 """
 
-import csv
-import io
-import json
 import os
-from collections.abc import Iterator
+import posixpath
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 from latentfm.data.sources.base import (
     CAPTION_COLUMNS,
@@ -23,35 +21,38 @@ from latentfm.data.sources.base import (
     Dataset,
     Problem,
     Sample,
-    Unusable,
-    captions_of,
+    finished,
+    first_of,
     is_image,
-    is_text,
-    lines_of,
     path_within,
+    texts_of,
+    weighted,
 )
+from latentfm.data.sources.listing import CAPTION_SUFFIXES, METADATA_NAMES, list_files
+from latentfm.data.sources.rows import metadata_rows
+from latentfm.data.sources.texts import CAPTION_BYTES, Unusable, composed, decoded, lines_of
 from latentfm.errors import InputError, nearest
-from latentfm.words import count
+from latentfm.files import TooLarge, read_bytes
+from latentfm.words import count, listed, shown
 
-UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".jxl", ".jp2", ".svg", ".psd", ".tga"})
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MASK_SUFFIX = ".mask.png"
 LAYOUT = (
     "put cat.png beside cat.txt, or write metadata.jsonl with lines like "
     '{"file_name": "cat.png", "text": "a cat"}'
 )
-METADATA_ELSEWHERE = f"metadata not read (only {' or '.join(METADATA_NAMES)} of the folder itself)"
+REPLACED = "caption file that is not read: the option caption stands for all"
 
 
 def read_folder(folder: str | Path, columns: Columns | None = None) -> Dataset:
-    """Returns the samples of `folder`, sorted by id, and the problems met on the way. No picture is opened.
+    """The samples of `folder`, sorted by id, and the problems met on the way. No picture is opened.
 
-    With metadata.jsonl or metadata.csv in the folder, each row gives `file_name` and the caption: the first of `text`,
-    `caption`, `prompt` that is there; in jsonl it may be a list of captions. Otherwise every picture, at any depth,
-    takes its captions from the .txt of the same stem. White space around a caption is removed; an empty caption is
-    allowed and is the null condition. Hidden files and folders are ignored. `columns` names other columns of the metadata: the
-    picture's file, the captions with their weights, and the file of the mask; where there are several caption columns, an empty
-    cell of a csv is no caption.
+    With metadata.jsonl or metadata.csv in the folder, each row gives `file_name` and a caption: the first of `text`,
+    `caption`, `prompt` that is there; in jsonl it may be a list of captions, and several rows of one picture are its several captions.
+    Otherwise every picture, at any depth, takes its captions from cat.txt, cat.caption or cat.png.txt, the first that is there. White
+    space around a caption is removed; an empty caption is allowed and is the null condition. Hidden files and folders are ignored.
+    `columns` names other columns of the metadata: the picture's file, the captions with their weights, and the file of the mask; where
+    there are several caption columns, an empty cell of a csv is no caption. `columns.caption` is every picture's one caption; metadata is
+    then read only where `columns` names its image or mask.
 
     Raises InputError when the folder is missing, holds both metadata files or a malformed one, has no usable sample, or when
     `columns` names what the metadata does not have.
@@ -59,204 +60,187 @@ def read_folder(folder: str | Path, columns: Columns | None = None) -> Dataset:
     columns = columns or Columns()
     name = os.path.expanduser(os.fspath(folder))
     if os.path.isfile(name):
-        raise InputError(f"{name} is a file, not a folder: give the folder that holds the pictures, {LAYOUT}")
+        raise InputError(f"{shown(name)} is a file, not a folder: give the folder that holds the pictures, {LAYOUT}")
     if not os.path.isdir(name):
-        raise InputError(f"there is no folder '{name}': make it, then {LAYOUT}")
+        raise InputError(f"there is no folder '{shown(name)}': make it, then {LAYOUT}")
     root = Path(name)
 
-    files, problems = _list_files(root)
-    found = [metadata for metadata in METADATA_NAMES if metadata in files]
-    if len(found) == 2:
-        raise InputError(f"{root} holds both {found[0]} and {found[1]}, which may disagree: keep one, remove the other")
-
-    if found:
-        samples, more = _read_metadata(root, found[0], files, columns)
+    files, problems = list_files(root)
+    found = [metadata for metadata in METADATA_NAMES if os.path.lexists(root / metadata)]
+    if columns.caption is not None and not (columns.image or columns.mask):
+        samples, more, pictures = _read_pictures(files, columns.caption)
+        found = []
+    elif len(found) == 2:
+        raise InputError(f"{shown(root)} holds both {found[0]} and {found[1]}, which may disagree: keep one, remove the other")
+    elif found:
+        samples, more, pictures = _read_metadata(root, found[0], files, columns)
     elif columns != Columns():
-        raise InputError(f"{root} has no {' or '.join(METADATA_NAMES)} whose columns could be named; leave the columns out, or write one")
+        names = " or ".join(METADATA_NAMES)
+        raise InputError(f"{shown(root)} has no {names} whose columns could be named; leave the columns out, or write one")
     else:
-        samples, more = _read_sidecars(root, files)
+        samples, more, pictures = _read_sidecars(files)
     problems += more
 
     if not samples:
         raise InputError(_nothing_usable(root, files, found, problems))
-    return Dataset(root, tuple(sorted(samples, key=lambda sample: sample.id)), tuple(problems))
-
-
-def _list_files(root: Path) -> tuple[dict[str, Path], list[Problem]]:
-    """Returns every visible file under `root` by id, sorted, and what could not be listed.
-
-    Links to folders are followed; a folder reached a second time (a loop) is not entered again.
-    """
-    files, problems, entered = {}, [], set()
-
-    def not_listed(error: OSError) -> None:
-        problems.append(Problem(os.path.relpath(error.filename, root), "folder that cannot be listed"))
-
-    for directory, subdirectories, names in os.walk(root, followlinks=True, onerror=not_listed):
-        real = os.path.realpath(directory)
-        if real in entered:
-            subdirectories.clear()
-            continue
-        entered.add(real)
-        subdirectories[:] = sorted(sub for sub in subdirectories if not sub.startswith("."))
-        for name in sorted(names):
-            path = Path(directory, name)
-            id = path.relative_to(root).as_posix()
-            if name.startswith("."):
-                continue
-            if not is_text(id):
-                problems.append(Problem(id.encode("utf-8", "backslashreplace").decode(), "file name that is not UTF-8"))
-            elif path.suffix.lower() in UNREAD_SUFFIXES:
-                problems.append(Problem(id, "picture in a format that is not read (save it as PNG or JPEG)"))
-            elif (name in METADATA_NAMES and directory != str(root)) or name == "metadata.parquet":
-                problems.append(Problem(id, METADATA_ELSEWHERE))
-            else:
-                files[id] = path
-    return dict(sorted(files.items())), problems
+    return finished(root, sorted(samples, key=lambda sample: sample.id), problems, pictures)
 
 
 # Pictures beside .txt files
 
 
-def _read_sidecars(root: Path, files: dict[str, Path]) -> tuple[list[Sample], list[Problem]]:
-    """Returns a sample for every picture with a .txt of the same stem; two pictures may share one .txt."""
+def _read_sidecars(files: dict[str, Path]) -> tuple[list[Sample], list[Problem], int]:
+    """A sample for every picture with a caption file, which two may share; problems; and how many pictures there are."""
     samples, problems = [], []
-    texts: dict[str, str] = {}
-    for id in files:
-        if id.lower().endswith(".txt") and texts.setdefault(_stem(id), id) != id:
-            problems.append(Problem(id, "second caption file of the same name"))
-
-    masks = _masks(files, set(texts))
+    texts = _caption_files(files)
+    masks = _masks(files, texts)
     images = [id for id in files if is_image(id) and files[id] not in masks.values()]
+    stems = {_stem(id) for id in images}
+    read, spare = set(), {}
     for id in images:
-        text = texts.get(_stem(id))
-        if text is None:
+        own = texts.get(_stem(id), []) + (texts.get(id, []) if id not in stems else [])
+        if not own:
             problems.append(Problem(id, "picture without a caption"))
             continue
+        read.add(own[0])
+        spare |= dict.fromkeys(own[1:])
         try:
-            captions = lines_of(files[text].read_text(encoding="utf-8-sig"))
-            samples.append(Sample(files[id], captions, id, mask=masks.get(_stem(id))))
-        except UnicodeDecodeError:
-            problems.append(Problem(text, "caption file that is not UTF-8"))
-        except OSError:
-            problems.append(Problem(text, "caption file that cannot be read"))
+            samples.append(Sample(files[id], lines_of(decoded(read_bytes(files[own[0]], CAPTION_BYTES))), id, mask=masks.get(_stem(id))))
+        except Unusable as error:
+            problems.append(Problem(own[0], str(error)))
+        except TooLarge:
+            problems.append(Problem(own[0], f"caption file of more than {CAPTION_BYTES:,} bytes"))
+        except (OSError, InputError):
+            problems.append(Problem(own[0], "caption file that cannot be read"))
+    lone = sorted(id for named in texts.values() for id in named if id not in read and id not in spare)
+    problems += [Problem(id, "second caption file of the same name") for id in spare if id not in read]
+    return samples, problems + [Problem(id, "caption without a picture") for id in lone], len(images)
 
-    with_image = {_stem(id) for id in images}
-    problems += [Problem(id, "caption without a picture") for stem, id in texts.items() if stem not in with_image]
-    return samples, problems
+
+def _read_pictures(files: dict[str, Path], caption: str) -> tuple[list[Sample], list[Problem], int]:
+    """A sample for every picture, with the one caption there is."""
+    masks = _masks(files, {})
+    images = [id for id in files if is_image(id) and files[id] not in masks.values()]
+    unread = [id for id in files if id in METADATA_NAMES or id.lower().endswith(CAPTION_SUFFIXES)]
+    samples = [Sample(files[id], (caption,), id, mask=masks.get(_stem(id))) for id in images]
+    return samples, [Problem(id, REPLACED, used=True) for id in unread], len(images)
 
 
-def _masks(files: dict[str, Path], captioned: set[str]) -> dict[str, Path]:
-    """Returns the loss masks by the stem of their picture: name.mask.png beside name.png, unless the stem name.mask is `captioned`."""
+def _caption_files(files: dict[str, Path]) -> dict[str, list[str]]:
+    """The caption files by what they are called without their suffix, those that go first first."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for id in files:
+        suffix = posixpath.splitext(id)[1].lower()
+        if suffix in CAPTION_SUFFIXES:
+            found.setdefault(_stem(id), []).append((CAPTION_SUFFIXES.index(suffix), id))
+    return {stem: [id for _, id in sorted(named)] for stem, named in found.items()}
+
+
+def _masks(files: dict[str, Path], captioned: dict[str, Any]) -> dict[str, Path]:
+    """The loss masks by the stem of their picture: name.mask.png beside name.png, unless it has a caption itself."""
     pictures = {_stem(id) for id in files if is_image(id)}
     stems = {id.removesuffix(MASK_SUFFIX): id for id in files if id.endswith(MASK_SUFFIX)}
-    return {stem: files[id] for stem, id in stems.items() if stem in pictures and _stem(id) not in captioned}
+    return {stem: files[id] for stem, id in stems.items() if stem in pictures and _stem(id) not in captioned and id not in captioned}
 
 
 # metadata.jsonl and metadata.csv
 
 
-def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: Columns) -> tuple[list[Sample], list[Problem]]:
-    """Returns a sample for every usable row, and problems for the other rows and for pictures no row names."""
-    try:
-        text = files[metadata].read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{files[metadata]} is not UTF-8: save it again as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"cannot read {files[metadata]}: {error.strerror}; check its permissions") from None
-
-    samples: dict[str, Sample] = {}
-    masked: dict[str, str] = {}
+def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: Columns) -> tuple[list[Sample], list[Problem], int]:
+    """A sample for every picture with a usable row; problems for other rows and for pictures no row names; how many pictures there are."""
+    texts: dict[str, dict[str, list[str]]] = {}  # of each picture, the captions of each column, over all its rows
+    paths: dict[str, Path] = {}
+    masked: dict[str, Path] = {}
     problems, named, seen = [], set(), set()
-    rows = _json_rows(text) if metadata.endswith(".jsonl") else _csv_rows(text, files[metadata], columns)
-    for line, row in rows:
+    weights = columns.captions or {"": 1.0}
+    for line, row in metadata_rows(root / metadata, columns):
         where = f"{metadata}:{line}"
         try:
             if not isinstance(row, dict):
                 raise Unusable("malformed line (not a JSON object)")
             seen |= row.keys()
-            id = path_within(row.get(columns.image or "file_name"), columns.image or "file_name")
-            where = f"{where} {id}"
+            name = path_within(row.get(columns.image or "file_name"), columns.image or "file_name", root)
+            where = f"{where} {name}"
+            named.add(composed(name))
+            id, path = _located(root, name, files, "picture")
+            where = f"{metadata}:{line} {id}"
             named.add(id)
-            if id in samples:
-                raise Unusable("row with the file_name of an earlier row")
-            if not os.path.isfile(root / id):
-                raise Unusable("row whose picture is missing")
-            captions, weights = _row_captions(row, columns)
+            mask = None
+            captions = _row_captions(row, columns)
             if columns.mask and row.get(columns.mask):
-                masked[id] = path_within(row[columns.mask], columns.mask)
-                if not os.path.isfile(root / masked[id]):
-                    raise Unusable("row whose mask is missing")
-            samples[id] = Sample(root / id, captions, id, weights)
+                _, mask = _located(root, path_within(row[columns.mask], columns.mask, root), files, "mask")
+            if mask is not None and masked.setdefault(id, mask) != mask:
+                raise Unusable("row with another mask than an earlier row of its picture (keep one)")
+            paths[id] = path
+            for column, found in captions.items():
+                texts.setdefault(id, {}).setdefault(column, []).extend(found)
         except Unusable as error:
             problems.append(Problem(where, str(error)))
     for wanted in (columns.image, columns.mask, *columns.captions):
         if wanted is not None and wanted not in seen:
             names = sorted(name for name in seen if isinstance(name, str))
-            raise InputError(f"no row of {files[metadata]} has '{wanted}'{nearest(wanted, names)}; there are {', '.join(names)}")
+            there = f"{shown(nearest(wanted, names))}; there are {listed(names, 50)}"
+            raise InputError(f"no row of {shown(root / metadata)} has '{shown(wanted)}'{there}")
 
-    beside = _masks(files, {_stem(id) for id in named})
-    masks = {id: root / masked[id] if id in masked else beside.get(_stem(id)) for id in samples}
-    pictures = {_stem(id) for id in files if is_image(id)}
-    used = named | set(masked.values())
+    samples = []
+    for id, path in paths.items():
+        captions = ((columns.caption,), ()) if columns.caption is not None else weighted(texts[id], weights)
+        samples.append(Sample(path, captions[0], id, captions[1]))
+    beside = _masks(files, {_stem(id): id for id in named})
+    stems = {_stem(id) for id in files if is_image(id)}
+    masks = {*masked.values(), *beside.values()}
+    pictures = {id for id, path in files.items() if is_image(id) and path not in masks} | paths.keys()
     for id in files:
-        if is_image(id) and id not in used and files[id] not in beside.values():
+        if id in pictures and id not in named:
             problems.append(Problem(id, f"picture without a caption in {metadata}"))
-        elif id.lower().endswith(".txt") and _stem(id) in pictures:
+        elif id.lower().endswith(CAPTION_SUFFIXES) and (_stem(id) in stems or _stem(id) in files):
             problems.append(Problem(id, f"caption file beside {metadata}, which is read instead"))
-    return [replace(sample, mask=masks[id]) for id, sample in samples.items()], problems
+    samples = [replace(sample, mask=masked.get(sample.id, beside.get(_stem(sample.id)))) for sample in samples]
+    return samples, problems, len(pictures)
 
 
-def _json_rows(text: str) -> Iterator[tuple[int, object]]:
-    """Yields (line number, what the line holds), blank lines left out; None for a line that is not JSON."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, None
+def _located(root: Path, name: str, files: dict[str, Path], what: str) -> tuple[str, Path]:
+    """(id, path) of the file that a row names: as it is written there, its accents composed or not, or with Windows' backslashes.
+
+    Raises Unusable when it is missing.
+    """
+    names = [name, path_within(name.replace("\\", "/"), what)] if "\\" in name else [name]
+    for candidate in names:
+        for id in (candidate, composed(candidate)):
+            if id in files:
+                return id, files[id]
+        if os.path.isfile(root / candidate):  # in a hidden folder, or of a kind that is not listed
+            return candidate, root / candidate
+    if any(os.path.exists(root / candidate) for candidate in names):
+        raise Unusable(f"row whose {what} is not a regular file")
+    raise Unusable(f"row whose {what} is missing")
 
 
-def _csv_rows(text: str, path: Path, columns: Columns) -> Iterator[tuple[int, dict]]:
-    """Yields (number of the line where the row ends, row). Raises InputError when a column is missing."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = reader.fieldnames or []
-        for wanted in ((columns.image or "file_name",), tuple(columns.captions) or CAPTION_COLUMNS):
-            if not set(wanted) & set(names):
-                raise InputError(
-                    f"{path} has no column {' or '.join(wanted)}{nearest(wanted[0], names)}, only "
-                    f"[{', '.join(names)}]: its first line must name the columns, as in file_name,text"
-                )
-        for row in reader:
-            if len(columns.captions) > 1:
-                row |= {name: None for name in columns.captions if row.get(name) == ""}
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num} is malformed CSV ({error}): correct that line") from None
-
-
-def _row_captions(row: dict, columns: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Returns the captions of a row and their weights: of the columns named, else of the first caption column that is there."""
+def _row_captions(row: dict, columns: Columns) -> dict[str, list[str]]:
+    """The captions of a row by column: of the columns named, else of the first caption column that is there, as column ""."""
     if any(row.get(None, ())):  # where csv.DictReader puts what is beyond the last column
         raise Unusable('row with more fields than columns (put "..." around a caption that holds a comma)')
+    if columns.caption is not None:
+        return {"": [columns.caption]}
     if columns.captions:
-        return captions_of(row, columns.captions)
-    return captions_of(row, {column: 1.0 for column in [c for c in CAPTION_COLUMNS if row.get(c) is not None][:1]})
+        return texts_of(row, columns.captions)
+    present = [column for column in CAPTION_COLUMNS if row.get(column) is not None][:1]
+    (captions,) = texts_of(row, present).values()
+    return {"": captions}
 
 
 # Names and messages
 
 
 def _stem(id: str) -> str:
-    """Returns the id without its extension, the folder kept."""
-    return str(PurePosixPath(id).with_suffix(""))
+    """The id without its extension, the folder kept."""
+    return posixpath.splitext(id)[0]
 
 
 def _nothing_usable(root: Path, files: dict[str, Path], metadata: list[str], problems: list[Problem]) -> str:
-    """Returns the one-line message for a folder without a usable sample: what was found, and what to do."""
+    """The one-line message for a folder without a usable sample: what was found, and what to do."""
     images = sum(map(is_image, files))
-    texts = sum(id.lower().endswith(".txt") for id in files)
+    texts = sum(id.lower().endswith(CAPTION_SUFFIXES) for id in files)
     if metadata:
         found = f"{count(images, 'picture')} and {metadata[0]}, but no usable row"
     elif images and texts:
@@ -265,5 +249,4 @@ def _nothing_usable(root: Path, files: dict[str, Path], metadata: list[str], pro
         found = f"{count(images, 'picture')} but no captions"
     else:
         found = f"no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}), {count(len(files), 'other file')}"
-    first = f" (first problem: {problems[0].path}, {problems[0].reason})" if problems else ""
-    return f"nothing to train on in {root}: {found}{first}; {LAYOUT}"
+    return f"nothing to train on in {shown(root)}: {found}{first_of(problems)}; {LAYOUT}"

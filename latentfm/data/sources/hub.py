@@ -1,61 +1,79 @@
 """Hugging Face `datasets` -> samples: saved on disk, on the hub, or streamed."""
 
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latentfm.data.sources.base import Columns, Dataset, Forward, Problem, Sample, nothing_usable
-from latentfm.data.sources.tables import WAY_OUT, samples_of
-from latentfm.data.sources.urls import open_url
+from latentfm.data.sources.base import Columns, Dataset, Forward, Problem, Sample, finished, nothing_usable, path_within
+from latentfm.data.sources.listing import check_files
+from latentfm.data.sources.tables import WAY_OUT, is_pointer, samples_of
+from latentfm.data.sources.texts import FETCH, Unusable
+from latentfm.data.sources.urls import read_beside, read_whole
 from latentfm.errors import InputError, nearest
+from latentfm.files import expanded, read_json, reason
+from latentfm.words import listed, shown
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # what save_to_disk writes
+ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd")  # as in zip://0.png::hf://datasets/name/0.zip
 
 
 def read_dataset(
     name: str, columns: Columns | None = None, subset: str | None = None, split: str = "train", revision: str | None = None,
     streaming: bool = False,
 ) -> Dataset:  # fmt: skip
-    """Returns a sample a row of a dataset: a folder that save_to_disk wrote, or what datasets.load_dataset takes; ids are "<split>:<row>".
+    """A sample a row of a dataset: a folder that save_to_disk wrote, or what datasets.load_dataset takes; ids are "<split>:<row>".
 
-    Cells are as in parquet files. Every row is read once, in order, to know its pictures' hashes; later a row is fetched by number or, of a
-    stream, by reading on to it. A dataset that cannot be read to its end is refused: half of it would be another dataset.
+    Cells are as in parquet files: one that names a file is read where the file lies in the dataset's own folder or repository, and
+    refused elsewhere. Every row is read once, in order, to know its pictures' hashes; later a row is fetched by number or, of a stream, by
+    reading on to it. A dataset that cannot be read to its end is refused: half of it would be another dataset.
 
     Raises InputError when there is no such dataset, subset or split, when reading fails, when `columns` names a column that is not there
     or no row is usable.
     """
-    data = opened(name, subset, split, revision, streaming)
-    names = data.column_names or list(next(iter(data), {}))
-    columns = (columns or Columns()).found_in(names, f"the dataset {name}")
-    data = without_decoding(data.select_columns([column for column in names if column in wanted(columns)]), columns)
-    fetch = data.__getitem__ if hasattr(data, "__len__") else Forward(partial(iter, data)).__getitem__
     samples: list[Sample] = []
     problems: list[Problem] = []
+    data = opened(name, subset, split, revision, streaming)
     try:
-        samples_of(data, columns, split, fetch, read_path, samples, problems)
+        names = data.column_names or list(next(iter(data), {}))
+        columns = (columns or Columns()).found_in(names, f"the dataset {name}")
+        data = without_decoding(data.select_columns([column for column in names if column in wanted(columns)]), columns)
+        if hasattr(data, "__len__"):
+            data.data.table.validate(full=True)  # Arrow follows the offsets in its files without looking where they lead
+        fetch = data.__getitem__ if hasattr(data, "__len__") else Forward(partial(iter, data)).__getitem__
+        samples_of(data, columns, split, fetch, reader_of(name), samples, problems)
+    except (InputError, MemoryError):
+        raise
     except Exception as error:  # a stream's storage, a decoder, Arrow: each raises its own
         done = len(samples) + len(problems)
-        raise InputError(f"reading the dataset {name} failed after {done} rows ({one_line(error)}); start again") from error
+        raise InputError(f"reading the dataset {shown(name)} failed after {done:,} rows ({reason(error)}); start again") from error
     if not samples:
         raise nothing_usable(name, problems, WAY_OUT)
-    return Dataset(name, tuple(samples), tuple(problems))
+    return finished(name, samples, problems, len(samples) + len(problems))
 
 
 def opened(name: str, subset: str | None, split: str, revision: str | None, streaming: bool) -> Any:
-    """Returns one split as a datasets.Dataset or IterableDataset."""
+    """One split as a datasets.Dataset or IterableDataset. Raises InputError."""
     import datasets
 
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     try:
+        if folder.is_dir():
+            check_files(folder)
         if is_saved(folder):
+            check_saved(folder)
             data = datasets.load_from_disk(str(folder))
         else:
             data = datasets.load_dataset(str(folder) if folder.is_dir() else name, subset, revision=revision, streaming=streaming)
+    except (InputError, MemoryError):
+        raise
     except Exception as error:
-        raise InputError(f"cannot open the dataset {name}: {one_line(error)}") from error
+        raise InputError(f"cannot open the dataset {shown(name)}: {reason(error)}") from error
     if isinstance(data, dict):
         if split not in data:
-            raise InputError(f"the dataset {name} has no split '{split}'{nearest(split, data)}; there are {', '.join(data)}")
+            there = f"{shown(nearest(split, data))}; there are {listed(data, 50)}"
+            raise InputError(f"the dataset {shown(name)} has no split '{shown(split)}'{there}")
         data = data[split]
     return data.to_iterable_dataset() if streaming and isinstance(data, datasets.Dataset) else data
 
@@ -65,25 +83,73 @@ def is_saved(folder: Path) -> bool:
     return any((folder / file).is_file() for file in SAVED_FILES)
 
 
+def check_saved(folder: Path) -> None:
+    """Raises InputError when the files of a saved dataset name others outside it, or are Git LFS pointers."""
+    splits = [folder]
+    if (folder / "dataset_dict.json").is_file():
+        splits = [folder / inside(split, folder) for split in read_json(folder / "dataset_dict.json").get("splits") or ()]
+    for split in splits:
+        for entry in read_json(split / "state.json").get("_data_files") or ():
+            file = split / inside(entry.get("filename") if isinstance(entry, dict) else entry, split)
+            if is_pointer(str(file)):
+                raise InputError(f"{shown(file)} is a {FETCH}")
+
+
+def inside(name: object, folder: Path) -> str:
+    try:
+        return path_within(name, "file")
+    except Unusable as error:
+        raise InputError(f"the dataset in {shown(folder)} is damaged: an entry {error}; save it again") from None
+
+
+def reader_of(name: str) -> Callable[[str], bytes]:
+    """What reads a file that a cell of the dataset `name` names; it raises Unusable for one that is not the dataset's own."""
+    if Path(name).expanduser().is_dir():
+        return partial(read_inside, str(Path(name).expanduser()))
+    return partial(read_of_hub, name)
+
+
+def read_inside(folder: str, path: str) -> bytes:
+    """The bytes of a file in `folder`, or in an archive there."""
+    inner, chained, archive = path.rpartition("::")
+    if chained:
+        return read_whole(f"{archived(inner)}::{os.path.join(folder, path_within(archive, 'picture', Path(folder)))}")
+    return read_beside(folder, path)
+
+
+def read_of_hub(name: str, path: str) -> bytes:
+    """The bytes of a file of a dataset on the hub, there or where `datasets` and the hub's client keep what they fetched."""
+    import datasets
+    from huggingface_hub import constants
+
+    inner, chained, place = path.rpartition("::")
+    if place.startswith((f"hf://datasets/{name}/", f"hf://datasets/{name}@")) and "/../" not in place:
+        return read_whole(f"{archived(inner)}::{place}" if chained else place)
+    for folder in map(str, (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)):
+        try:
+            path_within(place, "picture", Path(folder))
+        except Unusable:
+            continue
+        return read_inside(folder, path)
+    raise Unusable("row whose picture leads out of the folder")
+
+
+def archived(inner: str) -> str:
+    """The parts of a chained URL before its last, all of them archives. Raises Unusable for others."""
+    if any(part.split("://")[0] not in ARCHIVES for part in inner.split("::")):
+        raise Unusable("row whose picture leads out of the folder")
+    return inner
+
+
 def wanted(columns: Columns) -> set[str]:
     return {columns.image, *columns.captions, *([columns.mask] if columns.mask else [])}
 
 
 def without_decoding(data: Any, columns: Columns) -> Any:
-    """Returns the dataset with its pictures as {"bytes", "path"}, as they are stored: their hash is that of the file."""
+    """The dataset with its pictures as {"bytes", "path"}, as they are stored: their hash is that of the file."""
     import datasets
 
     for column in (columns.image, columns.mask):
         if column and isinstance((data.features or {}).get(column), datasets.Image):
             data = data.cast_column(column, datasets.Image(decode=False))
     return data
-
-
-def read_path(path: str) -> bytes:
-    """Returns the bytes of a file that a cell names. Raises OSError."""
-    with open_url(path) as file:
-        return file.read()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from latentfm.data.sources.base import Columns, Dataset, Problem, Sample, Share, is_image
-from latentfm.data.sources.folder import METADATA_NAMES, read_folder
+from latentfm.data.sources.folder import read_folder
 from latentfm.data.sources.hub import is_saved, read_dataset
+from latentfm.data.sources.listing import METADATA_NAMES
 from latentfm.data.sources.shards import SUFFIXES, read_shards
 from latentfm.data.sources.tables import read_parquet
 from latentfm.errors import InputError
+from latentfm.words import listed, shown
 
 KINDS = ("folder", "parquet", "webdataset", "datasets")
 
@@ -49,17 +51,20 @@ def read_sources(sources: Sequence[Source]) -> Dataset:
     names = [source.named() for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{names.count(name)} sources are called '{name}': give each a name of its own, as in name: {name}-2")
+            called = f"{names.count(name)} sources are called '{shown(name)}'"
+            raise InputError(f"{called}: give each a name of its own, as in name: {shown(name)}-2")
     samples: list[Sample] = []
     problems: list[Problem] = []
+    pictures = 0
     for name, source in zip(names, sources, strict=True):
         found = read_source(source)
         share = Share(name, source.repeats * source.weight, source.regularisation)
         samples += [replace(sample, id=f"{name}/{sample.id}", share=share) for sample in found.samples]
-        problems += [Problem(f"{name}/{problem.path}", problem.reason) for problem in found.problems]
+        problems += [replace(problem, path=f"{name}/{problem.path}") for problem in found.problems]
+        pictures += found.pictures
     if all(source.regularisation for source in sources):
-        raise InputError(f"{', '.join(names)}: regularisation alone, nothing to train; leave regularisation out, or add a source")
-    return Dataset(", ".join(source.place for source in sources), tuple(samples), tuple(problems))
+        raise InputError(f"{listed(names)}: regularisation alone, nothing to train; leave regularisation out, or add a source")
+    return Dataset(", ".join(source.place for source in sources), tuple(samples), tuple(problems), pictures)
 
 
 def read_source(source: Source) -> Dataset:
@@ -71,7 +76,8 @@ def read_source(source: Source) -> Dataset:
         )
     given = [name for name in ("subset", "split", "revision", "streaming") if getattr(source, name)]
     if given:
-        raise InputError(f"{source.place} is of the kind {kind}, which has no {', '.join(given)}; leave it out, or give kind: datasets")
+        what = f"{shown(source.place)} is of the kind {kind}, which has no {', '.join(given)}"
+        raise InputError(f"{what}; leave it out, or give kind: datasets")
     if kind == "folder":
         return read_folder(source.place, source.columns)
     if kind == "webdataset":
@@ -87,11 +93,14 @@ def kind_of(place: str) -> str:
     root = Path(os.path.expanduser(place))
     if not root.is_dir():
         if "://" in place:
-            raise InputError(f"cannot tell what {place} is: give its kind, one of {', '.join(KINDS)}")
+            raise InputError(f"cannot tell what {shown(place)} is: give its kind, one of {', '.join(KINDS)}")
         return "folder"  # whose reader says what is wrong with it
     if is_saved(root):
         return "datasets"
-    files = sorted(path.name.lower() for path in root.iterdir() if not path.name.startswith("."))
+    try:
+        files = sorted(name.lower() for name in os.listdir(root) if not name.startswith("."))
+    except OSError:
+        return "folder"
     if any(name in METADATA_NAMES or is_image(name) for name in files):
         return "folder"
     if any(name.endswith(SUFFIXES) for name in files):

@@ -1,45 +1,54 @@
-"""WebDataset shards -> samples: tar archives in which the files of one sample stand together and share a key.
+"""WebDataset shards -> samples: tar archives in which the files of one sample share a key.
 
     0001.jpg  0001.txt              the part before the first dot is the key, the rest a column
     0002.jpg  0002.json             the entries of a .json are columns too
 
 Archives are read with tarfile through fsspec, never through a shell. While they are listed every file is read once, in order;
-afterwards a picture is read at its place in the archive (of a compressed archive: by reading on to it).
+afterwards a picture is read at its place in the archive (of a compressed archive: by reading on to it). The files of a sample need not
+stand together.
 """
 
+import hashlib
 import json
+import lzma
 import tarfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from latentfm.data.sources.base import (
     CAPTION_COLUMNS,
+    PICTURE_BYTES,
     Columns,
     Dataset,
     Place,
     Problem,
     Sample,
-    Unusable,
     captions_of,
+    finished,
     is_image,
-    lines_of,
     nothing_usable,
-    sha256,
 )
-from latentfm.data.sources.urls import expand, open_url
+from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, is_text, lines_of
+from latentfm.data.sources.urls import BLOCK, expand, open_url
 from latentfm.errors import InputError, nearest
+from latentfm.files import CONTENT_ERRORS, JSON_BYTES, reason
+from latentfm.words import count, listed, shown
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MASK_COLUMN = "mask.png"
+HEADER_BYTES = 2**20  # the most that is read at once of what tar says about a file, long names among it
 WAY_OUT = "each sample needs a picture and a caption of one key, as in 0001.jpg beside 0001.txt"
+BROKEN = "archive cut off or damaged, the rest of it is lost"
 
 
 class CutOff(Exception):
-    """An archive that ends, or cannot be read any further, before its end: the reason."""
+    """An archive that ends, or cannot be read any further, before its end: the reason, and the key of the file where it does."""
+
+    def __init__(self, reason: str, key: str | None):
+        super().__init__(reason)
+        self.key = key
 
 
 @dataclass
@@ -49,6 +58,7 @@ class Group:
     key: str
     files: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # extension -> offset, size, SHA-256
     texts: dict[str, bytes] = field(default_factory=dict)
+    problem: str | None = None  # why it cannot be used
 
 
 class Shard:
@@ -91,12 +101,12 @@ class Open:
 
 
 def read_shards(place: str, columns: Columns | None = None) -> Dataset:
-    """Returns a sample a key of the tar archives that `place` names, in the archives' order; ids are "<archive>/<key>".
+    """A sample a key of the tar archives that `place` names, in the archives' order; ids are "<archive>/<key>".
 
     `place` is a path or any fsspec URL, with {000..012} or * for several, or a folder of them. Columns are extensions and the entries of a
     .json. Unless `columns` says otherwise the picture is the first .jpg, .png, ... (before any .alt.jpg), the captions are the lines
     of the .txt or else the .json's `text`, `caption` or `prompt`, and the mask is the file mask.png. An archive that is cut off or
-    damaged is named with the sample after which it breaks off; what comes before is used. A key that comes again in an archive is
+    damaged is named with the sample after which it breaks off; what comes before is used. A file that comes again in an archive is
     a problem.
 
     Raises InputError when there is no archive, no usable sample, or when no sample has a column that `columns` names.
@@ -105,77 +115,123 @@ def read_shards(place: str, columns: Columns | None = None) -> Dataset:
     samples: list[Sample] = []
     problems: list[Problem] = []
     seen: set[str] = set()
+    found = 0
     files = expand(place, SUFFIXES)
     names = [file.rpartition("/")[2] for file in files]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise InputError(f"two archives are called {twice[0]}: their samples could not be told apart; rename one, or make them two sources")
+        raise InputError(
+            f"two archives are called {shown(twice[0])}: their samples could not be told apart; rename one, or make them two sources"
+        )
     for file, name in zip(files, names, strict=True):
-        shard, keys, last = Shard(file), set(), "its beginning"
+        shard, groups = Shard(file), {}
+        broken = None
         try:
-            for group in groups(file):
-                id = last = f"{name}/{group.key}"
-                try:
-                    if group.key in keys:
-                        raise Unusable("key that came before in the archive")
-                    keys.add(group.key)
-                    row = row_of(group)
-                    seen |= row.keys()
-                    samples.append(sample_of(group, row, columns, id, partial(opened.read, shard)))
-                except Unusable as error:
-                    problems.append(Problem(id, str(error)))
+            read_groups(file, columns, groups)
         except CutOff as error:
-            where = f"{file} after {last}, {len(keys)} samples read ({error})"
-            problems.append(Problem(where, "archive cut off or damaged, the rest of it is lost"))
+            groups.pop(error.key, None)  # more of it may be lost
+            broken = error
+        found += len(groups)
+        for group in groups.values():
+            id = f"{name}/{group.key}"
+            try:
+                row = row_of(group)
+                seen |= row.keys()
+                samples.append(sample_of(group, row, columns, id, partial(opened.read, shard)))
+            except Unusable as error:
+                group.problem = group.problem or str(error)
+            if group.problem:
+                problems.append(Problem(id, group.problem))
+        if broken is not None:
+            last = f"{name}/{next(reversed(groups))}" if groups else "its beginning"
+            where = f"{file} after {last}, {count(len(groups), 'sample')} read ({broken})"
+            problems.append(Problem(where, FETCH if str(broken) == FETCH else BROKEN))
     for wanted in (columns.image, columns.mask, *columns.captions):
         if wanted is not None and wanted not in seen and seen:
-            raise InputError(f"no sample of {place} has '{wanted}'{nearest(wanted, seen)}; there are {', '.join(sorted(seen))}")
+            there = f"{shown(nearest(wanted, seen))}; there are {listed(sorted(seen), 50)}"
+            raise InputError(f"no sample of {shown(place)} has '{shown(wanted)}'{there}")
     if not samples:
         raise nothing_usable(place, problems, WAY_OUT)
-    return Dataset(place, tuple(samples), tuple(problems))
+    return finished(place, samples, problems, found)
 
 
-def groups(url: str) -> Iterator[Group]:
-    """Yields the samples of an archive, files of one key that stand together. Raises CutOff when it breaks off; the sample in which it
-    breaks off is not given.
-    """
-    group: Group | None = None
+class Headers:
+    """What tarfile reads of an archive: headers, which say themselves how long they are, and are not believed beyond HEADER_BYTES."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise OSError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+
+def read_groups(url: str, columns: Columns, groups: dict[str, Group]) -> None:
+    """Adds the samples of an archive to `groups`, by key. Raises CutOff when it breaks off."""
+    key: str | None = None
     try:
-        with open_url(url) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                archive.members.clear()  # tarfile remembers every header otherwise
-                key, dot, extension = split(member.name)
-                if not member.isreg() or not dot:
-                    continue
-                if group is not None and key != group.key:
-                    yield group
-                    group = None
-                group = group or Group(key)
-                file.seek(member.offset_data)
-                data = file.read(member.size)
-                if len(data) < member.size:
-                    raise CutOff(f"in {member.name}")
-                group.files[extension] = (member.offset_data, member.size, sha256(data))
-                if extension in ("txt", "json") or not is_image(f"x.{extension}"):
-                    group.texts[extension] = data
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0") or file.tell() < archive.offset + tarfile.BLOCKSIZE:
-                raise CutOff("its end mark is missing")  # tarfile takes a missing or damaged header for the end
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise CutOff(" ".join(str(error).split()) or type(error).__name__) from error
-    if group is not None:
-        yield group
+        with open_url(url) as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise CutOff(FETCH, None)
+            file.seek(0)
+            with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
+                for member in archive:
+                    archive.members.clear()  # tarfile remembers every header otherwise
+                    name, dot, extension = split(member.name)
+                    key = name if member.isreg() and dot else key
+                    if member.size < 0 or archive.offset < member.offset_data:
+                        raise CutOff(f"a file of {member.size:,} bytes", key)
+                    if not member.isreg() or not dot:
+                        continue
+                    add(groups.setdefault(key, Group(key)), extension, member, file, columns)
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0") or file.tell() < archive.offset + tarfile.BLOCKSIZE:
+                    raise CutOff("its end mark is missing", key)  # tarfile takes a missing or damaged header for the end
+    except (tarfile.TarError, lzma.LZMAError, *CONTENT_ERRORS) as error:
+        raise CutOff(reason(error), key) from error
+
+
+def add(group: Group, extension: str, member: tarfile.TarInfo, file: BinaryIO, columns: Columns) -> None:
+    """Reads a file of an archive into its group, a text whole and anything else for its hash. Raises CutOff when it ends early."""
+    picture = is_image(f"x.{extension}") or extension in (columns.image, columns.mask)
+    most = PICTURE_BYTES if picture else JSON_BYTES if extension == "json" else CAPTION_BYTES
+    if extension in group.files:
+        group.problem = "key that came before in the archive"
+        return
+    if member.issparse() or not is_text(member.name):
+        group.problem = "file in an archive that is sparse, or whose name is not UTF-8"
+        return
+    group.files[extension] = (member.offset_data, member.size, "")
+    if member.size > most:
+        if picture or extension in ("txt", "json", *columns.captions):
+            group.problem = f"file in an archive of more than {most:,} bytes"
+            del group.files[extension]
+        return
+    file.seek(member.offset_data)
+    digest, parts, left = hashlib.sha256(), [], member.size
+    while left:
+        part = file.read(min(left, BLOCK))
+        if not part:
+            raise CutOff(f"in {member.name}", group.key)
+        left -= len(part)
+        digest.update(part)
+        if not picture:
+            parts.append(part)
+    group.files[extension] = (member.offset_data, member.size, digest.hexdigest())
+    if not picture:
+        group.texts[extension] = b"".join(parts)
 
 
 def split(name: str) -> tuple[str, str, str]:
-    """Returns (key, ".", extension) of a member's name, cut at the first dot of its last part, as WebDataset does."""
-    path = PurePosixPath(name)
+    """(key, ".", extension) of a member's name, cut at the first dot of its last part, as WebDataset does; accents composed."""
+    path = PurePosixPath(composed(name))
     stem, dot, extension = path.name.partition(".")
     return str(path.with_name(stem)) if stem else name, dot if stem else "", extension.lower()
 
 
 def row_of(group: Group) -> dict[str, Any]:
-    """Returns the columns of a sample: texts decoded, the entries of its .json, and None for other files. Raises Unusable."""
+    """The columns of a sample: texts decoded, the entries of its .json, and None for other files. Raises Unusable."""
     row: dict[str, Any] = dict.fromkeys(group.files)
     for extension, data in group.texts.items():
         if extension == "json":
@@ -188,22 +244,23 @@ def row_of(group: Group) -> dict[str, Any]:
             row = entries | row
         else:
             try:
-                row[extension] = list(lines_of(data.decode("utf-8-sig")))
-            except UnicodeDecodeError:
+                row[extension] = list(lines_of(decoded(data)))
+            except Unusable:
                 if extension == "txt":
-                    raise Unusable("caption file that is not UTF-8") from None
+                    raise
     return row
 
 
 def sample_of(group: Group, row: dict[str, Any], columns: Columns, id: str, read: Any) -> Sample:
-    """Returns the sample of a group. Raises Unusable when it has no picture or no caption."""
+    """The sample of a group. Raises Unusable when it has no picture or no caption."""
     mask = columns.mask or (MASK_COLUMN if columns.image != MASK_COLUMN else None)
     pictures = [extension for extension in group.files if is_image(f"x.{extension}") and extension != mask]
     image = columns.image or min(pictures, key=lambda extension: "." in extension, default=None)
     if image not in group.files:
         raise Unusable("sample without a picture")
-    found = columns.captions or {name: 1.0 for name in [n for n in ("txt", *CAPTION_COLUMNS) if row.get(n) is not None][:1]}
-    captions, weights = captions_of(row, found)
+    names = ("txt", f"{image}.txt", *CAPTION_COLUMNS)
+    found = columns.captions or {name: 1.0 for name in [n for n in names if row.get(n) is not None][:1]}
+    captions, weights = captions_of(row, replace(columns, captions=found))
     places = {}
     for extension in (image, mask):
         if extension in group.files:

@@ -1,0 +1,263 @@
+"""Options as people write them: a YAML or JSON file, and overrides "section.key=value", each value read by the type of what it is for.
+
+Where an option is a text, its text is taken as it stands: "pics #2", "null", "@home" and "2026-03-01" are names. Everything else is YAML.
+What a file says is bounded before it is believed: its size, its depth, and what its aliases unfold to.
+"""
+
+import json
+import re
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from latentfm.errors import InputError, nearest
+from latentfm.words import shown
+
+MOST_BYTES = 2**20  # of a file of options
+MOST_VALUES, DEEPEST = 50_000, 40  # of what it holds, aliases unfolded
+Kind = Any  # a type annotation
+
+
+class Refused(ValueError):
+    """What a text holds cannot be taken for options; the message says why, after the name of the file."""
+
+
+# Types
+
+
+def choices(kind: Kind) -> list[Kind]:
+    """The types of a union, a single one as a list; None is none."""
+    if get_origin(kind) is Annotated:
+        return choices(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return [each for part in get_args(kind) for each in choices(part)]
+    return [] if kind is types.NoneType else [kind]
+
+
+def is_model(kind: Kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def within(kind: Kind, key: Any) -> Kind:
+    """The type of what a mapping or list of type `kind` holds under `key`; Any where it is not known."""
+    for each in choices(kind):
+        arguments = [part for part in get_args(each) if part is not Ellipsis]
+        if is_model(each) and key in each.model_fields:
+            return each.model_fields[key].annotation
+        if get_origin(each) is dict and not isinstance(key, int | None):
+            return arguments[1]
+        if get_origin(each) in (list, tuple) and isinstance(key, int):
+            return arguments[min(key, len(arguments) - 1)]
+    return Any
+
+
+def is_text(kind: Kind) -> bool:
+    """Whether a plain word of this type is a text, whatever YAML would make of it."""
+    return str in choices(kind)
+
+
+def only_text(kind: Kind) -> bool:
+    """Whether nothing but a text is of this type."""
+    return choices(kind) == [str]
+
+
+# YAML and JSON
+
+
+def parse(text: str, kind: Kind) -> Any:
+    """The value that a YAML or JSON text holds, its texts as they are written where `kind` has texts.
+
+    Raises Refused for what is neither, repeats a key, is nested too deeply, or unfolds to too much.
+    """
+    if text.lstrip()[:1] == "{" or (text[:1] == "[" and "\\u" in text):  # JSON, whose letters beyond 16 bits are two of YAML's
+        try:
+            return json.loads(text, object_pairs_hook=without_repeats)
+        except RecursionError:
+            raise Refused("is nested too deeply") from None
+        except json.JSONDecodeError:
+            pass
+    try:
+        check_size(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+        return None if node is None else built(node, kind)
+    except yaml.YAMLError as error:
+        raise Refused(f"is not valid YAML: {' '.join(str(error).split())}") from None
+    except (RecursionError, ValueError) as error:
+        raise error if isinstance(error, Refused) else Refused(f"is not valid YAML: {error}") from None
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise Refused(f"gives '{shown(repeated, 60)}' twice; leave one of them out")
+    return found
+
+
+def check_size(text: str) -> None:
+    """Raises Refused for YAML that is too deep, refers to itself, or holds too much once its aliases are unfolded."""
+    sizes, names, anchors, total = [0], [None], {}, 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        size = 0
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in names:
+                raise Refused(f"refers, by *{shown(event.anchor, 60)} in line {event.start_mark.line + 1}, to what that is part of")
+            size = anchors.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+            anchors[event.anchor] = size
+        elif isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size, anchor = sizes.pop(), names.pop()
+            anchors[anchor] = size
+        sizes[-1] += size
+        total = sum(sizes)
+        if len(sizes) > DEEPEST:
+            raise Refused(f"is nested more than {DEEPEST} deep")
+        if total > MOST_VALUES:
+            raise Refused(f"holds more than {MOST_VALUES:,} values, aliases unfolded; options are a few hundred")
+
+
+def built(node: yaml.Node, kind: Kind) -> Any:
+    """The value of a YAML node, whose texts are as they are written where `kind` has texts."""
+    if isinstance(node, yaml.ScalarNode):
+        standard = node.tag.startswith("tag:yaml.org,2002:")
+        if is_text(kind) and standard and not node.tag.endswith((":null", ":binary")):
+            return node.value
+        return number_or_text(node)
+    if isinstance(node, yaml.SequenceNode):
+        check_tag(node, "seq")
+        return [built(part, within(kind, number)) for number, part in enumerate(node.value)]
+    check_tag(node, "map")
+    check_keys(node)
+    yaml.constructor.SafeConstructor().flatten_mapping(node)  # "<<": what it merges comes first, and what is given here goes over it
+    found = {}
+    for key_node, value in node.value:
+        key = key_of(key_node, kind)
+        found[key] = built(value, within(kind, key))
+    return found
+
+
+def number_or_text(node: yaml.ScalarNode) -> Any:
+    """What YAML makes of a plain value, but for its octal and sexagesimal numbers: 010 and 1:30 stay text, for the option to judge."""
+    octal = node.tag.endswith(":int") and not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value)
+    if octal or (node.tag.endswith(":float") and ":" in node.value):
+        return node.value
+    return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+
+
+def check_tag(node: yaml.Node, name: str) -> None:
+    if node.tag != f"tag:yaml.org,2002:{name}":
+        raise Refused(f"is not valid YAML of plain values: {shown(node.tag, 60)} in line {node.start_mark.line + 1}")
+
+
+def check_keys(node: yaml.MappingNode) -> None:
+    """Raises Refused for a key that is given twice, or is no single word."""
+    seen = set()
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise Refused(f"is not valid YAML of options: the name in line {line} is no single word")
+        if key.value in seen:
+            raise Refused(f"gives '{shown(key.value, 60)}' twice, again in line {line}; leave one of them out")
+        seen.add(key.value)
+
+
+def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
+    """The key of a mapping of this type: a number where its keys are numbers, else the text as it is written."""
+    if any(get_origin(each) is dict and get_args(each)[0] is int for each in choices(kind)) and node.tag.endswith(":int"):
+        return number_or_text(node)
+    return node.value
+
+
+# Overrides
+
+
+def put(data: dict[str, Any], kind: Kind, override: str) -> None:
+    """Puts an override "section.key=value" into `data`, options of type `kind`, at any depth: train.adapter.rank=4, data.sources.0.path=a.
+
+    Raises InputError for a name that does not exist and for a value that is not valid YAML where one is needed.
+    """
+    name, _, text = override.partition("=")
+    *places, last = name.strip().split(".")
+    inner: Any = data
+    for depth, place in enumerate(places):
+        key, parent_kind, kind = key_in(inner, place, kind), kind, within(kind, key_in(inner, place, kind))
+        if isinstance(inner, list) and key == len(inner):
+            inner.append({})
+        elif isinstance(inner, dict) and inner.get(key) is None:
+            inner[key] = begun(parent_kind, kind, key)
+        check_known(parent_kind, place, places[:depth])
+        inner = inner[key]
+        if not isinstance(inner, dict | list):
+            what = "section" if depth == 0 else "option"
+            raise InputError(f"{what} '{'.'.join(places[: depth + 1])}' should hold options, it holds {shown(repr(inner), 60)}")
+    check_known(kind, last, places)
+    key = key_in(inner, last, kind)
+    kind = within(kind, key)
+    value = value_of(override, text, kind)
+    if isinstance(inner, list) and key == len(inner):
+        inner.append(value)
+    else:
+        inner[key] = value
+
+
+def begun(parent: Kind, kind: Kind, name: Any) -> Any:
+    """What an override begins with that changes a part of an option not given yet: its default, or nothing in it."""
+    fields = next((each.model_fields for each in choices(parent) if is_model(each)), {})
+    default = fields[name].get_default(call_default_factory=True) if name in fields and not fields[name].is_required() else None
+    if isinstance(default, dict | list | tuple):
+        return dict(default) if isinstance(default, dict) else list(default)
+    return [] if any(get_origin(each) in (list, tuple) for each in choices(kind)) else {}
+
+
+def value_of(override: str, text: str, kind: Kind) -> Any:
+    """What the text of an override means for an option of this type. Raises InputError."""
+    if only_text(kind) or (is_text(kind) and text[:1] not in "[{"):
+        return text or None  # nothing leaves an option unset
+    try:
+        return parse(text, kind)
+    except Refused as error:
+        raise InputError(f"the value of '{shown(override, 120)}' {shown(error, 200)}") from None
+
+
+def key_in(inner: Any, place: str, kind: Kind) -> Any:
+    """What `place` of a dotted name is in a mapping or a list. Raises InputError for a place that a list does not have."""
+    listed = isinstance(inner, list)
+    if not listed and not any(get_origin(each) is dict and get_args(each)[0] is int for each in choices(kind)):
+        return place
+    if not (place.isdecimal() and place.isascii() and len(place) < 10 and (not listed or int(place) <= len(inner))):
+        place = shown(place, 60)
+        raise InputError(f"'{place}' is no place in a list of {len(inner)}, counted from 0" if listed else f"'{place}' is no number")
+    return int(place)
+
+
+def check_known(kind: Kind, name: str, places: list[str]) -> None:
+    """Raises InputError, suggesting the nearest, for a section or option that a model does not have."""
+    models = [each for each in choices(kind) if is_model(each)]
+    if models and name not in models[0].model_fields:
+        known = models[0].model_fields
+        path = ".".join([*(place for place in places if not place.isdecimal()), name])
+        what = "option" if places else "section"
+        raise InputError(f"unknown {what} '{shown(path, 120)}'{nearest(name, known)}; there are {', '.join(known)}")
+
+
+def check_names(value: Any, kind: Kind, places: tuple[str, ...] = ()) -> None:
+    """Raises InputError for the first section or option, at any depth, that does not exist."""
+    models = [each for each in choices(kind) if is_model(each)]
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            check_known(kind, str(key), list(places))
+            check_names(part, within(kind, key), (*places, str(key)))
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            check_names(part, within(kind, number), (*places, str(number)))
+    elif models and len(places) == 1:
+        known = ", ".join(models[0].model_fields)
+        raise InputError(f"section '{places[0]}' should hold options ({known}), it holds {shown(repr(value), 60)}")

@@ -1,0 +1,133 @@
+"""Whether a run that was stopped, or is finished, goes on with these options: what may change, what may not, and the way out."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from latentfm.config import RunConfig, SourceOptions
+from latentfm.errors import InputError
+from latentfm.files import expanded, read_json
+from latentfm.models.folder import read_info
+from latentfm.training import checkpoint
+from latentfm.training.rows import number
+from latentfm.words import shown
+
+# options that may change when a run is resumed: they do not touch the course of the training. Where the pictures and the models lie is
+# among them: these are known by their content, and another content is refused
+FREE_ON_RESUME = {
+    "output", "sample", "validation.every", "validation.times", "data.folder", "data.workers", "data.cache", "data.verify",
+    "model.pipeline", "train.compile", "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device",
+    "train.deterministic",
+}  # fmt: skip
+PLACES = ("path", "url", "dataset")  # of a source
+LONGEST = 120  # characters of a value
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of the options that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
+    found = []
+    for section, options in now.items():
+        defaults = RunConfig.model_fields[section].annotation.model_fields
+        given = before.get(section)
+        for key, value in options.items():
+            was = (given if isinstance(given, dict) else {}).get(key, in_json(defaults[key].get_default(call_default_factory=True)))
+            same = was == value or (f"{section}.{key}" == "data.sources" and without_places(was) == without_places(value))
+            if section not in FREE_ON_RESUME and f"{section}.{key}" not in FREE_ON_RESUME and not same:
+                found.append(f"{section}.{key} was {shown(repr(was), LONGEST)}, is {shown(repr(value), LONGEST)}")
+    return found
+
+
+def in_json(default: Any) -> Any:
+    """A default as it stands in a configuration that was written down."""
+    return list(default) if isinstance(default, tuple) else default
+
+
+def without_places(sources: Any) -> Any:
+    """Sources without where they are, with the defaults of what was no option yet when they were written down."""
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        return sources
+    defaults = {name: in_json(field.default) for name, field in SourceOptions.model_fields.items()}
+    return [{name: value for name, value in (defaults | source).items() if name not in PLACES} for source in sources]
+
+
+def check_options(path: Path, info: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises InputError when the run of a checkpoint cannot go on with these options.
+
+    Its number of steps may change where the learning rate of a step does not depend on it, and is not below what is done.
+    """
+    now, done = config.model_dump(mode="json"), number(info.get("step")) or 0
+    changed = differences(info.get("config") or {}, now)
+    steps = [line for line in changed if line.startswith("train.steps was ")]
+    if steps and config.train.decay == "constant" and config.train.steps >= done:
+        changed.remove(steps[0])
+    if not changed:
+        return
+    why = ""
+    if steps and config.train.steps < done:
+        why = f" (step {done} is done)"
+    elif steps and config.train.decay != "constant":
+        why = f" (with train.decay={config.train.decay} they set the learning rate of every step)"
+    raise InputError(f"{shown(path)} was made with other options: {'; '.join(changed)}{why}. Restore them, or {way_on(config)}")
+
+
+def check_goes_on(config: RunConfig) -> None:
+    """As `check_options` of the newest checkpoint there is, for a look before a run; one that cannot be read is left to the run."""
+    saved = checkpoint.checkpoints(expanded(config.output.folder) / "checkpoints")
+    if saved:
+        with suppress(checkpoint.Damaged):
+            check_options(saved[-1], checkpoint.state_of(saved[-1]), config)
+
+
+def options_of_run(out: Path) -> dict[str, Any] | None:
+    """The options that a run's newest checkpoint was made with, or its config.json; None where neither can be read."""
+    saved = checkpoint.checkpoints(out / "checkpoints")
+    for read in (lambda: checkpoint.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
+        with suppress(InputError, LookupError, OSError):
+            found = read()
+            if isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in RunConfig.model_fields):
+                return found
+    return None
+
+
+def way_on(config: RunConfig) -> str:
+    """How to train the result of a run further."""
+    model = expanded(config.output.folder) / "model"
+    if (model / "model_index.json").is_file():
+        return f"train its result on in a new run: model.pipeline={shown(model)} and another output.folder"
+    return "choose another output.folder"
+
+
+def finished(config: RunConfig) -> Path | None:
+    """The model of a run that has been trained as far as these options ask; None where there is none, or it is not so far.
+
+    `config` is settled. Raises InputError where it was finished with other options: nothing of what is asked would be done.
+    """
+    out = expanded(config.output.folder)
+    model = out / "model"
+    if not (model / "model_index.json").is_file():
+        return None
+    done = None
+    with suppress(ValueError, OSError, AttributeError):  # what cannot be read of a finished run does not make it less so
+        trained = read_info(model).get("trained")
+        done = number(trained.get("steps")) if isinstance(trained, dict) else None
+    if done is not None and config.train.steps > done:
+        return None
+    before = options_of_run(out)
+    if before is None:
+        return model
+    now = config.model_dump(mode="json")
+    changed = [line for line in differences(before, now) if not line.startswith("train.steps was ")]
+    was = before["output"].get("dtype", config.output.dtype)
+    if was != config.output.dtype:
+        raise InputError(
+            f"{shown(out)} is finished, its model saved in {shown(was, LONGEST)}; for another dtype: "
+            f"latentfm convert {shown(model)} OUT --dtype {config.output.dtype}"
+        )
+    if changed:
+        raise InputError(f"{shown(out)} is finished, with other options: {'; '.join(changed)}. Restore them, or {way_on(config)}")
+    late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
+            if before[section].get(key, value) != value]  # fmt: skip
+    if late:
+        print(f"warning: {', '.join(late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)
+    return model
