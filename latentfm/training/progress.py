@@ -20,6 +20,7 @@ class Progress:
             console=self.console, disable=not (active and self.console.is_terminal),
         )  # fmt: skip
         self.smoothed: float | None = None
+        self.task: int | None = None  # the training's
         self.printed, self.waiting = 0.0, False
 
     def __enter__(self) -> "Progress":
@@ -27,6 +28,8 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for now in [now for now in self.bar.tasks if now.finished and now.id != self.task]:
+            self.remove_task(now.id)
         self.bar.stop()
 
     def add_task(self, description: str, total: int) -> int:
@@ -36,7 +39,7 @@ class Progress:
     def advance(self, task: int, count: int) -> None:
         self.bar.advance(task, count)
         now = self.bar.tasks[self.bar.task_ids.index(task)]
-        if self.due(count > 0 and now.completed >= now.total):
+        if self.due():
             print(f"{now.description}: {now.completed:,.0f} of {now.total:,.0f}", flush=True)
 
     def update(self, task: int, description: str) -> None:
