@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latentfm.models.attention import Attention
-from latentfm.models.kernels import gelu_linear, modulated_norm
+from latentfm.models.kernels import gelu_linear, linear_gelu, modulated_norm
 from latentfm.models.packing import Packing
 
 
@@ -37,7 +36,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return linear_gelu(self.proj, x)
 
 
 class FeedForward(nn.Module):

@@ -8,8 +8,21 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentfm.models.kernels import gelu_linear, modulated_norm
+from latentfm.models.kernels import ONEDNN, gelu_linear, linear_gelu, modulated_norm
+
+
+class Kernels(TorchDispatchMode):
+    """Collects the names of the operations that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def layer_of(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -98,6 +111,33 @@ def cast(layer: nn.Linear) -> nn.Linear:
 
 def plain(layer: nn.Linear) -> nn.Linear:
     return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(cast, torch.float32), *((c, t) for c in (plain, with_hook, with_pre_hook, in_lora) for t in (torch.float32, torch.bfloat16))],
+)
+def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
+    layer = change(layer_of(dtype))
+    layer = layer if change is cast else layer.to(dtype)
+    x = torch.randn(2, 7, 24).to(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-8}
+    with torch.no_grad():
+        expected = F.gelu(layer(x), approximate="tanh")
+        with Kernels() as seen:
+            found = linear_gelu(layer, x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, **tolerance)
+    if change is plain:  # it was part of the product where that gains something
+        fused = dtype == torch.bfloat16 and ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert ("aten.gelu.default" in seen.names) != fused
+    elif change is not cast:
+        assert (found - F.gelu(layer_of(dtype)(x), approximate="tanh")).abs().max() > 0.05
+    given = x.clone().requires_grad_()
+    linear_gelu(layer, given).float().square().sum().backward()
+    other = x.clone().requires_grad_()
+    F.gelu(layer(other), approximate="tanh").float().square().sum().backward()
+    torch.testing.assert_close(given.grad, other.grad, **tolerance)
 
 
 @pytest.mark.parametrize(
