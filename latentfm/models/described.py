@@ -77,7 +77,7 @@ def read_model(folder: Path, network: dict[str, Any] | None = None) -> Model:
         decoder = Decoder(tuple(settings["block_out_channels"]), settings["layers_per_block"], settings["latent_channels"])
     encoders = {part: stored_numbers(folder / part) for part in TEXT if (folder / part).is_dir()}
     vae, text_tokens = stored_numbers(folder / "vae"), (clip_tokens.get("max_position_embeddings") or 77) + t5_length(read_info(folder))
-    check_manifest(folder)
+    check_manifest(folder, without=("transformer",) if network is not None else ())
     return Model(
         name=str(folder), network=net, decoder=decoder, vae=vae, encoders=encoders, text_tokens=text_tokens,
         side=latents * decoder.factor,
