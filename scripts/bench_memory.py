@@ -125,9 +125,9 @@ def train(case: dict, network, dtype) -> None:
     import torch
 
     from latentfm.config import TrainOptions
-    from latentfm.training.ema import EMA
-    from latentfm.training.optim import clip_gradient
-    from latentfm.training.optimizers import make_optimizer
+    from latentfm.training.optimizers.adamw import clip_gradient
+    from latentfm.training.optimizers.ema import EMA
+    from latentfm.training.optimizers.optimizers import make_optimizer
 
     network.train()
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}

@@ -23,8 +23,8 @@ Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
 Shard = Literal["none", "full", "zero2", "zero3"]  # DDP, FSDP2, DeepSpeed's ZeRO 2 and 3
 MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
-ZERO_BUCKET, ZERO_LIVE = 5 * 10**7, 10**9  # numbers: training/zero.py's bucket of gradients, DeepSpeed's gathered weights at one time
-OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training/optim.py (on a GPU) and training/ema.py widen at one time
+ZERO_BUCKET, ZERO_LIVE = 5 * 10**7, 10**9  # numbers: zero.py's bucket of gradients, DeepSpeed's gathered weights at one time
+OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that adamw.py (on a GPU) and ema.py widen at one time
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from latentfm.models.folder import PARTS, check_folder, read_config, read_info, 
 from latentfm.models.memory import Shard
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
-from latentfm.training import checkpoint
 from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
-from latentfm.training.optimizers import NOT_SPLIT, check_optimizer, missing
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.distributed.zero import asked_of_zero, check_zero
+from latentfm.training.optimizers.optimizers import NOT_SPLIT, check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
-from latentfm.training.zero import asked_of_zero, check_zero
 from latentfm.words import count, shown
 
 

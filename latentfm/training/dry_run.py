@@ -25,10 +25,10 @@ from latentfm.models.cost import block_products, forward_flops, parameters, trai
 from latentfm.models.folder import read_config, read_info, t5_length
 from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
 from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
+from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
 from latentfm.training.precision import has_bfloat16, settled
 from latentfm.training.prepare import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
-from latentfm.training.resuming import check_goes_on
 from latentfm.training.samples import DEFAULT_PROMPTS
 from latentfm.training.sources import open_dataset
 from latentfm.training.validation import split_held_out

@@ -12,8 +12,8 @@ from latentfm.data.images import decoders
 from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
+from latentfm.training.distributed.processes import alone
 from latentfm.training.models import Models
-from latentfm.training.parallel import alone
 from latentfm.training.pictures import unchanged
 from latentfm.training.prepare import IMAGES_AT_ONCE, CachedDataset, Work, tell_what_is_cut, untold
 

@@ -15,8 +15,8 @@ from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
+from latentfm.training.distributed.processes import alone
 from latentfm.training.models import Models, largest_side, picture_size
-from latentfm.training.parallel import alone
 from latentfm.words import count, shown
 
 

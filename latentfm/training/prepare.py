@@ -26,8 +26,8 @@ from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models import vae as vae_room
 from latentfm.models.text import PromptEncoder, encoder_name
+from latentfm.training.distributed.processes import alone
 from latentfm.training.models import Models
-from latentfm.training.parallel import alone
 from latentfm.training.pictures import Pictures, unchanged
 from latentfm.words import count, shown
 

@@ -18,10 +18,10 @@ from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, PromptParts, assemble
 from latentfm.pipeline import LatentFMPipeline
+from latentfm.training.distributed.processes import together
+from latentfm.training.distributed.shards import is_split
 from latentfm.training.models import Models
-from latentfm.training.parallel import together
-from latentfm.training.parts import is_split
-from latentfm.training.sample_files import write_step
+from latentfm.training.records.sample_files import write_step
 from latentfm.training.validation import evaluating
 
 DEFAULT_PROMPTS = 8
@@ -32,7 +32,7 @@ class SamplePictures:
 
     samples: whose first captions are the prompts where the options have none, spread over all of them.
     size: (width, height) of the pictures in pixels.
-    folder: where they are written, see `latentfm.training.sample_files`.
+    folder: where they are written, see `latentfm.training.records.sample_files`.
     """
 
     def __init__(

@@ -32,18 +32,18 @@ from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models.backends import check_backend
 from latentfm.models.folder import t5_length
-from latentfm.training import zero
 from latentfm.training.adapters import seed_dropout
+from latentfm.training.checkpoint.resuming import check_options, finished
 from latentfm.training.checks import cautions, check
-from latentfm.training.launcher import Peers, fewer_than_asked
+from latentfm.training.distributed import zero
+from latentfm.training.distributed.launcher import Peers, fewer_than_asked
+from latentfm.training.distributed.processes import from_main, shared, together
+from latentfm.training.distributed.shards import is_split
 from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
-from latentfm.training.parallel import from_main, shared, together
-from latentfm.training.parts import is_split
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
-from latentfm.training.progress import Progress
-from latentfm.training.records import Records, claimed
-from latentfm.training.resuming import check_options, finished
+from latentfm.training.records.progress import Progress
+from latentfm.training.records.records import Records, claimed
 from latentfm.training.samples import SamplePictures
 from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from latentfm.data.mixture import Mixture
 from latentfm.data.stream import Stream
-from latentfm.training import checkpoint
-from latentfm.training.ema import EMA, copy_into
-from latentfm.training.parallel import Gathering
-from latentfm.training.parts import Parts
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.distributed.processes import Gathering
+from latentfm.training.distributed.shards import Parts
+from latentfm.training.optimizers.ema import EMA, copy_into
 
 
 @dataclass(frozen=True)

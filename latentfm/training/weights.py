@@ -9,13 +9,15 @@ import torch
 from accelerate import Accelerator
 
 from latentfm.config import RunConfig
-from latentfm.training import checkpoint, export, zero
 from latentfm.training.adapters import cast_weights, choose_trainable
-from latentfm.training.ema import EMA
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import export
+from latentfm.training.distributed import zero
+from latentfm.training.distributed.processes import Gathering, from_main, together
+from latentfm.training.distributed.shards import Parts, is_sharded, resharded, shard
 from latentfm.training.models import Models
-from latentfm.training.optimizers import learning_rate, make_optimizer
-from latentfm.training.parallel import Gathering, from_main, together
-from latentfm.training.parts import Parts, is_sharded, resharded, shard
+from latentfm.training.optimizers.ema import EMA
+from latentfm.training.optimizers.optimizers import learning_rate, make_optimizer
 
 
 class Weights:

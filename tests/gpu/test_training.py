@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentfm.errors import InputError
-from latentfm.training import checkpoint
+from latentfm.training.checkpoint import checkpoints as checkpoint
 from latentfm.training.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,11 @@ from faults import files_no_larger_than
 from torch import nn
 
 from latentfm.errors import InputError
-from latentfm.training import checkpoint
-from latentfm.training.ema import EMA
-from latentfm.training.optim import AdamW
-from latentfm.training.parallel import Gathering, Late
-from latentfm.training.parts import Parts
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.distributed.processes import Gathering, Late
+from latentfm.training.distributed.shards import Parts
+from latentfm.training.optimizers.adamw import AdamW
+from latentfm.training.optimizers.ema import EMA
 
 MAIN = SimpleNamespace(is_main_process=True, num_processes=1)
 
@@ -46,7 +46,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 
 
 def test_a_large_state_lies_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentfm.training.parallel.LARGEST_FILE", 1000)
+    monkeypatch.setattr("latentfm.training.distributed.processes.LARGEST_FILE", 1000)
     tensors = {str(i): torch.randn(200) for i in range(3)}
     path = save(tmp_path, 1, tensors)
     loaded, info = checkpoint.load(path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentfm.training.ema import EMA
+from latentfm.training.optimizers.ema import EMA
 
 
 def network():
@@ -71,7 +71,7 @@ def test_parts_change_nothing(monkeypatch):
     first, second, module = EMA(trained(network()), 0.9), EMA(trained(network()), 0.9), network()
     move(module, 1)
     first.update(trained(module), 5)
-    monkeypatch.setattr("latentfm.training.ema.PART", 10)  # a weight of 12, the rest of 4 + 8
+    monkeypatch.setattr("latentfm.training.optimizers.ema.PART", 10)  # a weight of 12, the rest of 4 + 8
     assert list(second.parts()) == [["0.weight"], ["0.bias"], ["1.weight"]]
     second.update(trained(module), 5)
     assert all(torch.equal(first.shadow[name], second.shadow[name]) for name in first.shadow)

@@ -18,11 +18,11 @@ from latentfm.errors import InputError
 from latentfm.interchange.lora import open_adapter
 from latentfm.models.folder import INFO_FILE
 from latentfm.models.manifest import MANIFEST
-from latentfm.training import export
 from latentfm.training.adapters import cast_weights, choose_trainable, parse_blocks
-from latentfm.training.export import own_weights, write_adapter
+from latentfm.training.checkpoint import export
+from latentfm.training.checkpoint.export import own_weights, write_adapter
+from latentfm.training.distributed.processes import Gathering, Late
 from latentfm.training.models import load_models
-from latentfm.training.parallel import Gathering, Late
 
 FILE = "pytorch_lora_weights.safetensors"
 # rank and alpha apart, so that a lost alpha shows

@@ -24,7 +24,8 @@ from faults import files_no_larger_than
 
 from latentfm.data.cache_file import read_shard
 from latentfm.errors import InputError
-from latentfm.training import checkpoint, records
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.records import records
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 EVERY_STEP = ["train.steps=6", "output.checkpoint_every=1", "sample.every=3", "train.decay=constant"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from latentfm import flow
 from latentfm.errors import InputError
-from latentfm.training import checkpoint
+from latentfm.training.checkpoint import checkpoints as checkpoint
 from latentfm.training.step import cfm_losses, weights_of
 from latentfm.training.validation import Validation
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentfm.training import optim
-from latentfm.training.optim import AdamW, clip_gradient, round_stochastically_
+from latentfm.training.optimizers import adamw as optim
+from latentfm.training.optimizers.adamw import AdamW, clip_gradient, round_stochastically_
 
 # AdamW for bfloat16 weights, and the rounding
 

@@ -15,8 +15,8 @@ from latentfm.config import OPTIMIZERS, TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.mmdit import MMDiT
 from latentfm.training.adapters import choose_trainable
-from latentfm.training.optim import AdamW
-from latentfm.training.optimizers import (
+from latentfm.training.optimizers.adamw import AdamW
+from latentfm.training.optimizers.optimizers import (
     ADAFACTOR_EPS,
     PACKAGES,
     check_optimizer,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentfm.errors import InputError
-from latentfm.training.parallel import shared
+from latentfm.training.distributed.processes import shared
 
 
 @pytest.fixture

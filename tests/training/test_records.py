@@ -14,14 +14,15 @@ from PIL import Image
 
 from latentfm.errors import InputError
 from latentfm.files import read_json
-from latentfm.training import claim as claim_room
-from latentfm.training import launcher, rows
-from latentfm.training.claim import NAME, Taken, claimed
-from latentfm.training.progress import Progress
-from latentfm.training.records import Records
-from latentfm.training.rows import keep_rows, rows_of
-from latentfm.training.run_page import RunPage
-from latentfm.training.sample_files import cells_of, settings_of, write_step
+from latentfm.training.checkpoint import claim as claim_room
+from latentfm.training.checkpoint.claim import NAME, Taken, claimed
+from latentfm.training.distributed import launcher
+from latentfm.training.records import json_lines as rows
+from latentfm.training.records.json_lines import keep_rows, rows_of
+from latentfm.training.records.progress import Progress
+from latentfm.training.records.records import Records
+from latentfm.training.records.run_page import RunPage
+from latentfm.training.records.sample_files import cells_of, settings_of, write_step
 
 ROWS = [{"step": step, "loss": 1.0, "seconds": float(step)} for step in (1, 2, 3)]
 

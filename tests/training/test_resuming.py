@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from latentfm.config import SourceOptions, load_config
 from latentfm.errors import InputError
-from latentfm.training import checkpoint, trainer
+from latentfm.training import trainer
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint.resuming import FREE_ON_RESUME, check_options, differences, without_places
 from latentfm.training.dry_run import dry_run
-from latentfm.training.resuming import FREE_ON_RESUME, check_options, differences, without_places
 
 CONSTANT = ["train.decay=constant", "train.steps=3", "output.checkpoint_every=1", "sample.every=2"]
 

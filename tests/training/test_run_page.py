@@ -15,9 +15,9 @@ from PIL import Image
 
 from latentfm.config import load_config
 from latentfm.errors import InputError
-from latentfm.training.curves import BLOCK, POINTS, Log, curves, parsed
-from latentfm.training.run_page import LARGEST, RunPage
-from latentfm.training.sample_files import write_step
+from latentfm.training.records.curves import BLOCK, POINTS, Log, curves, parsed
+from latentfm.training.records.run_page import LARGEST, RunPage
+from latentfm.training.records.sample_files import write_step
 
 NASTY = "</script><script>window.hurt = 1</script><!-- <b>&amp;\u2028 ' \" `"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

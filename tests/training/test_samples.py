@@ -19,7 +19,7 @@ from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 from latentfm.pipeline import LatentFMPipeline
 from latentfm.training.models import load_models
-from latentfm.training.sample_files import COLUMNS, ROWS, cells_of, steps, strip, thinned, unstrip, write_step
+from latentfm.training.records.sample_files import COLUMNS, ROWS, cells_of, steps, strip, thinned, unstrip, write_step
 from latentfm.training.samples import SamplePictures
 
 PROMPTS = ["a red apple", "a blue car", "the moon and seven stars"]

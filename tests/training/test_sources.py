@@ -17,7 +17,7 @@ from latentfm import flow
 from latentfm.data.images import Transform, UnreadableImage, load_mask
 from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
-from latentfm.training import checkpoint
+from latentfm.training.checkpoint import checkpoints as checkpoint
 from latentfm.training.step import cfm_losses
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

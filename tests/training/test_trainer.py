@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from latentfm.data.loader import generator_for
 from latentfm.errors import InputError
-from latentfm.training import checkpoint, export
-from latentfm.training.parallel import Gathering
-from latentfm.training.records import differences
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import export
+from latentfm.training.distributed.processes import Gathering
+from latentfm.training.records.records import differences
 from latentfm.training.step import cfm_losses
 
 

@@ -15,7 +15,7 @@ from latentfm.errors import InputError
 from latentfm.training import prepare
 from latentfm.training.models import load_models
 from latentfm.training.online import dataset_of
-from latentfm.training.progress import Progress
+from latentfm.training.records.progress import Progress
 from latentfm.training.sources import open_dataset
 
 

@@ -8,7 +8,7 @@ from latentfm.config import TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.memory import ZERO_BUCKET
 from latentfm.training.checks import Launch
-from latentfm.training.zero import check_zero, configuration
+from latentfm.training.distributed.zero import check_zero, configuration
 
 pytest.importorskip("deepspeed")
 
@@ -81,6 +81,6 @@ def test_options_that_do_not_go_with_it_are_refused():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("latentfm.training.zero.find_spec", lambda name: None)
+    monkeypatch.setattr("latentfm.training.distributed.zero.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'latentfm\[deepspeed\]'"):
         check_zero(TrainOptions(), 2)

@@ -19,9 +19,9 @@ import numpy as np
 from latentfm.config import RunConfig
 from latentfm.errors import InputError
 from latentfm.files import TEXT_BYTES, read_bytes, read_json, whole_or_nothing
-from latentfm.training.curves import POINTS, Log, curves, parsed
-from latentfm.training.rows import MOST_STEP, number
-from latentfm.training.sample_files import COLUMNS, cells_of, has_cells, opened, settings_of, step_of, steps, thinned
+from latentfm.training.records.curves import POINTS, Log, curves, parsed
+from latentfm.training.records.json_lines import MOST_STEP, number
+from latentfm.training.records.sample_files import COLUMNS, cells_of, has_cells, opened, settings_of, step_of, steps, thinned
 from latentfm.words import count, shortened, shown
 
 LARGEST = 4 * 10**6  # bytes of pictures in the page
@@ -42,7 +42,7 @@ class RunPage:
     def write(self) -> Path:
         """The path of folder/run.html, written anew, whole or not at all. Raises InputError when the disk does not take it."""
         target = self.folder / "run.html"
-        before, after = files("latentfm.training").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
+        before, after = files("latentfm.training.records").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
         data = json.dumps(clean(self.data()), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         for letter in "<>&\u2028\u2029":  # nothing in the data can end the script that holds it
             data = data.replace(letter, f"\\u{ord(letter):04x}")

@@ -9,8 +9,8 @@ from latentfm.config import RunConfig, SourceOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded, read_json
 from latentfm.models.folder import read_info
-from latentfm.training import checkpoint
-from latentfm.training.rows import number
+from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.records.json_lines import number
 from latentfm.words import shown
 
 # options that may change when a run is resumed: they do not touch the course of the training. Where the pictures and the models lie is

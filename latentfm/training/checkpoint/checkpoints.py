@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from latentfm.errors import InputError
 from latentfm.files import CONTENT_ERRORS, JSON_BYTES, open_file, read_bytes, reason, whole_or_nothing
 from latentfm.interchange.tensors import CHUNK, Tensors, read_file
-from latentfm.training.ema import EMA
-from latentfm.training.optimizers import optimizer_state, restore_optimizer_state
-from latentfm.training.parallel import Gathering, Late
-from latentfm.training.parts import Parts
-from latentfm.training.rows import number
+from latentfm.training.distributed.processes import Gathering, Late
+from latentfm.training.distributed.shards import Parts
+from latentfm.training.optimizers.ema import EMA
+from latentfm.training.optimizers.optimizers import optimizer_state, restore_optimizer_state
+from latentfm.training.records.json_lines import number
 from latentfm.words import listed, shown
 
 NAME = re.compile(r"step-(\d{8})")

@@ -25,9 +25,9 @@ from latentfm.models.manifest import MANIFEST, Saved, files_of, hash_of, read_ma
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import is_pickle
 from latentfm.models.text import NULL_FILE
+from latentfm.training.distributed.processes import Gathering, Late
+from latentfm.training.distributed.zero import gathered
 from latentfm.training.models import Models
-from latentfm.training.parallel import Gathering, Late
-from latentfm.training.zero import gathered
 
 ADAPTER_FOLDER = "lora"  # beside the pipeline
 NETWORK_FILE = "diffusion_pytorch_model"

@@ -1,4 +1,4 @@
-"""The trained parameters as one process holds them: whole, or under FSDP2 its part of each (ZeRO's parts are in training/zero.py).
+"""The trained parameters as one process holds them: whole, or under FSDP2 its part of each (ZeRO's parts are in zero.py).
 
 Everything that moves or averages weights works on plain tensors, the parts, and needs to know nothing of other processes. What leaves a
 process, a checkpoint or a pipeline, is whole again: gathered one tensor at a time, so that no process ever holds all of it.
@@ -17,8 +17,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latentfm.errors import InputError
-from latentfm.training.optim import clip_gradient, masters_of
-from latentfm.training.parallel import Late
+from latentfm.training.distributed.processes import Late
+from latentfm.training.optimizers.adamw import clip_gradient, masters_of
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentfm.config import TrainOptions
 from latentfm.errors import InputError
-from latentfm.training.optim import AdamW
+from latentfm.training.optimizers.adamw import AdamW
 
 PACKAGES = {  # of the optimizers that PyTorch has not
     "adamw8bit": "bitsandbytes", "paged_adamw": "bitsandbytes", "paged_adamw8bit": "bitsandbytes",

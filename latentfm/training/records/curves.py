@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from latentfm.files import open_file
-from latentfm.training.rows import LONGEST, MOST_STEP, number
+from latentfm.training.records.json_lines import LONGEST, MOST_STEP, number
 
 CURVES = ("loss", "prior_loss", "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
 POINTS = 750  # of a curve; each shows the least and the most of its rows: 1,500 numbers

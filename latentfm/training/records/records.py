@@ -11,10 +11,10 @@ import torch
 
 from latentfm.errors import InputError
 from latentfm.files import flush, read_json, whole_or_nothing
-from latentfm.training.claim import Claim, Taken, claimed
-from latentfm.training.resuming import differences
-from latentfm.training.rows import add_whole, keep_rows, number, read_or_set_aside, rows_of, set_aside
-from latentfm.training.run_page import RunPage
+from latentfm.training.checkpoint.claim import Claim, Taken, claimed
+from latentfm.training.checkpoint.resuming import differences
+from latentfm.training.records.json_lines import add_whole, keep_rows, number, read_or_set_aside, rows_of, set_aside
+from latentfm.training.records.run_page import RunPage
 from latentfm.words import shown
 
 __all__ = ["Records", "claimed", "differences", "peak_memory", "rows_of"]

@@ -1,0 +1,1 @@
+"""What moves the trained weights, and their running average."""
