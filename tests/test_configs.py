@@ -21,8 +21,8 @@ from PIL import Image
 
 from latentfm.bundled import bundled_model
 from latentfm.config import load_config
-from latentfm.models.gpus import GIB, GPUS
 from latentfm.models.mmdit import MMDiT
+from latentfm.planning.gpus import GIB, GPUS
 from latentfm.training import dry_run as room
 from latentfm.training.checks import Launch
 from latentfm.training.dry_run import Device, dry_run

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from latentfm.cli.plan import count_of, duration
-from latentfm.models.gpus import GIB
+from latentfm.planning.gpus import GIB
 from latentfm.words import count, shown
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import typer
 
 from latentfm.cli.checks import check_at_least_one, check_name, check_size, parse_size
 from latentfm.errors import InputError
-from latentfm.models.cost import forward_flops, lora_parameters, parameters, training_flops
-from latentfm.models.described import Model, preset_model, read_model
-from latentfm.models.gpus import EFFICIENCY, GIB, GPU, GPUS, RESERVE
-from latentfm.models.memory import Moment, Training, by_name, drawing_moments, highest, training_moments
 from latentfm.models.presets import PRESETS
+from latentfm.planning.cost import forward_flops, lora_parameters, parameters, training_flops
+from latentfm.planning.gpus import EFFICIENCY, GIB, GPU, GPUS, RESERVE
+from latentfm.planning.memory import Moment, Training, by_name, drawing_moments, highest, training_moments
+from latentfm.planning.model import Model, preset_model, read_model
 from latentfm.words import shown
 
 MODES, WEIGHTS, SHARDS = ("full", "lora", "generate"), ("float32", "bfloat16"), ("none", "full", "zero2", "zero3")

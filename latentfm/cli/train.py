@@ -84,7 +84,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
     from latentfm.cli.dry_run import show
     from latentfm.cli.plan import SHARDS
     from latentfm.cli.terminal import progress_bar
-    from latentfm.models.gpus import GPUS
+    from latentfm.planning.gpus import GPUS
     from latentfm.training.checks import Launch
     from latentfm.training.dry_run import Device, dry_run
 

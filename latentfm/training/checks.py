@@ -17,13 +17,13 @@ from latentfm.errors import InputError, nearest
 from latentfm.files import expanded
 from latentfm.interchange.weights import empty, open_pipeline
 from latentfm.models.backends import attention_backend
-from latentfm.models.cost import LORA_TARGETS
-from latentfm.models.described import Model, read_model
 from latentfm.models.folder import PARTS, check_folder, read_config, read_info, t5_length
-from latentfm.models.memory import Shard
+from latentfm.models.linears import LORA_TARGETS, adapted_linears, ends_with, parse_blocks
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
-from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
+from latentfm.planning.memory import Shard
+from latentfm.planning.model import Model, read_model
+from latentfm.training.adapters import linears_of_blocks
 from latentfm.training.checkpoint import checkpoints as checkpoint
 from latentfm.training.distributed.zero import asked_of_zero, check_zero
 from latentfm.training.optimizers.optimizers import NOT_SPLIT, check_optimizer, missing
@@ -195,7 +195,7 @@ def trained_numbers(network: MMDiT, config: RunConfig) -> tuple[tuple[int, ...],
         each = [sum(p.numel() for p in block.parameters()) for block in blocks]
         around = sum(p.numel() for p in network.parameters()) - sum(each) if train.blocks is None else 0
         return (*(number if i in chosen else 0 for i, number in enumerate(each)), around), ()
-    adapted = adapted_modules(network, train.adapter.targets, chosen)
+    adapted = adapted_linears([name for name, _ in linears_of_blocks(network)], train.adapter.targets, chosen)
     each = [0] * len(blocks)
     for name in adapted:
         linear = network.get_submodule(name)

@@ -21,10 +21,10 @@ from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
-from latentfm.models.cost import block_products, forward_flops, parameters, trained, training_flops
 from latentfm.models.folder import read_config, read_info, t5_length
-from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
-from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
+from latentfm.planning.cost import block_products, forward_flops, parameters, trained, training_flops
+from latentfm.planning.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
+from latentfm.planning.memory import Moment, Training, by_name, highest, training_moments
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
 from latentfm.training.precision import has_bfloat16, settled

@@ -9,20 +9,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from latentfm.config import AdapterOptions, TrainOptions
 from latentfm.errors import InputError
-from latentfm.models.cost import LORA_TARGETS, Network, lora_parameters
+from latentfm.models.linears import LORA_TARGETS, TARGETS, adapted_linears, parse_blocks
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition
 from latentfm.models.velocity import velocity
+from latentfm.planning.cost import Network, lora_parameters
 from latentfm.training import adapters
 from latentfm.training.adapters import (
-    PRESETS,
-    adapted_modules,
     base_fingerprint,
     cast_weights,
     check_base,
     choose_trainable,
-    parse_blocks,
+    linears_of_blocks,
     seed_dropout,
 )
 
@@ -50,6 +49,10 @@ def chosen(blocks=None, weights="float32", **adapter):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     cast_weights(network, options)
     return network, said
+
+
+def adapted(network, targets, blocks):
+    return adapted_linears([name for name, _ in linears_of_blocks(network)], targets, blocks)
 
 
 def loss_of(network, dtype=torch.float32):
@@ -105,23 +108,23 @@ def test_without_an_adapter_or_blocks_everything_trains():
 
 def test_the_presets_are_the_linears_of_the_blocks():
     network, _ = twins(**DUAL)
-    every = adapted_modules(network, "all_linear", range(3))
+    every = adapted(network, "all_linear", range(3))
     linears = {n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("transformer_blocks.")}
     assert set(every) == linears
-    parts = {preset: set(adapted_modules(network, preset, range(3))) for preset in PRESETS if preset != "all_linear"}
+    parts = {preset: set(adapted(network, preset, range(3))) for preset in TARGETS if preset != "all_linear"}
     second = {name for name in linears if ".attn2." in name}
     assert set.union(*parts.values()) | second == linears and sum(map(len, parts.values())) + len(second) == len(linears)
-    assert PRESETS["attention"] == LORA_TARGETS
+    assert TARGETS["attention"] == LORA_TARGETS
     assert parts["attention"] == {n for n in linears if n.endswith(tuple(f".{t}" for t in LORA_TARGETS))}
     assert "transformer_blocks.2.ff.net.0.proj" in parts["feed_forward"] and "transformer_blocks.1.norm1.linear" in parts["modulation"]
 
 
 def test_endings_of_names_and_blocks_choose_modules():
     network, _ = twins(**DUAL)
-    assert adapted_modules(network, ["attn.to_q"], [0, 2]) == [f"transformer_blocks.{i}.attn.to_q" for i in (0, 2)]
-    assert adapted_modules(network, ["to_q"], [1]) == ["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn2.to_q"]
-    assert adapted_modules(network, ["transformer_blocks.1.ff.net.2"], range(3)) == ["transformer_blocks.1.ff.net.2"]
-    assert len(adapted_modules(network, ["to_out.0", "ff.net.0.proj"], range(3))) == 5 + 3
+    assert adapted(network, ["attn.to_q"], [0, 2]) == [f"transformer_blocks.{i}.attn.to_q" for i in (0, 2)]
+    assert adapted(network, ["to_q"], [1]) == ["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn2.to_q"]
+    assert adapted(network, ["transformer_blocks.1.ff.net.2"], range(3)) == ["transformer_blocks.1.ff.net.2"]
+    assert len(adapted(network, ["to_out.0", "ff.net.0.proj"], range(3))) == 5 + 3
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_endings_of_names_and_blocks_choose_modules():
 def test_modules_that_are_not_there_are_refused(targets, blocks, says):
     network, _ = twins(**DUAL)
     with pytest.raises(InputError, match=says):
-        adapted_modules(network, targets, blocks)
+        adapted(network, targets, blocks)
 
 
 # Adapters

@@ -16,8 +16,8 @@ from latentfm.config import load_config
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.interchange.weights import load_transformer
-from latentfm.models.cost import parameters
-from latentfm.models.gpus import EFFICIENCY, GIB, GPUS, known_gpu
+from latentfm.planning.cost import parameters
+from latentfm.planning.gpus import EFFICIENCY, GIB, GPUS, known_gpu
 from latentfm.training import dry_run as room
 from latentfm.training.adapters import choose_trainable
 from latentfm.training.checks import Launch, check

@@ -6,9 +6,8 @@ import pytest
 
 from latentfm.config import TrainOptions
 from latentfm.errors import InputError
-from latentfm.models.memory import ZERO_BUCKET
 from latentfm.training.checks import Launch
-from latentfm.training.distributed.zero import check_zero, configuration
+from latentfm.training.distributed.zero import ZERO_BUCKET, check_zero, configuration
 
 pytest.importorskip("deepspeed")
 

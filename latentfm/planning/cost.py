@@ -1,7 +1,7 @@
 """What an MM-DiT costs: its parameters, and the floating-point operations of an image, in closed form. Needs no torch.
 
 N image tokens, L text tokens, S = N + L, D = 64 heads wide in SD3's models. A multiply-add is 2 FLOP; only products of matrices
-are counted, as by torch.utils.flop_counter. models/memory.py has the bytes.
+are counted, as by torch.utils.flop_counter. planning/memory.py has the bytes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from latentfm.errors import InputError
+from latentfm.models.linears import LORA_TARGETS
 
 TIME_FEATURES = 256  # sines and cosines of the timestep
-# what a LoRA adapts here: query, key, value and output of both streams' joint attention, as diffusers' training script for SD3 has it
-LORA_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
 # the scores are computed a second time in the backward pass, where flash attention has not kept them: 2 products forward, 5 backward
 ATTENTION_BACKWARD = 2.5
 # parameters of the frozen models around SD3's transformers; of T5 the encoder
@@ -93,20 +90,27 @@ def stream_parameters(net: Network) -> int:
     return 4 * linear_parameters(dim, dim) + linear_parameters(dim, 4 * dim) + linear_parameters(4 * dim, dim)
 
 
+def block_linears(net: Network, block: int) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear of one block, by its name within it."""
+    dim, last, (of_image, of_text) = net.dim, net.last(block), net.modulations(block)
+    into, out = (dim, 4 * dim), (4 * dim, dim)
+    attention = [name for name in LORA_TARGETS if not (last and name == "attn.to_add_out")]
+    second = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] if block in net.dual else []
+    feed_forward = {"ff.net.0.proj": into, "ff.net.2": out}
+    feed_forward |= {} if last else {"ff_context.net.0.proj": into, "ff_context.net.2": out}
+    modulation = {"norm1.linear": (dim, of_image * dim), "norm1_context.linear": (dim, of_text * dim)}
+    return modulation | dict.fromkeys([*attention, *second], (dim, dim)) | feed_forward
+
+
 def block_parameters(net: Network, block: int) -> int:
     """Parameters of one block."""
-    dim, dual = net.dim, block in net.dual
-    text = 3 * linear_parameters(dim, dim) if net.last(block) else stream_parameters(net)
-    norms = net.qk_norm * net.head_dim * (4 + 2 * dual)
-    modulation = linear_parameters(dim, dim * sum(net.modulations(block)))
-    return stream_parameters(net) + text + dual * 4 * linear_parameters(dim, dim) + modulation + norms
+    norms = net.qk_norm * net.head_dim * (4 + 2 * (block in net.dual))
+    return norms + sum(linear_parameters(*linear) for linear in block_linears(net, block).values())
 
 
 def block_matrices(net: Network, block: int) -> int:
     """Of a block's parameters, those in matrices: all but biases and query-key norms."""
-    dim, dual = net.dim, block in net.dual
-    linears = 12 + (3 if net.last(block) else 12) + 4 * dual + sum(net.modulations(block))
-    return linears * dim**2
+    return sum(inputs * outputs for inputs, outputs in block_linears(net, block).values())
 
 
 def position_table(net: Network) -> int:

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentfm.models.cost import LORA_TARGETS, Decoder, Network, lora_parameters, parameters
-from latentfm.models.memory import (
+from latentfm.models.linears import LORA_TARGETS
+from latentfm.models.mmdit import MMDiT
+from latentfm.planning.cost import Decoder, Network, lora_parameters, parameters
+from latentfm.planning.memory import (
     Training,
     block_activations,
     block_copies,
@@ -26,7 +28,6 @@ from latentfm.models.memory import (
     highest,
     training_moments,
 )
-from latentfm.models.mmdit import MMDiT
 from latentfm.training.precision import has_bfloat16
 
 SMALL = {

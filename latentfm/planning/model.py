@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from latentfm.bundled import bundled_model
 from latentfm.errors import InputError, nearest
 from latentfm.files import reading
-from latentfm.models.cost import SD3_ENCODERS, SD3_VAE, Decoder, Network
 from latentfm.models.folder import TEXT, read_config, read_info, t5_length
 from latentfm.models.manifest import check_manifest
 from latentfm.models.presets import PRESETS
 from latentfm.models.stored import stored_numbers
+from latentfm.planning.cost import SD3_ENCODERS, SD3_VAE, Decoder, Network
 from latentfm.words import shown
 
 SD3_TOKENS = 77 + 256  # CLIP's, then T5's

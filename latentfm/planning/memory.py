@@ -7,7 +7,7 @@ precision on the CPU and on a traced GPU. Left out: the GPU's context and what i
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from latentfm.models.cost import (
+from latentfm.planning.cost import (
     TIME_FEATURES,
     Network,
     block_matrices,
