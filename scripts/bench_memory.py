@@ -47,17 +47,17 @@ def configuration(case: dict) -> dict:
 
 
 def predicted(case: dict) -> tuple[str, int]:
-    """(the moment, its bytes) that planning/memory.py expects to be the highest."""
+    """(the phase, its bytes) that planning/memory.py expects to be the fullest."""
     from latentfm.planning.cost import Network, parameters, position_table
-    from latentfm.planning.memory import Training, forward_memory, highest, training_moments
+    from latentfm.planning.memory import Training, forward_memory, fullest, training_phases
 
     net, known = Network.of(configuration(case)), {"image", "text", "batch", "precision", "rank", "checkpointing"}
     run = Training(**{name: value for name, value in case.items() if name in known}, cpu=True)
     if case.get("draw"):
         stored = sum(parameters(net).values()) + position_table(net)
         return "forward pass", run.width * stored + forward_memory(net, run.image, run.text, run.batch, run.width, cpu=True)
-    moment = highest(training_moments(net, run))
-    return moment.name, moment.total
+    phase = fullest(training_phases(net, run))
+    return phase.name, phase.total
 
 
 def memory(field: str) -> int:

@@ -16,7 +16,6 @@ from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
-    from latentfm.data.check.findings import Plan
     from latentfm.data.sources import Sample
 
 app = typer.Typer(help="Look at a dataset as a run will see it.", invoke_without_command=True)
@@ -79,8 +78,10 @@ def check(
     target = out if out is not None else None if as_json else Path("data-check.html")
     if target is not None:
         check_target(target, overwrite)
+    from latentfm.planning.run import plan_run
+
     folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
-    plan = plan_of(run, folder)
+    plan = plan_run(run).data
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries
 
@@ -133,25 +134,6 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
         raise InputError("nothing to check: give a path, or a configuration with --config")
     overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
-
-
-def plan_of(run: "RunConfig", folder: Path) -> "Plan":
-    """What the options and the pipeline folder make of pictures; no weight is read. Raises InputError for a size that does not fit."""
-    from latentfm.data.buckets import Buckets, base_shape
-    from latentfm.data.check.findings import Plan
-    from latentfm.models.folder import read_config, read_info, t5_length
-    from latentfm.models.presets import PRESETS
-
-    if run.model.preset is not None and run.model.preset not in PRESETS:
-        raise InputError(f"no preset '{run.model.preset}'; there are {', '.join(PRESETS)}")
-    network = PRESETS[run.model.preset] if run.model.preset else read_config(folder / "transformer" / "config.json")
-    factor = 2 ** (len(read_config(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-    multiple = factor * network["patch_size"]
-    largest = network["pos_embed_max_size"] * multiple
-    width, height = base_shape(run.data.size, network["sample_size"] * factor, multiple, largest)
-    shapes = Buckets.make(width, height, multiple, run.data.buckets, run.data.max_aspect, largest)
-    lengths = tuple(sorted(run.data.t5_lengths or [t5_length(read_info(folder))]))
-    return Plan(shapes, factor, run.data.max_crop, run.train.batch_size, lengths)
 
 
 def held_out_of(run: "RunConfig") -> "Callable[[Sequence[Sample]], Sequence[int]]":

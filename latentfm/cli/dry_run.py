@@ -1,10 +1,10 @@
-"""`latentfm train --dry-run`: what `latentfm.training.dry_run` found, on a terminal."""
+"""`latentfm train --dry-run` on a terminal: what `latentfm.training.dry_run` found."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from latentfm.cli.plan import count_of, duration
-from latentfm.planning.gpus import GIB
+from latentfm.cli.plan import count_of, duration, ways_out
+from latentfm.planning.devices import GIB
 from latentfm.words import count, shown
 
 if TYPE_CHECKING:
@@ -99,10 +99,7 @@ def show_model(found: dict[str, Any], console: "Console") -> None:
         f"{count(batch['gradient accumulation'], 'pass', 'passes')} x {count(batch['pictures a process at a time'], 'picture')}"
     )
     if batch["processes a copy of the weights"] > 1:
-        way = f"ZeRO {batch['ZeRO stage']}" if batch["ZeRO stage"] else "FSDP2"
-        console.print(f"{way}: {batch['processes a copy of the weights']} processes share one copy of the weights")
-    elif batch["ZeRO stage"]:
-        console.print("ZeRO 2: a copy of the weights on each process; gradients, optimizer and averages are shared")
+        console.print(f"FSDP2: {batch['processes a copy of the weights']} processes share one copy of the weights")
 
 
 def show_memory(memory: dict[str, Any], console: "Console") -> None:
@@ -114,10 +111,8 @@ def show_memory(memory: dict[str, Any], console: "Console") -> None:
     room = f"{size(memory['reserve'])} to leave free, of {size(memory['bytes'])} ({harmless(memory['device'])})"
     console.print(f"{word}: {size(memory['total'])} + {room}")
     if not memory["fits"]:
-        console.print(
-            "less memory: train.gradient_checkpointing, train.gradient_accumulation, train.weights=bfloat16, train.optimizer=adamw8bit, "
-            "train.ema_device=cpu, a train.adapter with base nf4, fewer sample.prompts, FSDP (configs/accelerate); see `latentfm plan`"
-        )
+        console.print(shown(ways_out(memory["ways out"])), markup=False)
+        console.print("less memory too: train.optimizer=adamw8bit, a train.adapter with base nf4, FSDP (configs/accelerate)")
 
 
 def show_time(found: dict[str, Any], console: "Console") -> None:

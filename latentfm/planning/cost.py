@@ -14,9 +14,6 @@ from latentfm.models.linears import LORA_TARGETS
 TIME_FEATURES = 256  # sines and cosines of the timestep
 # the scores are computed a second time in the backward pass, where flash attention has not kept them: 2 products forward, 5 backward
 ATTENTION_BACKWARD = 2.5
-# parameters of the frozen models around SD3's transformers; of T5 the encoder
-SD3_ENCODERS = {"CLIP-L": 123_650_304, "CLIP-G": 694_659_840, "T5-XXL": 4_762_310_656}
-SD3_VAE = 83_819_683
 
 
 @dataclass(frozen=True)
@@ -167,18 +164,26 @@ def forward_flops(net: Network, image: int, text: int) -> dict[str, int]:
     return by_part((product.part, product.flops) for product in [*blocks, *end_products(net, image, text)])
 
 
-def training_flops(net: Network, image: int, text: int, rank: int | None = None, checkpointing: float = 0.0) -> dict[str, int]:
+def training_flops(
+    net: Network, image: int, text: int, rank: int | None = None, checkpointing: float = 0.0, first: int = 0,
+    routed: tuple[int, int, int] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """FLOP of one image's forward and backward pass by part, and what is computed again for checkpointed blocks.
 
     rank None trains everything: three times the forward pass (Kaplan et al. 2020, section 2.1), less the gradients of the data,
     more the attention's recomputed scores. With a rank, only adapters of LORA_TARGETS train: frozen weights have no gradient, and nothing
-    has one that no adapter comes before. checkpointing: the share of blocks that is recomputed.
+    has one that no adapter comes before. checkpointing: the share of blocks that is recomputed. first: the first block that trains;
+    where it is not 0 nothing before it, nor around the blocks, does. routed: (first, last, tokens) of blocks that see only so many.
     """
-    blocks = [list(block_products(net, block, image, text, rank or 0)) for block in range(net.layers)]
-    everything = [product for products in [*blocks, end_products(net, image, text)] for product in products]
-    found = by_part((product.part, trained(product, rank)) for product in everything)
-    again = [product for block, products in enumerate(blocks) if checkpointed(block, checkpointing) for product in products]
-    return found | ({"recomputation": sum(p.flops + 2 * p.adapter for p in again)} if again else {})
+    amounts, again = [], 0
+    for block in range(net.layers):
+        tokens = routed[2] if routed and routed[0] <= block <= routed[1] else image
+        products = list(block_products(net, block, tokens, text, rank or 0))
+        amounts += [(product.part, product.flops if block < first else trained(product, rank)) for product in products]
+        again += (block >= first and checkpointed(block, checkpointing)) * sum(p.flops + 2 * p.adapter for p in products)
+    for product in end_products(net, image, text):  # with all around the blocks frozen, as with an adapter's rank of nothing
+        amounts.append((product.part, trained(product, rank if first == 0 else 0)))
+    return by_part([*amounts, ("recomputation", again)])
 
 
 def trained(product: Product, rank: int | None) -> int:

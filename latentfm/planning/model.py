@@ -1,4 +1,4 @@
-"""What a preset or a folder says of a model and of the frozen models around it; no weight is read, and no torch needed."""
+"""What a preset or a folder says of a network and of the frozen models around it; no weight is read, and no torch needed."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,43 +10,81 @@ from latentfm.models.folder import TEXT, read_config, read_info, t5_length
 from latentfm.models.manifest import check_manifest
 from latentfm.models.presets import PRESETS
 from latentfm.models.stored import stored_numbers
-from latentfm.planning.cost import SD3_ENCODERS, SD3_VAE, Decoder, Network
+from latentfm.planning.cost import Decoder, Network
 from latentfm.words import shown
 
-SD3_TOKENS = 77 + 256  # CLIP's, then T5's
 SIZES = (
     "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "joint_attention_dim",
     "pooled_projection_dim", "pos_embed_max_size",
 )  # fmt: skip
 
 
-class Model(NamedTuple):
+class EncoderSpec(NamedTuple):
+    """A text encoder: its parameters, the widths of what it gives, and what T5's working memory depends on."""
+
+    parameters: int
+    width: int
+    pooled: int = 0  # of a CLIP
+    feed_forward: int = 0  # of T5
+    heads: int = 0  # of T5
+
+    def numbers(self, tokens: int) -> int:
+        """Numbers in memory beside the weights while one prompt is encoded by a T5: its feed-forward's inner ones, attention's scores."""
+        return tokens * (3 * (self.feed_forward + self.width) + 2 * self.heads * tokens) if self.feed_forward else 0
+
+
+# around SD3's transformers; of T5 the encoder
+SD3_ENCODERS = {
+    "CLIP-L": EncoderSpec(123_650_304, 768, pooled=768), "CLIP-G": EncoderSpec(694_659_840, 1280, pooled=1280),
+    "T5-XXL": EncoderSpec(4_762_310_656, 4096, feed_forward=10_240, heads=64),
+}  # fmt: skip
+SD3_VAE = 83_819_683  # parameters
+SD3_TOKENS = 77, 256  # CLIP's and T5's
+
+
+class ModelSpec(NamedTuple):
     """A network and the frozen models around it."""
 
     name: str
     network: Network
-    encoders: dict[str, int]  # parameters
+    encoders: dict[str, EncoderSpec]
     vae: int  # parameters
     decoder: Decoder
-    text_tokens: int
+    clip_tokens: int
+    t5_tokens: int
     side: int  # pixels it was made for
+
+    @property
+    def multiple(self) -> int:
+        """Picture sides are multiples of this: a patch."""
+        return self.decoder.factor * self.network.patch
+
+    @property
+    def encoder_parameters(self) -> dict[str, int]:
+        """Parameters of each text encoder."""
+        return {name: encoder.parameters for name, encoder in self.encoders.items()}
 
     def image_tokens(self, size: tuple[int, int]) -> int:
         """How many tokens a picture of `size` pixels, (width, height), is to the network."""
-        return size[0] * size[1] // (self.decoder.factor * self.network.patch) ** 2
+        return size[0] * size[1] // self.multiple**2
 
 
-def preset_model(name: str) -> Model:
+def preset_model(name: str) -> ModelSpec:
     """A preset among SD3's frozen models; the bundled model's own for its size. Raises InputError for an unknown name."""
     if name not in PRESETS:
         raise InputError(f"--preset {name!r} does not exist{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     if name == "emoji":
         return read_model(bundled_model())._replace(name=name)
-    net, decoder = Network.of(PRESETS[name]), Decoder()
-    return Model(name, net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, PRESETS[name]["sample_size"] * decoder.factor)
+    return among_sd3(name, Network.of(PRESETS[name]), PRESETS[name]["sample_size"])
 
 
-def read_model(folder: Path, network: dict[str, Any] | None = None) -> Model:
+def among_sd3(name: str, network: Network, latents: int) -> ModelSpec:
+    """A network, made for so many latents a side, among SD3's frozen models."""
+    decoder = Decoder()
+    return ModelSpec(name, network, SD3_ENCODERS, SD3_VAE, decoder, *SD3_TOKENS, side=latents * decoder.factor)
+
+
+def read_model(folder: Path, network: dict[str, Any] | None = None) -> ModelSpec:
     """What a pipeline or transformer folder says of itself; what a transformer's has not is SD3's.
 
     network: the arguments of a network in the place of the folder's own, which a pipeline folder then need not have. Raises InputError
@@ -67,18 +105,26 @@ def read_model(folder: Path, network: dict[str, Any] | None = None) -> Model:
     latents = config.get("sample_size") or 128
     if not pipeline:
         check_manifest(folder)
-        decoder = Decoder()
-        return Model(str(folder), net, SD3_ENCODERS, SD3_VAE, decoder, SD3_TOKENS, latents * decoder.factor)
-    clip = folder / "text_encoder" / "config.json"
-    settings, clip_tokens = read_config(folder / "vae" / "config.json"), read_config(clip) if clip.is_file() else {}
+        return among_sd3(str(folder), net, latents)
+    settings, clip = read_config(folder / "vae" / "config.json"), folder / "text_encoder" / "config.json"
     with reading(folder / "vae" / "config.json"):
         if unsaid := [key for key in ("block_out_channels", "layers_per_block", "latent_channels") if not settings[key]]:
             raise KeyError(unsaid[0])
         decoder = Decoder(tuple(settings["block_out_channels"]), settings["layers_per_block"], settings["latent_channels"])
-    encoders = {part: stored_numbers(folder / part) for part in TEXT if (folder / part).is_dir()}
-    vae, text_tokens = stored_numbers(folder / "vae"), (clip_tokens.get("max_position_embeddings") or 77) + t5_length(read_info(folder))
+    encoders = {name: read_encoder(folder / name) for name in TEXT if (folder / name).is_dir()}
+    vae = stored_numbers(folder / "vae")
+    clip_tokens = (read_config(clip).get("max_position_embeddings") if clip.is_file() else None) or 77
     check_manifest(folder, without=("transformer",) if network is not None else ())
-    return Model(
-        name=str(folder), network=net, decoder=decoder, vae=vae, encoders=encoders, text_tokens=text_tokens,
-        side=latents * decoder.factor,
-    )  # fmt: skip
+    tokens = clip_tokens, t5_length(read_info(folder))
+    return ModelSpec(str(folder), net, encoders, vae, decoder, *tokens, side=latents * decoder.factor)
+
+
+def read_encoder(folder: Path) -> EncoderSpec:
+    """What a text encoder's folder says of it."""
+    config = read_config(folder / "config.json")
+    with reading(folder / "config.json"):
+        if folder.name == "text_encoder_3":
+            sizes = EncoderSpec(0, config["d_model"], feed_forward=config["d_ff"], heads=config["num_heads"])
+        else:
+            sizes = EncoderSpec(0, config["hidden_size"], pooled=config["projection_dim"])
+    return sizes._replace(parameters=stored_numbers(folder))

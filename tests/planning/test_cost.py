@@ -12,8 +12,6 @@ from latentfm.errors import InputError
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
 from latentfm.planning.cost import (
-    SD3_ENCODERS,
-    SD3_VAE,
     Decoder,
     Network,
     block_linears,
@@ -25,6 +23,7 @@ from latentfm.planning.cost import (
     position_table,
     training_flops,
 )
+from latentfm.planning.model import SD3_ENCODERS, SD3_VAE
 
 ON_CPU = {  # the attention of CPUs, which torch's own list may lack: as a GPU's
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **__: sdpa_flop_count(q, k, v),
@@ -128,7 +127,9 @@ def test_the_frozen_models_are_sd3s():
         found["T5-XXL"] = T5EncoderModel(T5Config(
             vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
         ))  # fmt: skip
-    assert {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()} == SD3_ENCODERS
+    assert {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()} == {
+        name: encoder.parameters for name, encoder in SD3_ENCODERS.items()
+    }
     assert sum(p.numel() for p in vae(Decoder()).parameters()) == SD3_VAE
 
 
