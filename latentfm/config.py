@@ -9,6 +9,7 @@ from latentfm import option_text
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
+from latentfm.sampling import Sampler, Schedule, Solver
 from latentfm.words import shown
 
 
@@ -210,7 +211,20 @@ class SampleOptions(Section):
     every: int = Field(200, ge=1, description="steps between pictures; they are also made before the first step and after the last")
     steps: int = Field(28, ge=1, le=MOST_STEPS)
     guidance: float = Field(3.0, ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)
+    solver: Solver = Field("euler", description="midpoint and heun cost twice, rk4 four times a step; euler_maruyama is an SDE's")
+    schedule: Schedule = Field("model", description="the times visited: model, the scheduler's own, or one of latentfm.flow.grids")
+    shift: float | None = Field(None, gt=0, le=1000, description="of a schedule other than model; the scheduler's if not given")
+    guidance_rule: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share by which contrast is brought back to the unguided one's")
+    guidance_interval: tuple[float, float] | None = Field(None, description="first and last t at which there is guidance, 0 noise, 1 data")
+    zero_init: int = Field(0, ge=0, description="first steps that stand still (CFG-Zero*)")
+    noise: float = Field(1.0, ge=0, le=2, description="strength of an SDE's noise; 0 is the ODE")
     seed: int = Field(0, ge=0, le=LAST_SEED - MOST_AT_ONCE)
+
+    @model_validator(mode="after")
+    def sampler_fits(self) -> "SampleOptions":
+        Sampler.of(self)
+        return self
 
 
 class OutputOptions(Section):

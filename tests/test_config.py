@@ -103,6 +103,8 @@ OUT_OF_RANGE = [
     "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
     "data.folder=", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
     "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
+    "sample.solver=huen", "sample.schedule=linear", "sample.shift=0", "sample.guidance_rule=autoguidance", "sample.guidance_rescale=1.1",
+    "sample.guidance_interval=[0.5]", "sample.guidance_interval=0.5", "sample.zero_init=-1", "sample.noise=2.1",
     "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
 ]  # fmt: skip
 

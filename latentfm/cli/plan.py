@@ -47,9 +47,9 @@ def plan(
 ) -> None:
     """Say what a run would cost: parameters, operations, memory by part, and time.
 
-    The options are a run's own; --generate reads data.size, data.t5_lengths, sample.steps and sample.guidance of them. Needs no GPU, no
-    data and no model. The memory is that of the fullest GPU in its fullest phase, with 1.5 GiB left free; when it does not fit, the plan
-    says what would make it fit. The time is operations over the GPUs' peak times --efficiency.
+    The options are a run's own; --generate reads data.size, data.t5_lengths and sample's steps, guidance and solver of them. Needs no GPU,
+    no data and no model. The memory is that of the fullest GPU in its fullest phase, with 1.5 GiB left free; when it does not fit, the
+    plan says what would make it fit. The time is operations over the GPUs' peak times --efficiency.
     """
     from latentfm.planning.run import plan_data, plan_run
     from latentfm.planning.sampling import Sampling
@@ -75,7 +75,7 @@ def plan(
         spec = spec or plan_run(run).model
         size, data = plan_data(run.data, spec, generate)
         text = spec.clip_tokens + max(data.t5_lengths)
-        sampling = Sampling(spec, size, text, run.sample.steps, run.sample.guidance, dtype, generate, gpus)
+        sampling = Sampling(spec, size, text, run.sample.steps, run.sample.guidance, dtype, generate, gpus, run.sample.solver)
         found = sampling_summary(sampling, device, efficiency)
     if as_json:
         print(json.dumps(found, indent=2))

@@ -88,7 +88,8 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
 
     parallelism = Parallelism.here()
     if gpus is not None or shard is not None:
-        parallelism = chosen_parallelism(gpus or parallelism.processes, shard or "none", 1 if gpus else parallelism.machines)
+        processes, machines = (parallelism.processes, parallelism.machines) if gpus is None else (gpus, 1)
+        parallelism = chosen_parallelism(processes, shard or "none", machines)
     with progress_bar() as bar:
         task = bar.add_task("reading the headers of pictures", total=None)
         found = dry_run(

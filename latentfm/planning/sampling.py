@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from latentfm.errors import InputError
 from latentfm.planning.cost import forward_flops
 from latentfm.planning.devices import Device
 from latentfm.planning.memory import Phase, drawing_phases, fullest
 from latentfm.planning.model import ModelSpec
 from latentfm.planning.training import WIDTHS
+
+# how often a solver of latentfm.flow evaluates the network a step; dormand_prince does as its tolerance needs
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "adams_bashforth2": 1, "euler_maruyama": 1, "stochastic_heun": 2}
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Sampling:
     dtype: str
     pictures: int
     gpus: int = 1
+    solver: str = "euler"
+
+    def __post_init__(self) -> None:
+        if self.solver not in EVALUATIONS:
+            raise InputError(f"how often {self.solver} evaluates the network is not known beforehand; plan with {', '.join(EVALUATIONS)}")
 
     @property
     def each(self) -> int:
@@ -45,7 +54,7 @@ class Sampling:
     def flops(self) -> dict[str, dict[str, int]]:
         """FLOP of one picture by part: of one forward pass, and of all its steps and decoding."""
         once = forward_flops(self.model.network, self.model.image_tokens(self.size), self.text_tokens)
-        evaluations = self.steps * (1 + (self.guidance > 1))
+        evaluations = self.steps * EVALUATIONS[self.solver] * (1 + (self.guidance > 1))
         decoding = self.model.decoder.flops(self.size[0] * self.size[1])
         return {"forward": once, "picture": {"the network's steps": evaluations * sum(once.values()), "decoding": decoding}}
 

@@ -53,6 +53,7 @@ def test_a_picture_is_its_steps_twice_where_guided_and_a_decoding(in_json):
     once = sum(guided["FLOP an image"]["forward"].values())
     assert guided["FLOP an image"]["picture"]["the network's steps"] == 80 * once
     assert alone["FLOP an image"]["picture"]["the network's steps"] == 40 * once
+    assert in_json(*arguments, "sample.solver=rk4")["FLOP an image"]["picture"]["the network's steps"] == 320 * once
     assert guided["memory"]["weights"] == 2 * sum(guided["parameters"].values())
     assert guided["memory"]["text encoders and VAE"] == 2 * sum(guided["frozen parameters"].values())
 
@@ -140,6 +141,7 @@ def test_a_pipeline_folder_is_read(in_json, tiny_folder, tmp_path):
         (("--efficiency", 40), "--efficiency 40 must be above 0 and at most 1"),
         (("--peak", 0), "--peak 0 must be above 0"),
         (("--gpu-memory", "nan"), "--gpu-memory nan must be above 0"),
+        (("--generate", 8, "sample.solver=dormand_prince"), "is not known beforehand; plan with euler"),
         (("--dtype", "float32"), "--dtype float32 goes with --generate"),
         (("--generate", 8, "--gpus", 2, "--shard", "full"), "--shard full is for training"),
         (("--generate", 8, "--dtype", "float32"), "give its float32 peak with --peak"),
