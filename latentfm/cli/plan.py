@@ -1,16 +1,15 @@
 """`latentfm plan`: what a training or a drawing would cost, before anything is bought, downloaded or started. Needs no GPU and no torch."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.errors import InputError
 from latentfm.models.presets import PRESETS
-from latentfm.planning.devices import EFFICIENCY, GIB, GPU, GPUS, Device
+from latentfm.planning.devices import EFFICIENCY, GPU, GPUS, Device
 from latentfm.words import shown
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ def plan(
     no data and no model. The memory is that of the fullest GPU in its fullest phase, with 1.5 GiB left free; when it does not fit, the
     plan says what would make it fit. The time is operations over the GPUs' peak times --efficiency.
     """
+    from latentfm.cli.plan_tables import show_plan
     from latentfm.planning.run import plan_data, plan_run
     from latentfm.planning.sampling import Sampling
     from latentfm.planning.summary import sampling_summary, training_summary
@@ -80,7 +80,7 @@ def plan(
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        show(found)
+        show_plan(found)
 
 
 def options(config: Path | None, overrides: list[str]) -> "RunConfig":
@@ -125,77 +125,3 @@ def chosen_parallelism(gpus: int, shard: str, machines: int = 1) -> "Parallelism
     if shard != "none" and gpus == 1:
         raise InputError(f"--shard {shard} splits over several GPUs; say how many with --gpus")
     return Parallelism(gpus, machines, shards=gpus if shard == "full" else 1)
-
-
-def show(found: dict[str, Any]) -> None:
-    """Prints the answer as tables on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-
-    def table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], last: tuple[str, ...] | None = None) -> None:
-        made = Table(title=title, title_justify="left", title_style="bold", min_width=56)
-        for index, column in enumerate(columns):
-            made.add_column(column, justify="right" if index else "left")
-        for row in rows:
-            made.add_row(*row)
-        if last:
-            made.add_section()
-            made.add_row(*last)
-        console.print(made)
-
-    counts, card = found["parameters"], found["GPU"]
-    console.print(
-        f"[bold]{escape(shown(found['model']))}[/bold], {found['mode']}, "
-        f"{found['width']} x {found['height']}: {found['image tokens']} image tokens and "
-        f"{found['text tokens']} text tokens, {found['GPUs']} x {card['name']} ({card['TFLOP/s']:g} TFLOP/s, {card['GiB']:g} GiB)"
-    )
-    table("Parameters", ("", ""), ((part, count_of(n)) for part, n in counts.items()), ("in all", count_of(sum(counts.values()))))
-    if "trained parameters" in found:
-        console.print(f"trained: {count_of(found['trained parameters'])}")
-    once, other = found["FLOP an image"].values()
-    what = list(found["FLOP an image"])[1]
-    parts = {**dict.fromkeys(once), **dict.fromkeys(other)}
-    unit, size = ("TFLOP", 1e12) if sum(once.values()) > 1e11 else ("GFLOP", 1e9)
-    rows = ((part, *(f"{flops[part] / size:.3f}" if part in flops else "" for flops in (once, other))) for part in parts)
-    total = ("in all", *(f"{sum(flops.values()) / size:.3f}" for flops in (once, other)))
-    table(f"{unit} an image", ("", "forward", what), rows, total)
-    memory = found["memory"]
-    at_a_time = found["pictures a GPU at a time"]
-    heading = f"Memory of a GPU, {at_a_time} picture{'s' * (at_a_time > 1)} at a time, at its fullest: {found['fullest at']}"
-    table(heading, ("", "GiB"), ((part, f"{n / GIB:.2f}") for part, n in memory.items()), ("in all", f"{sum(memory.values()) / GIB:.2f}"))
-    console.print("; ".join(f"{moment} {total / GIB:.1f}" for moment, total in found["memory at"].items()) + " GiB")
-    sentence = f"{sum(memory.values()) / GIB:.1f} + {found['reserve'] / GIB:g} to leave free, of {card['GiB']:g} GiB"
-    if found["fits"]:
-        console.print(f"[bold green]fits[/bold green]: {sentence}")
-    else:
-        console.print(f"[bold red]does not fit[/bold red]: {sentence}")
-        console.print(ways_out(found["ways out"]), markup=False)
-    time = found["time"]
-    speed = f"{time['images a second']:.3g} images/s at {found['efficiency']:.0%} of the peak"
-    if "hours" in time:
-        console.print(f"{speed}; {time['steps']} steps take {duration(time['hours'])}, {time['GPU hours']:.3g} GPU hours")
-    else:
-        console.print(f"{speed}; {time['seconds a picture']:.3g} s a picture of {time['steps']} steps at guidance {time['guidance']:g}")
-
-
-def ways_out(ways: list[str]) -> str:
-    """What would make it fit, as a sentence."""
-    if not ways:
-        return "nothing here makes it fit: take a GPU with more memory, or a smaller model or data.size"
-    return f"fits with {'; or '.join(ways)}"
-
-
-def count_of(number: int) -> str:
-    """A number of parameters with its unit."""
-    unit, size = ("B", 1e9) if number >= 1e9 else ("M", 1e6) if number >= 1e6 else ("k", 1e3)
-    return f"{number / size:.3f} {unit}"
-
-
-def duration(hours: float) -> str:
-    """Hours in the unit that suits them."""
-    if hours < 1:
-        return f"{hours * 60:.3g} min" if hours * 60 >= 1 else f"{hours * 3600:.3g} s"
-    return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.3g} days"

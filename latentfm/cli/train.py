@@ -79,8 +79,8 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
     """Prints the dry run of `run`, once over all processes. Raises InputError for what is wrong with it."""
     import json
 
-    from latentfm.cli.dry_run import show
     from latentfm.cli.plan import chosen_gpu, chosen_parallelism
+    from latentfm.cli.plan_tables import show_dry_run
     from latentfm.cli.terminal import progress_bar
     from latentfm.planning.devices import Device
     from latentfm.planning.run import Parallelism
@@ -101,7 +101,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        show(found)
+        show_dry_run(found)
 
 
 def option_table() -> str:

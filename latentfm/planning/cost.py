@@ -60,33 +60,6 @@ class Network:
         return 9 if block in self.dual else 6, 2 if self.last(block) else 6
 
 
-def parameters(net: Network) -> dict[str, int]:
-    """Parameters of each part of the network; their sum is the whole. The position table is none of them (position_table)."""
-    return {
-        "image stream": net.layers * stream_parameters(net),
-        "text stream": (net.layers - 1) * stream_parameters(net) + 3 * linear_parameters(net.dim, net.dim),
-        "second attention": len(net.dual) * 4 * linear_parameters(net.dim, net.dim),
-        "modulation": linear_parameters(net.dim, net.dim * (2 + sum(sum(net.modulations(i)) for i in range(net.layers)))),
-        "query-key norms": net.qk_norm * net.head_dim * (4 * net.layers + 2 * len(net.dual)),
-        "embeddings and output": linear_parameters(net.in_channels * net.patch**2, net.dim)
-        + linear_parameters(TIME_FEATURES, net.dim)
-        + linear_parameters(net.pooled_dim, net.dim)
-        + 2 * linear_parameters(net.dim, net.dim)
-        + linear_parameters(net.text_dim, net.dim)
-        + linear_parameters(net.dim, net.patch**2 * net.out_channels),
-    }
-
-
-def linear_parameters(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
-
-
-def stream_parameters(net: Network) -> int:
-    """One stream of one block: query, key, value, output, and a feed-forward four times as wide."""
-    dim = net.dim
-    return 4 * linear_parameters(dim, dim) + linear_parameters(dim, 4 * dim) + linear_parameters(4 * dim, dim)
-
-
 def block_linears(net: Network, block: int) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each linear of one block, by its name within it."""
     dim, last, (of_image, of_text) = net.dim, net.last(block), net.modulations(block)
@@ -99,10 +72,51 @@ def block_linears(net: Network, block: int) -> dict[str, tuple[int, int]]:
     return modulation | dict.fromkeys([*attention, *second], (dim, dim)) | feed_forward
 
 
+def outer_linears(net: Network) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear before the first block and after the last; the patches' convolution is one."""
+    dim, patch = net.dim, net.patch**2
+    return {
+        "pos_embed.proj": (patch * net.in_channels, dim), "context_embedder": (net.text_dim, dim),
+        "timestep_embedder.linear_1": (TIME_FEATURES, dim), "timestep_embedder.linear_2": (dim, dim),
+        "text_embedder.linear_1": (net.pooled_dim, dim), "text_embedder.linear_2": (dim, dim),
+        "norm_out.linear": (dim, 2 * dim), "proj_out": (dim, patch * net.out_channels),
+    }  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a linear of it is counted with."""
+    if name.startswith("norm"):
+        return "modulation"
+    if name.startswith("attn2."):
+        return "second attention"
+    if name.startswith(("attn.add_", "attn.to_add_out", "ff_context.")):
+        return "text stream"
+    return "image stream" if name.startswith(("attn.", "ff.")) else "embeddings and output"
+
+
+def parameters(net: Network) -> dict[str, int]:
+    """Parameters of each part of the network; their sum is the whole. The position table is none of them (position_table)."""
+    linears = [linear for block in range(net.layers) for linear in block_linears(net, block).items()]
+    counts = [(part_of(name), numbers(*linear)) for name, linear in [*linears, *outer_linears(net).items()]]
+    norms = sum(norm_parameters(net, block) for block in range(net.layers))
+    return dict.fromkeys(("image stream", "text stream", "second attention", "modulation", "query-key norms"), 0) | by_part(
+        [*counts, ("query-key norms", norms)]
+    )
+
+
+def numbers(inputs: int, outputs: int) -> int:
+    """Parameters of a linear."""
+    return inputs * outputs + outputs
+
+
+def norm_parameters(net: Network, block: int) -> int:
+    """Parameters of a block's query-key norms."""
+    return net.qk_norm * net.head_dim * (4 + 2 * (block in net.dual))
+
+
 def block_parameters(net: Network, block: int) -> int:
     """Parameters of one block."""
-    norms = net.qk_norm * net.head_dim * (4 + 2 * (block in net.dual))
-    return norms + sum(linear_parameters(*linear) for linear in block_linears(net, block).values())
+    return norm_parameters(net, block) + sum(numbers(*linear) for linear in block_linears(net, block).values())
 
 
 def block_matrices(net: Network, block: int) -> int:
@@ -132,36 +146,32 @@ class Product(NamedTuple):
 
 def block_products(net: Network, block: int, image: int, text: int, rank: int) -> Iterator[Product]:
     """The products of one block for `image` and `text` tokens. The text's queries of the last block are skipped: nothing reads them."""
-    dim, last, moved = net.dim, net.last(block), block > 0
-    for name, tokens in (("image linears", image), ("text linears", text)):
-        read_only = last and name == "text linears"
-        into, out = (2, 0) if read_only else (3, 1)
-        adapter = 2 * tokens * dim * rank
-        yield Product(name, into * 2 * tokens * dim**2, into * adapter, moves=moved)
-        yield Product(name, (out + 8 * out) * 2 * tokens * dim**2, out * adapter)
-    queries = image if last else image + text
-    yield Product("attention", 4 * queries * (image + text) * dim)
+    for name, (inputs, outputs) in block_linears(net, block).items():
+        part, tokens = part_of(name), text if part_of(name) == "text stream" else image
+        if part == "modulation":
+            yield Product(part, 2 * inputs * outputs, moves=False)
+        elif not (net.last(block) and name == "attn.add_q_proj"):
+            after = name.startswith(("ff", "attn.to_out", "attn.to_add_out"))  # this block's own adapters
+            adapter = 2 * tokens * net.dim * rank if name in LORA_TARGETS else 0
+            yield Product(part, 2 * tokens * inputs * outputs, adapter, moves=after or block > 0)
+    queries = image if net.last(block) else image + text
+    yield Product("attention", 4 * queries * (image + text) * net.dim)
     if block in net.dual:
-        yield Product("second attention's linears", 4 * 2 * image * dim**2, moves=moved)
-        yield Product("attention", 4 * image**2 * dim, moves=moved)
-    yield Product("modulation", 2 * dim**2 * sum(net.modulations(block)), moves=False)
+        yield Product("attention", 4 * image**2 * net.dim, moves=block > 0)
 
 
-def end_products(net: Network, image: int, text: int) -> Iterator[Product]:
+def outer_products(net: Network, image: int, text: int) -> Iterator[Product]:
     """The products before the first block and after the last."""
-    dim, part = net.dim, "embeddings and output"
-    yield Product(part, 2 * image * dim * net.patch**2 * net.in_channels, moves=False, first=True)
-    yield Product(part, 2 * text * dim * net.text_dim, moves=False, first=True)
-    yield Product(part, 2 * dim * (TIME_FEATURES + net.pooled_dim), moves=False, first=True)
-    yield Product(part, 2 * 2 * dim**2, moves=False)
-    yield Product("modulation", 2 * 2 * dim**2, moves=False)
-    yield Product(part, 2 * image * dim * net.patch**2 * net.out_channels)
+    tokens = {"pos_embed.proj": image, "proj_out": image, "context_embedder": text}
+    for name, (inputs, outputs) in outer_linears(net).items():
+        first = name in ("pos_embed.proj", "context_embedder") or name.endswith("_1")
+        yield Product(part_of(name), 2 * tokens.get(name, 1) * inputs * outputs, moves=name == "proj_out", first=first)
 
 
 def forward_flops(net: Network, image: int, text: int) -> dict[str, int]:
     """FLOP of one image's forward pass by part, for `image` and `text` tokens."""
     blocks = [product for block in range(net.layers) for product in block_products(net, block, image, text, 0)]
-    return by_part((product.part, product.flops) for product in [*blocks, *end_products(net, image, text)])
+    return by_part((product.part, product.flops) for product in [*blocks, *outer_products(net, image, text)])
 
 
 def training_flops(
@@ -181,7 +191,7 @@ def training_flops(
         products = list(block_products(net, block, tokens, text, rank or 0))
         amounts += [(product.part, product.flops if block < first else trained(product, rank)) for product in products]
         again += (block >= first and checkpointed(block, checkpointing)) * sum(p.flops + 2 * p.adapter for p in products)
-    for product in end_products(net, image, text):  # with all around the blocks frozen, as with an adapter's rank of nothing
+    for product in outer_products(net, image, text):  # with all around the blocks frozen, as with an adapter's rank of nothing
         amounts.append((product.part, trained(product, rank if first == 0 else 0)))
     return by_part([*amounts, ("recomputation", again)])
 

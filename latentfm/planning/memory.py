@@ -159,8 +159,7 @@ def block_copies(net: Network, block: int, run: Training) -> int:
         return 0
     dim, last = net.dim, net.last(block)
     if run.rank is None:
-        into_text = 2 if last else 3
-        return 2 * dim**2 * (12 + into_text + 9 * (not last) + 4 * (block in net.dual) + sum(net.modulations(block)))
+        return 2 * (block_matrices(net, block) - last * dim**2)  # the last block's text has no queries
     moved = block > 0
     linears = 9 + 9 * (not last) + moved * (3 + (2 if last else 3) + 4 * (block in net.dual))
     linears *= run.quantised is None  # widened for the moment of a product alone

@@ -59,10 +59,10 @@ class Sampling:
         return {"forward": once, "picture": {"the network's steps": evaluations * sum(once.values()), "decoding": decoding}}
 
     def time(self, device: Device, efficiency: float) -> dict[str, Any]:
-        """Seconds a picture and pictures a second, by a GPU's peak."""
-        seconds = sum(self.flops()["picture"].values()) / (device.gpu.tflops * 1e12 * efficiency)
-        speed = {"images a second": self.gpus / seconds, "seconds a picture": seconds}
-        return speed | {"steps": self.steps, "guidance": self.guidance}
+        """FLOP of a picture, and the time they take of a GPU's peak."""
+        flops = sum(self.flops()["picture"].values())
+        seconds = flops / (device.gpu.tflops * 1e12 * efficiency)
+        return {"FLOP a picture": flops, "efficiency": efficiency, "images a second": self.gpus / seconds, "seconds a picture": seconds}
 
     def ways_to_fit(self, device: Device) -> list[str]:
         """Fewer pictures at a time, or no text encoders beside the network, where what was asked for does not fit."""

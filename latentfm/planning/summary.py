@@ -1,62 +1,73 @@
-"""The answers of `latentfm plan`, as plain values for JSON: sizes in bytes, times in seconds or hours."""
+"""What `latentfm plan` says, and with data of its own `latentfm train --dry-run`, as plain values for JSON: sizes in bytes, FLOP, hours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from latentfm.planning.cost import forward_flops, parameters
-from latentfm.planning.devices import Device
-from latentfm.planning.memory import Phase
+from latentfm.planning.devices import EFFICIENCY, Device
 from latentfm.planning.model import ModelSpec
 from latentfm.planning.run import RunPlan
 from latentfm.planning.sampling import Sampling
 from latentfm.planning.training import flops_of, memory_of, phases_of, time_of, ways_to_fit
 
 
-def training_summary(plan: RunPlan, device: Device, efficiency: float) -> dict[str, Any]:
-    """What a training takes on a known GPU; its operations and tokens are those of the base of its buckets."""
-    text, gpus, adapter = round(plan.text_tokens[1]), plan.parallelism.processes, plan.config.train.adapter
-    time = time_of(plan, device, efficiency=efficiency)
-    forward = forward_flops(plan.model.network, plan.model.image_tokens(plan.size), text)
+def training_summary(
+    plan: RunPlan, device: Device, efficiency: float = EFFICIENCY, pictures: int | None = None, shares: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """What a training takes; of a dataset of so many pictures, with these shares of the steps in each bucket, where they are known."""
+    train, parallelism, own = plan.config.train, plan.parallelism, sum(plan.trained)
+    found = network_of(plan.model, device)
+    frozen = sum(found["parameters"]["network"].values()) - (0 if train.adapter else own)
+    most, mean = plan.text_tokens
+    forward = forward_flops(plan.model.network, plan.model.image_tokens(plan.size), round(mean))
+    routed = plan.routed(plan.data.buckets.shapes[0])
     return {
-        **in_common(plan.model, adapter.kind if adapter else "full", plan.size, text, gpus, device, efficiency),
-        "trained parameters": sum(plan.trained),
-        "FLOP an image": {"forward": forward, "training": flops_of(plan, plan.size)},
-        "pictures a GPU at a time": plan.micro_batch,
-        **of_memory(phases_of(plan, device), device, ways_to_fit(plan, device)),
-        "time": {
-            "images a second": time["images a second"], "seconds a step": time["seconds a step"], "steps": plan.config.train.steps,
-            "hours": time["hours"], "GPU hours": gpus * time["hours"],
+        "run": {"pipeline": plan.model.name, "size": list(plan.size), "trains": trained_in_words(plan)},
+        "device": found["device"], "parameters": {"trained": own, "frozen": frozen} | found["parameters"],
+        "tokens": {
+            "image": [plan.model.image_tokens(shape) for shape in plan.data.buckets.shapes], "text": most, "mean text": mean,
+            "routed": None if routed is None else dict(zip(("first block", "last block", "kept"), routed, strict=True)),
         },
+        "batch": {
+            "pictures a step": train.batch_size, "processes": parallelism.processes, "machines": parallelism.machines,
+            "processes a copy of the weights": parallelism.shards, "gradient accumulation": train.gradient_accumulation,
+            "pictures a process at a time": plan.micro_batch,
+        },
+        "FLOP an image": {"forward": forward, "training": flops_of(plan, plan.size)},
+        "memory": memory_of(phases_of(plan, device, pictures), device, ways_to_fit(plan, device, pictures)),
+        "time": time_of(plan, device, shares, efficiency),
     }  # fmt: skip
 
 
 def sampling_summary(sampling: Sampling, device: Device, efficiency: float) -> dict[str, Any]:
     """What drawing pictures takes on a known GPU."""
+    phases = sampling.phases(sampling.each, sampling.encoders)
     return {
-        **in_common(sampling.model, "generate", sampling.size, sampling.text_tokens, sampling.gpus, device, efficiency),
+        "run": {"pipeline": sampling.model.name, "size": list(sampling.size), "draws": f"{sampling.each} pictures at a time on a GPU"},
+        **network_of(sampling.model, device),
+        "tokens": {"image": [sampling.model.image_tokens(sampling.size)], "text": sampling.text_tokens},
         "FLOP an image": sampling.flops(),
-        "pictures a GPU at a time": sampling.each,
-        **of_memory(sampling.phases(sampling.each, sampling.encoders), device, sampling.ways_to_fit(device)),
+        "memory": memory_of(phases, device, sampling.ways_to_fit(device)),
         "time": sampling.time(device, efficiency),
     }
 
 
-def in_common(
-    model: ModelSpec, mode: str, size: tuple[int, int], text: int, gpus: int, device: Device, efficiency: float
-) -> dict[str, Any]:
-    """What both answers begin with."""
-    gpu = device.gpu
+def network_of(model: ModelSpec, device: Device) -> dict[str, Any]:
+    """The network by part, the frozen models around it, and what it runs on."""
+    by_part = {part: count for part, count in parameters(model.network).items() if count}
     return {
-        "model": model.name, "mode": mode, "width": size[0], "height": size[1], "image tokens": model.image_tokens(size),
-        "text tokens": text, "GPUs": gpus, "GPU": {"name": gpu.name, "TFLOP/s": gpu.tflops, "GiB": gpu.gib}, "efficiency": efficiency,
-        "parameters": {part: count for part, count in parameters(model.network).items() if count},
-        "frozen parameters": model.encoder_parameters | {"VAE": model.vae},
-    }  # fmt: skip
+        "device": {"name": device.name, "bytes": device.memory, "TFLOP/s": device.gpu and device.gpu.tflops},
+        "parameters": {"network": by_part, "frozen models": model.encoder_parameters | {"VAE": model.vae}},
+    }
 
 
-def of_memory(phases: list[Phase], device: Device, ways: list[str]) -> dict[str, Any]:
-    """Both answers' part on memory: the fullest phase by part, each phase's sum, whether it fits, and what would make it fit."""
-    found = memory_of(phases, device)
-    return {
-        "memory": found["parts"], "fullest at": found["fullest at"], "memory at": found["at"], "reserve": found["reserve"],
-        "fits": found["fits"], "ways out": ways,
-    }  # fmt: skip
+def trained_in_words(plan: RunPlan) -> str:
+    """What of a network trains."""
+    train, preset = plan.config.train, plan.config.model.preset
+    where = "" if train.blocks is None else f" of blocks {train.blocks}"
+    if train.adapter:
+        base = train.weights if train.adapter.base == "as_weights" else train.adapter.base
+        what = f"{train.adapter.kind} of rank {train.adapter.rank} on {len(plan.adapted)} linears{where}, the base in {base}"
+    else:
+        what = "every weight" if train.blocks is None else f"the weights{where}"
+    return f"{f'a new {preset} network' if preset else 'its own network'}; trains {what}"

@@ -55,12 +55,13 @@ def phases_of(plan: RunPlan, device: Device, pictures: int | None = None) -> lis
     return training_phases(plan.model.network, training_of(plan, device.cpu, pictures))
 
 
-def memory_of(phases: list[Phase], device: Device) -> dict[str, Any]:
-    """The fullest phase by part, each phase's sum, and whether it fits the device."""
+def memory_of(phases: list[Phase], device: Device, ways: list[str]) -> dict[str, Any]:
+    """The fullest phase by part, each phase's sum, whether it fits the device, and what would make it fit."""
     most = fullest(phases)
     return {
         "device": device.name, "bytes": device.memory, "reserve": RESERVE, "parts": most.parts,
         "fullest at": most.name, "at": totals(phases), "total": most.total, "fits": device.fits(most.total),
+        "ways out": ways,
     }  # fmt: skip
 
 

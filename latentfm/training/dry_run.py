@@ -21,10 +21,10 @@ from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError, Problems
 from latentfm.files import expanded
-from latentfm.planning.cost import parameters
 from latentfm.planning.devices import GIB, Device
 from latentfm.planning.run import Parallelism, RunPlan, with_precision
-from latentfm.planning.training import cache_bytes, checkpoint_bytes, memory_of, model_bytes, phases_of, time_of, ways_to_fit
+from latentfm.planning.summary import training_summary
+from latentfm.planning.training import cache_bytes, checkpoint_bytes, model_bytes
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import cautions, check, existing_parent
 from latentfm.training.precision import has_bfloat16
@@ -63,20 +63,13 @@ def dry_run(
             disk = disk_needs(plan, pictures)
             check_disk(disk)
     problems.raise_all()
-    used, train = len(pictures.samples), config.train
-    buckets, phases = bucket_table(plan, pictures), phases_of(plan, device, used)
+    buckets, train = bucket_table(plan, pictures), config.train
     return {
-        "run": what_trains(plan), "options": options_of(given, config), "notes": cautions(config), "data": data_of(dataset, pictures, plan),
-        "buckets": buckets, "steps": steps_of(plan, pictures), "tokens": tokens_of(plan), "parameters": parameters_of(plan),
+        **training_summary(plan, device, pictures=len(pictures.samples), shares=[row["steps an epoch"] for row in buckets]),
+        "options": options_of(given, config), "notes": cautions(config), "data": data_of(dataset, pictures, plan), "buckets": buckets,
+        "steps": steps_of(plan, pictures), "disk": disk, "places": places(config),
         "P(no condition)": Dropout(train.dropout, train.dropout_each).p_unconditional(len(plan.model.encoders)),
-        "batch": {
-            "pictures a step": train.batch_size, "processes": parallelism.processes, "machines": parallelism.machines,
-            "processes a copy of the weights": parallelism.shards, "gradient accumulation": train.gradient_accumulation,
-            "pictures a process at a time": plan.micro_batch,
-        },
-        "memory": memory_of(phases, device) | {"ways out": ways_to_fit(plan, device, used)},
-        "time": time_of(plan, device, [row["steps an epoch"] for row in buckets]), "disk": disk,
-        "places": places(config), "environment": {"torch": torch.__version__, "device": device.name},
+        "environment": {"torch": torch.__version__, "device": device.name},
     }  # fmt: skip
 
 
@@ -169,37 +162,6 @@ def steps_of(plan: RunPlan, pictures: Pictures) -> dict[str, float]:
         "epochs": train.steps * train.batch_size / pictures.mixture.per_epoch, "warm-up": train.warmup_steps,
         "validations": validations, "checkpoints": -(-train.steps // config.output.checkpoint_every),
     }  # fmt: skip
-
-
-# The network
-
-
-def what_trains(plan: RunPlan) -> dict[str, str]:
-    """The model and what of it trains, in words."""
-    train, preset = plan.config.train, plan.config.model.preset
-    where = "" if train.blocks is None else f" of blocks {train.blocks}"
-    if train.adapter:
-        base = train.weights if train.adapter.base == "as_weights" else train.adapter.base
-        what = f"{train.adapter.kind} of rank {train.adapter.rank} on {len(plan.adapted)} linears{where}, the base in {base}"
-    else:
-        what = "every weight" if train.blocks is None else f"the weights{where}"
-    return {"pipeline": plan.model.name, "network": f"a new {preset} network" if preset else "its own network", "trains": what}
-
-
-def parameters_of(plan: RunPlan) -> dict[str, Any]:
-    """Numbers that train, numbers of the network that do not, and the frozen models'."""
-    whole, own = sum(parameters(plan.model.network).values()), sum(plan.trained)
-    frozen = whole if plan.config.train.adapter else whole - own
-    return {"trained": own, "frozen": frozen, "frozen models": plan.model.encoder_parameters | {"VAE": plan.model.vae}}
-
-
-def tokens_of(plan: RunPlan) -> dict[str, Any]:
-    """Tokens of a picture in each bucket and of a prompt."""
-    most, mean = plan.text_tokens
-    shapes = plan.data.buckets.shapes
-    routed = plan.routed(shapes[0])
-    named = None if routed is None else dict(zip(("first block", "last block", "kept"), routed))
-    return {"image": [plan.model.image_tokens(shape) for shape in shapes], "text": most, "mean text": mean, "routed": named}
 
 
 # The disk

@@ -30,21 +30,21 @@ def test_every_preset_and_mode_has_a_plan(run, in_json, preset, mode):
     for title in ("Parameters", "FLOP an image", "Memory of a GPU", "images/s at 40% of the peak"):
         assert title in answer.stdout
     found = in_json("--preset", preset, *words)
-    assert found["mode"] == mode
-    assert found["image tokens"] == (16 if preset == "emoji" else 4096)
-    assert found["text tokens"] == (32 if preset == "emoji" else 333)
+    assert found["tokens"]["image"] == [16 if preset == "emoji" else 4096]
+    assert found["tokens"]["text"] == (32 if preset == "emoji" else 333)
 
 
 def test_the_sums_are_right_for_sd3_medium(in_json):
     found = in_json("--preset", "sd3-medium", "data.size=1024", "train.batch_size=64", "--gpus", 8, "train.steps=500", "sample.prompts=[a]")
-    assert sum(found["parameters"].values()) == found["trained parameters"] == 2_028_328_000
-    assert found["memory"]["weights"] == 4 * 2_028_328_000 and found["memory"]["optimizer"] == 8 * 2_028_328_000
+    parameters, memory = found["parameters"], found["memory"]
+    assert sum(parameters["network"].values()) == parameters["trained"] == 2_028_328_000
+    assert memory["parts"]["weights"] == 4 * 2_028_328_000 and memory["parts"]["optimizer"] == 8 * 2_028_328_000
     flops = sum(found["FLOP an image"]["training"].values())
     assert found["time"]["images a second"] == pytest.approx(8 * 0.4 * 989e12 / flops)
     assert found["time"]["hours"] == pytest.approx(500 * 64 / found["time"]["images a second"] / 3600)
-    assert found["pictures a GPU at a time"] == 8
-    assert found["memory at"][found["fullest at"].split(" of block")[0]] == sum(found["memory"].values())
-    assert found["fits"] == (sum(found["memory"].values()) + RESERVE <= 80 * GIB)
+    assert found["batch"]["pictures a process at a time"] == 8
+    assert memory["at"][memory["fullest at"].split(" of block")[0]] == sum(memory["parts"].values()) == memory["total"]
+    assert memory["fits"] == (sum(memory["parts"].values()) + RESERVE <= 80 * GIB)
 
 
 def test_a_picture_is_its_steps_twice_where_guided_and_a_decoding(in_json):
@@ -54,8 +54,9 @@ def test_a_picture_is_its_steps_twice_where_guided_and_a_decoding(in_json):
     assert guided["FLOP an image"]["picture"]["the network's steps"] == 80 * once
     assert alone["FLOP an image"]["picture"]["the network's steps"] == 40 * once
     assert in_json(*arguments, "sample.solver=rk4")["FLOP an image"]["picture"]["the network's steps"] == 320 * once
-    assert guided["memory"]["weights"] == 2 * sum(guided["parameters"].values())
-    assert guided["memory"]["text encoders and VAE"] == 2 * sum(guided["frozen parameters"].values())
+    parts, parameters = guided["memory"]["parts"], guided["parameters"]
+    assert parts["weights"] == 2 * sum(parameters["network"].values())
+    assert parts["text encoders and VAE"] == 2 * sum(parameters["frozen models"].values())
 
 
 HARD = [
@@ -70,7 +71,7 @@ HARD = [
 
 @pytest.mark.parametrize("arguments", HARD)
 def test_every_way_out_makes_it_fit(in_json, arguments):
-    found = in_json(*arguments)
+    found = in_json(*arguments)["memory"]
     assert not found["fits"] and found["ways out"]
     for way in found["ways out"]:
         if "enable_model_cpu_offload" in way:
@@ -79,18 +80,18 @@ def test_every_way_out_makes_it_fit(in_json, arguments):
         if "--generate" in way:
             place = changed.index("--generate")
             del changed[place : place + 2]
-        assert in_json(*changed, *way.split())["fits"], way
+        assert in_json(*changed, *way.split())["memory"]["fits"], way
 
 
 def test_the_fraction_of_checkpointing_is_the_smallest_of_tenths_that_fits(in_json):
     arguments = ("--preset", "depth15", "train.batch_size=16", "sample.prompts=[a]", "model.text_encoders=bfloat16")
     checkpointing = "train.gradient_checkpointing"
-    least, most = (sum(in_json(*arguments, f"{checkpointing}={share}")["memory"].values()) for share in (1, 0))
+    least, most = (sum(in_json(*arguments, f"{checkpointing}={share}")["memory"]["parts"].values()) for share in (1, 0))
     arguments += ("--gpu-memory", ((least + most) / 2 + RESERVE) / GIB)
-    (way,) = [way for way in in_json(*arguments)["ways out"] if way.startswith(checkpointing)]
+    (way,) = [way for way in in_json(*arguments)["memory"]["ways out"] if way.startswith(checkpointing)]
     fraction = float(way.split("=")[1])
-    assert in_json(*arguments, f"{checkpointing}={fraction}")["fits"]
-    assert not in_json(*arguments, f"{checkpointing}={round(fraction - 0.1, 1)}")["fits"]
+    assert in_json(*arguments, f"{checkpointing}={fraction}")["memory"]["fits"]
+    assert not in_json(*arguments, f"{checkpointing}={round(fraction - 0.1, 1)}")["memory"]["fits"]
 
 
 def test_what_cannot_fit_says_so(run):
@@ -100,7 +101,7 @@ def test_what_cannot_fit_says_so(run):
 
 def test_another_gpu_is_given_by_its_peak_and_memory(in_json):
     found = in_json("--preset", "small", "--peak", 100, "--gpu-memory", 16)
-    assert found["GPU"] == {"name": "another", "TFLOP/s": 100, "GiB": 16}
+    assert found["device"] == {"name": "another", "TFLOP/s": 100, "bytes": 16 * GIB}
     assert found["time"]["images a second"] == pytest.approx(in_json("--preset", "small")["time"]["images a second"] * 100 / 989)
 
 
@@ -109,14 +110,15 @@ def test_a_pipeline_folder_is_read(in_json, tiny_folder, tmp_path):
 
     found = in_json("--model", tiny_folder, "train.batch_size=2", "data.t5_lengths={8: 1}")
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
-    assert sum(found["parameters"].values()) == pipe.transformer.num_parameters()
-    assert found["frozen parameters"]["VAE"] == pipe.vae.num_parameters()
+    assert sum(found["parameters"]["network"].values()) == pipe.transformer.num_parameters()
+    frozen = found["parameters"]["frozen models"]
+    assert frozen["VAE"] == pipe.vae.num_parameters()
     for name in ("text_encoder", "text_encoder_2"):
-        assert found["frozen parameters"][name] == sum(p.numel() for p in getattr(pipe, name).parameters())
-    assert (found["width"], found["image tokens"], found["text tokens"]) == (32, 16, 24)
-    assert in_json("--model", tiny_folder)["text tokens"] == 16 + 256
+        assert frozen[name] == sum(p.numel() for p in getattr(pipe, name).parameters())
+    assert (found["run"]["size"], found["tokens"]["image"], found["tokens"]["text"]) == ([32, 32], [16], 24)
+    assert in_json("--model", tiny_folder)["tokens"]["text"] == 16 + 256
     alone = shutil.copytree(tiny_folder / "transformer", tmp_path / "alone")
-    assert in_json("--model", alone)["width"] == 64  # among SD3's frozen models
+    assert in_json("--model", alone)["run"]["size"] == [64, 64]  # among SD3's frozen models
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_it_needs_no_torch_and_is_quick():
     script += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"] == "sd3-medium"
+    assert json.loads(done.stdout)["run"]["pipeline"] == "sd3-medium"
 
 
 def test_a_runs_configuration_is_planned_as_it_stands(in_json):
@@ -188,8 +190,9 @@ def test_a_runs_configuration_is_planned_as_it_stands(in_json):
     configs = Path(__file__).resolve().parents[2] / "configs"
     found = in_json("--config", configs / "sd35-large-lora.yaml", "--preset", "sd3.5-large", "--gpu", "4090")
     run = load_config(configs / "sd35-large-lora.yaml", ["data.folder=-"])
-    assert found["mode"] == "lora" and found["time"]["steps"] == run.train.steps and found["fits"]
-    assert in_json("--config", configs / "quickstart.yaml")["text tokens"] == 32  # the bundled model, as the run has it
+    assert "lora of rank" in found["run"]["trains"] and found["memory"]["fits"]
+    assert found["time"]["hours"] == pytest.approx(run.train.steps * run.train.batch_size / found["time"]["images a second"] / 3600)
+    assert in_json("--config", configs / "quickstart.yaml")["tokens"]["text"] == 32  # the bundled model, as the run has it
 
 
 def test_the_help_teaches(run):
