@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from latentfm.planning.model import ModelSpec
     from latentfm.planning.run import Parallelism
 
-SHARDS, DTYPES = ("none", "full"), ("float32", "bfloat16")
+SHARDS, DTYPES = ("none", "full", "offload"), ("float32", "bfloat16")
 
 
 def plan(
@@ -38,7 +38,9 @@ def plan(
     dtype: Annotated[str, typer.Option(help="--generate: float32 or bfloat16.")] = "bfloat16",
     gpu: Annotated[str, typer.Option(help=f"Which GPU: {', '.join(GPUS)}.")] = "h100",
     gpus: Annotated[int, typer.Option(help="How many GPUs.")] = 1,
-    shard: Annotated[str, typer.Option(help="none: a copy of the weights on each GPU (DDP); full: split over all (FSDP2).")] = "none",
+    shard: Annotated[
+        str, typer.Option(help="none: a copy of the weights on each GPU (DDP); full: split over all (FSDP2); offload: split, on the CPU.")
+    ] = "none",
     peak: Annotated[float | None, typer.Option(help="Another GPU's peak in bfloat16, TFLOP/s.", show_default=False)] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="Another GPU's memory, in GiB.", show_default=False)] = None,
     efficiency: Annotated[float, typer.Option(help="The share of the peak that is reached, above 0 up to 1.")] = EFFICIENCY,
@@ -117,11 +119,11 @@ def chosen_gpu(name: str, peak: float | None = None, memory: float | None = None
 
 
 def chosen_parallelism(gpus: int, shard: str, machines: int = 1) -> "Parallelism":
-    """Each GPU with a copy of the weights, or all of them with one. Raises InputError."""
+    """Each GPU with a copy of the weights, or all of them with one, on them or on the CPU. Raises InputError."""
     from latentfm.planning.run import Parallelism
 
     check_at_least_one({"--gpus": gpus})
     check_name("--shard", shard, SHARDS)
-    if shard != "none" and gpus == 1:
-        raise InputError(f"--shard {shard} splits over several GPUs; say how many with --gpus")
-    return Parallelism(gpus, machines, shards=gpus if shard == "full" else 1)
+    if shard == "full" and gpus == 1:
+        raise InputError("--shard full splits over several GPUs; say how many with --gpus")
+    return Parallelism(gpus, machines, 1 if shard == "none" else gpus, offload=shard == "offload")

@@ -116,6 +116,8 @@ def show_model(found: dict[str, Any], console: "Console") -> None:
         )
         if batch["processes a copy of the weights"] > 1:
             console.print(f"FSDP2: {batch['processes a copy of the weights']} processes share one copy of the weights")
+        if batch["on the CPU"]:
+            console.print("FSDP2 keeps weights, gradients, optimizer and averages on the CPU")
 
 
 def show_network(found: dict[str, Any], console: "Console") -> None:

@@ -28,6 +28,11 @@ class Parallelism:
     shards: int = 1
     offload: bool = False
 
+    @property
+    def splits(self) -> bool:
+        """Whether FSDP2 has the weights, of one process too, instead of DDP."""
+        return self.shards > 1 or self.offload
+
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> "Parallelism":
         """What the launcher, torchrun or accelerate, has told this process in its environment."""

@@ -30,7 +30,8 @@ def training_summary(
         },
         "batch": {
             "pictures a step": train.batch_size, "processes": parallelism.processes, "machines": parallelism.machines,
-            "processes a copy of the weights": parallelism.shards, "gradient accumulation": train.gradient_accumulation,
+            "processes a copy of the weights": parallelism.shards, "on the CPU": parallelism.offload,
+            "gradient accumulation": train.gradient_accumulation,
             "pictures a process at a time": plan.micro_batch,
         },
         "FLOP an image": {"forward": forward, "training": flops_of(plan, plan.size)},

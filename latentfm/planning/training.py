@@ -145,7 +145,7 @@ def gentler(plan: RunPlan) -> dict[str, tuple[Any, ...]]:
         "sample.prompts": tuple(prompts[:n] for n in (4, 2, 1) if n < len(prompts)),
         "model.text_encoders": ("bfloat16",) if config.model.text_encoders == "float32" and plan.model.encoders else (),
         "train.weights": ("bfloat16",) if train.weights == "float32" and (train.adapter or trained_wholly) else (),
-        "--shard": ("full",) if parallelism.processes > 1 and parallelism.shards == 1 else (),
+        "--shard": ("full",) if parallelism.processes > 1 and not parallelism.splits else (),
         "train.adapter": (AdapterOptions(),) if train.adapter is None and not (config.model.preset or train.token_routing) else (),
         "train.ema_device": ("cpu",) if train.ema_device == "same" and train.adapter is None else (),
         "train.moments": ("bfloat16",) if train.weights == "bfloat16" and train.moments == "float32" and trained_wholly else (),

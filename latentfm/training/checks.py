@@ -99,9 +99,9 @@ def existing_parent(place: Path) -> Path:
 
 def check_parallelism(config: RunConfig, parallelism: Parallelism) -> None:
     """The processes work together in a way that is supported."""
-    if parallelism.shards > 1 and (optimizer := config.train.optimizer) in NOT_SPLIT:
+    if parallelism.splits and (optimizer := config.train.optimizer) in NOT_SPLIT:
         raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take adamw, paged_adamw or lion")
-    if parallelism.shards > 1 and config.train.adapter and config.train.adapter.base != "as_weights":
+    if parallelism.splits and config.train.adapter and config.train.adapter.base != "as_weights":
         raise InputError(f"train.adapter.base={config.train.adapter.base} is not split over processes by FSDP; take DDP, or leave it out")
 
 
