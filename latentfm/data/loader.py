@@ -26,9 +26,9 @@ from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable, bounds_of, choose
 from latentfm.errors import InputError
+from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
 
-ENCODERS = ("clip_1", "clip_2", "t5")
 AHEAD = 4  # batches that each loader process reads ahead
 
 Request = tuple[Sequence[Member], int]  # the members of a micro-batch, and how many T5 tokens it has
@@ -153,7 +153,7 @@ class Draws:
         batch = Batch(
             moments=None,
             parts=None,
-            dropped={name: joint | (uniform[:, 3 + i] < self.dropout.each) for i, name in enumerate(ENCODERS)},
+            dropped={kind.parts[0]: joint | (uniform[:, 3 + i] < self.dropout.each) for i, kind in enumerate(ENCODERS)},
             u=uniform[:, 6].clone(),
             vae_noise=vae_noise,
             eps=eps,
