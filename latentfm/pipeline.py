@@ -24,6 +24,7 @@ from latentfm.bounds import MOST_STEPS, MOST_TOKENS
 from latentfm.errors import InputError
 from latentfm.interchange.pipelines import PipelineFiles
 from latentfm.models import vae as vae_room
+from latentfm.models.encoders import ENCODERS
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.schedule import Precomputed
@@ -87,7 +88,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
 
     def carriers(self) -> list[torch.nn.Module]:
         """The components that what their folder says goes with; the network's own word goes before the text encoders'."""
-        parts = (self.transformer, self.text_encoder_3, self.text_encoder_2, self.text_encoder)
+        parts = (self.transformer, *(getattr(self, kind.name) for kind in reversed(ENCODERS)))
         return [part for part in parts if part is not None]
 
     def say(self, said: Said) -> None:
@@ -118,8 +119,8 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         """The tokenizers and encoders as one; made anew at each use, so that replaced components count."""
         config = self.transformer.config
         return PromptEncoder(
-            (self.tokenizer, self.tokenizer_2, self.tokenizer_3),
-            (self.text_encoder, self.text_encoder_2, self.text_encoder_3),
+            [getattr(self, kind.tokenizer) for kind in ENCODERS],
+            [getattr(self, kind.name) for kind in ENCODERS],
             config.joint_attention_dim,
             config.pooled_projection_dim,
         )
@@ -174,12 +175,11 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
     def prompt_warnings(self, prompts: list[str], max_sequence_length: int | None = None) -> list[str]:
         """One line for each encoder that would cut a prompt, with the words it would lose."""
         encoder, length = self.prompt_encoder, max_sequence_length or self.max_sequence_length
-        lengths = (encoder.clip_length, encoder.clip_length, length)
-        names = ("the first CLIP", "the second CLIP", "T5")
+        lengths = encoder.lengths(length)
         return [
-            f"prompt '{shown(text, SHOWN)}' is longer than the {lengths[i]:,} tokens {names[i]} reads; it loses '{shown(lost, SHOWN)}'"
-            for i in range(3)
-            if encoder.encoders[i] is not None
+            f"prompt '{shown(text, SHOWN)}' is longer than the {lengths[i]:,} tokens {kind.title} reads; it loses '{shown(lost, SHOWN)}'"
+            for i, (kind, _, network) in enumerate(encoder.rows())
+            if network is not None
             for text, lost in encoder.lost_text(i, prompts, lengths[i])
         ]
 

@@ -29,7 +29,7 @@ def train(
         int | None, typer.Option(help="--dry-run: as if on so many; default: what the launcher says.", show_default=False)
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="--dry-run: none, full or offload, as of `latentfm plan`; default: the launcher's.", show_default=False)
+        str | None, typer.Option(help="--dry-run: as of `latentfm plan`; default: the launcher's.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object instead of tables.")] = False,
 ) -> None:

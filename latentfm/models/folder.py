@@ -8,14 +8,14 @@ from typing import Any
 
 from latentfm.errors import InputError, nearest
 from latentfm.files import read_json
+from latentfm.models.encoders import ENCODERS, T5, TEXT
 from latentfm.models.manifest import check_manifest
 from latentfm.models.presets import PRESETS
 from latentfm.models.stored import is_pickle, pickle_refused, read_header, weight_files
 from latentfm.words import shown
 
 INFO_FILE, INDEX_FILE = "latentfm.json", "model_index.json"
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT = PARTS[2:]
+PARTS = ("transformer", "vae", *TEXT)
 LIBRARIES = ("diffusers", "transformers")  # what a component's class may be of; nothing else is imported because a file names it
 COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # a component's name, which is its folder's, and a class's
 
@@ -78,12 +78,14 @@ def network_settings(folder: Path, preset: str | None) -> dict[str, Any]:
         return read_config(folder / "transformer" / "config.json")
     if preset not in PRESETS:
         raise InputError(f"no preset '{preset}'{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
-    encoders = [folder / name / "config.json" for name in TEXT]
-    clips = [read_config(path)["projection_dim"] for path in encoders[:2] if path.is_file()]
     channels = read_config(folder / "vae" / "config.json")["latent_channels"]
     changes = {"in_channels": channels, "out_channels": channels}
-    changes |= {"pooled_projection_dim": sum(clips)} if clips else {}
-    changes |= {"joint_attention_dim": read_config(encoders[2])["d_model"]} if encoders[2].is_file() else {}
+    for encoder in ENCODERS:
+        path = folder / encoder.name / "config.json"
+        if path.is_file() and encoder.family is T5:
+            changes["joint_attention_dim"] = read_config(path)["d_model"]
+        elif path.is_file():
+            changes["pooled_projection_dim"] = changes.get("pooled_projection_dim", 0) + read_config(path)["projection_dim"]
     return PRESETS[preset] | changes
 
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from latentfm.bundled import bundled_model
 from latentfm.errors import InputError, nearest
 from latentfm.files import reading
-from latentfm.models.folder import TEXT, read_config, read_info, t5_length
+from latentfm.models.encoders import BY_NAME, T5, TEXT
+from latentfm.models.folder import read_config, read_info, t5_length
 from latentfm.models.manifest import check_manifest
 from latentfm.models.presets import PRESETS
 from latentfm.models.stored import stored_numbers
@@ -123,7 +124,7 @@ def read_encoder(folder: Path) -> EncoderSpec:
     """What a text encoder's folder says of it."""
     config = read_config(folder / "config.json")
     with reading(folder / "config.json"):
-        if folder.name == "text_encoder_3":
+        if BY_NAME[folder.name].family is T5:
             sizes = EncoderSpec(0, config["d_model"], feed_forward=config["d_ff"], heads=config["num_heads"])
         else:
             sizes = EncoderSpec(0, config["hidden_size"], pooled=config["projection_dim"])
