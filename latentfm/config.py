@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentfm import option_text
@@ -87,7 +88,10 @@ class DataOptions(Section):
     t5_lengths: dict[int, float] | None = Field(
         None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
     )
-    cache: str = Field("~/.cache/latentfm", description="folder of VAE moments and prompt embeddings, shared by all runs")
+    cache: str = Field(
+        default_factory=lambda: user_cache_dir("latentfm", appauthor=False),
+        description="folder of VAE moments and prompt embeddings, shared by all runs; the system's own for caches if not given",
+    )
     cache_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the VAE's moments in the cache")
     verify: bool = Field(True, description="check every cached byte at the start; what is damaged later is found when it is read")
     online: bool = Field(False, description="no cache: encode pictures and captions at every step, VAE and encoders staying on the device")
