@@ -1,6 +1,7 @@
 """The options of a run: what is accepted, what is refused and how, and that each of them is read."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def test_nothing_leaves_a_text_unset_and_null_any_other_option():
     assert given.model.pipeline is None and given.data.size is None
     with pytest.raises(InputError, match=r"^data\.cache: .*valid string"):
         config("data.cache=")
+
+
+def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert sys.platform != "linux" or config().data.cache == str(tmp_path / "latentfm")
+    assert config("data.cache=~/mine").data.cache == "~/mine"
 
 
 @pytest.mark.parametrize(

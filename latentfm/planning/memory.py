@@ -7,6 +7,7 @@ precision on the CPU and on a traced GPU. Left out: the GPU's context and what i
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from latentfm.optimizers import MOMENTS
 from latentfm.planning.cost import (
     TIME_FEATURES,
     Network,
@@ -50,7 +51,7 @@ class Training:
     online: bool = False  # no cache: a batch is encoded in every step
     cpu: bool = False  # the CPU's kernels keep other things than a GPU's
     ema_on_cpu: bool = False
-    state: float | None = None  # bytes of the optimizer's state for each number it moves; None is AdamW's
+    state: float = MOMENTS  # bytes of the optimizer's state for each number it moves, its moments in float32
     trains: tuple[int, ...] | None = None  # numbers that train in each block, then around them; None is all, or a LoRA on LORA_TARGETS
     everywhere: bool = False  # whether adapters lie on more than LORA_TARGETS: what is kept is then counted as if all trained
     wide_adapters: bool = False  # float32 adapters on bfloat16 weights
@@ -66,6 +67,11 @@ class Training:
     def trained_width(self) -> int:
         """Bytes of a weight that trains, and of its gradient."""
         return 4 if self.wide_adapters else self.width
+
+    @property
+    def optimizer_width(self) -> float:
+        """Bytes of the optimizer's state for a number that trains, its float32 master included."""
+        return self.state / (2 if self.narrow_moments else 1) + 4 * self.master
 
     @property
     def gathers(self) -> bool:
@@ -218,12 +224,11 @@ def training_phases(net: Network, run: Training) -> list[Phase]:
     ends = ends if run.trains is None else run.trains[-1]
     numbers, parts, here = in_blocks + ends, run.shards, not run.offloaded
     weights = whole * run.width if run.rank is None else frozen_bytes(net, run) + numbers * run.trained_width
-    state = 2 * (2 if run.narrow_moments else 4) if run.state is None else run.state
     largest = max(block_parameters(net, i) for i in blocks)
     always = {
         "weights": here * weights // parts,
         "position table": position_table(net) * run.width,
-        "optimizer": here * int(numbers * (state + 4 * run.master)) // parts,
+        "optimizer": here * int(numbers * run.optimizer_width) // parts,
         "averages (EMA)": (here and run.ema and not run.ema_on_cpu) * numbers * 4 // parts,
         "gathered weights": run.gathers * 2 * largest * (1 + (run.rank is None)) * run.compute,
         "frozen models": run.frozen,

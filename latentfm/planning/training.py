@@ -8,15 +8,12 @@ from typing import Any
 
 from latentfm.config import AdapterOptions
 from latentfm.errors import InputError
+from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.cost import parameters, training_flops
 from latentfm.planning.devices import EFFICIENCY, RESERVE, Device
 from latentfm.planning.memory import Phase, Training, fullest, totals, training_phases
 from latentfm.planning.run import RunPlan, changed, plan_run
 
-# bytes of an optimizer's state for each number it moves; of adamw the closed forms know. 8 bits are in blocks of 256 with a float32 each;
-# adafactor keeps a row and a column of each matrix, next to nothing
-EIGHT_BITS = 2 * (1 + 4 / 256)
-STATE = {"adamw8bit": EIGHT_BITS, "paged_adamw": 8.0, "paged_adamw8bit": EIGHT_BITS, "adafactor": 0.01, "prodigy": 16.0, "lion": 4.0}
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 # how many are encoded together for a cache, above so many pixels one by one, and how many captions are sample prompts: as the code says
 # itself, which takes torch to read; tests/planning holds them to it
@@ -40,7 +37,7 @@ def training_of(plan: RunPlan, cpu: bool = False, pictures: int | None = None) -
         model.image_tokens((width, height)), text, plan.micro_batch,
         "bfloat16" if narrow else "autocast" if train.mixed_precision == "bf16" else "float32",
         rank=adapter.rank if adapter else None, checkpointing=train.gradient_checkpointing, ema_on_cpu=train.ema_device == "cpu",
-        master=train.master_weights, narrow_moments=train.moments == "bfloat16", state=STATE.get(train.optimizer),
+        master=train.master_weights, narrow_moments=train.moments == "bfloat16", state=OPTIMIZERS[train.optimizer].state,
         accumulated=train.gradient_accumulation > 1, shards=plan.parallelism.shards, offloaded=plan.parallelism.offload,
         frozen=4 * model.vae + (encoders if data.online else 0), encoders=0 if data.online else encoders,
         encoding=max(4 * at_once * model.decoder.encoder_numbers(width * height), captions * prompt), online=data.online,
@@ -92,9 +89,8 @@ def time_of(plan: RunPlan, device: Device, shares: Sequence[float] | None = None
 def checkpoint_bytes(plan: RunPlan) -> int:
     """Bytes of one checkpoint: what trains, its averages, its optimizer, and what it is drawn with."""
     run, numbers = training_of(plan), sum(plan.trained)
-    state = 8 / (2 if run.narrow_moments else 1) if run.state is None else run.state
     drawn_with = numbers * 4 if plan.config.train.adapter else model_bytes(plan)
-    return int(numbers * (run.trained_width + 4 + state + 4 * run.master)) + drawn_with
+    return int(numbers * (run.trained_width + 4 + run.optimizer_width)) + drawn_with
 
 
 def model_bytes(plan: RunPlan) -> int:

@@ -12,9 +12,10 @@ from latentfm.files import expanded
 from latentfm.interchange.weights import open_pipeline
 from latentfm.models.backends import attention_backend
 from latentfm.models.folder import PARTS, check_folder, read_config
+from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.run import Parallelism, RunPlan, check_batch, plan_run
 from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.optimizers.optimizers import NOT_SPLIT, check_optimizer, missing
+from latentfm.training.optimizers.optimizers import check_optimizer, missing
 from latentfm.training.step import density
 from latentfm.words import count, shown
 
@@ -99,8 +100,9 @@ def existing_parent(place: Path) -> Path:
 
 def check_parallelism(config: RunConfig, parallelism: Parallelism) -> None:
     """The processes work together in a way that is supported."""
-    if parallelism.splits and (optimizer := config.train.optimizer) in NOT_SPLIT:
-        raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take adamw, paged_adamw or lion")
+    if parallelism.splits and not OPTIMIZERS[optimizer := config.train.optimizer].split:
+        others = " or ".join(name for name, kind in OPTIMIZERS.items() if kind.split)
+        raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take {others}")
     if parallelism.splits and config.train.adapter and config.train.adapter.base != "as_weights":
         raise InputError(f"train.adapter.base={config.train.adapter.base} is not split over processes by FSDP; take DDP, or leave it out")
 
