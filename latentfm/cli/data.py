@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,6 @@ from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
-    from latentfm.data.sources import Sample
 
 app = typer.Typer(help="Look at a dataset as a run will see it.", invoke_without_command=True)
 NAMES_SHOWN, ROWS_SHOWN, LONGEST = 5, 6, 120
@@ -91,6 +90,7 @@ def check(
     from latentfm.data.check.findings import contact_sheet
     from latentfm.data.check.page import page
     from latentfm.training.sources import open_dataset
+    from latentfm.training.validation import split_held_out
 
     encoder, dataset = load_tokenizers(folder), open_dataset(run.data)
     with progress_bar() as bar:
@@ -99,7 +99,8 @@ def check(
             task = bar.add_task(what, total=total)
             return lambda count: bar.advance(task, count)
 
-        report = examine(dataset, plan, encoder, start, held_out_of(run))
+        number, seed = run.validation.held_out, run.train.seed
+        report = examine(dataset, plan, encoder, start, lambda samples: split_held_out(samples, number, seed)[1])
         if target is not None:
             sheet = contact_sheet(dataset.samples, report, plan, pictures, start("cropping", min(pictures, report.findings["used"])))
     findings = report.findings
@@ -134,16 +135,6 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
         raise InputError("nothing to check: give a path, or a configuration with --config")
     overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
-
-
-def held_out_of(run: "RunConfig") -> "Callable[[Sequence[Sample]], Sequence[int]]":
-    """What says which samples the run keeps for its validation."""
-    if not run.validation.held_out:
-        return lambda samples: ()
-
-    from latentfm.training.validation import split_held_out
-
-    return lambda samples: split_held_out(samples, run.validation.held_out, run.train.seed)[1]
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -37,7 +37,6 @@ class Training:
     precision: Precision = "autocast"  # autocast: float32 weights, products in bfloat16
     rank: int | None = None  # of a LoRA on LORA_TARGETS; None trains every parameter
     checkpointing: float = 0.0  # share of the blocks that is computed again in the backward pass
-    ema: bool = True
     master: bool = False  # float32 masters of bfloat16 weights
     narrow_moments: bool = False  # bfloat16 moments of the optimizer
     accumulated: bool = False  # whether gradients of earlier passes are there in the forward pass
@@ -229,7 +228,7 @@ def training_phases(net: Network, run: Training) -> list[Phase]:
         "weights": here * weights // parts,
         "position table": position_table(net) * run.width,
         "optimizer": here * int(numbers * run.optimizer_width) // parts,
-        "averages (EMA)": (here and run.ema and not run.ema_on_cpu) * numbers * 4 // parts,
+        "averages (EMA)": (here and not run.ema_on_cpu) * numbers * 4 // parts,
         "gathered weights": run.gathers * 2 * largest * (1 + (run.rank is None)) * run.compute,
         "frozen models": run.frozen,
         "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
@@ -267,13 +266,13 @@ def training_phases(net: Network, run: Training) -> list[Phase]:
             )
         )
     widened = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
-    averaged = 0 if run.precision != "bfloat16" or run.offloaded or not run.ema else min(numbers, EMA_PART) * 4
+    averaged = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, EMA_PART) * 4
     found.append(phase("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
     if run.pictures:
         found.append(
             phase(
                 "drawing sample pictures",
-                weights_put_aside=run.ema * numbers * gradient // parts,
+                weights_put_aside=numbers * gradient // parts,
                 working_memory=max(run.decoding, forward_memory(net, run.image, run.text, 2 * run.pictures, run.width)),
             )
         )

@@ -224,7 +224,7 @@ def test_weights_gradients_and_optimizer_are_bytes_a_parameter():
         RUN: (4, 4, 8, 4),
         replace(RUN, precision="bfloat16"): (2, 2, 8, 4),
         replace(RUN, precision="bfloat16", master=True): (2, 2, 12, 4),
-        replace(RUN, precision="bfloat16", narrow_moments=True, ema=False): (2, 2, 4, 0),
+        replace(RUN, precision="bfloat16", narrow_moments=True): (2, 2, 4, 4),
     }
     names = ("weights", "gradients", "optimizer", "averages (EMA)")
     for run, each in wanted.items():
