@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentfm.bundled import bundled_model
 from latentfm.config import DataOptions, RunConfig, TrainOptions
@@ -14,6 +14,9 @@ from latentfm.models.folder import network_settings
 from latentfm.models.linears import BLOCKS, LORA_TARGETS, adapted_linears, ends_with, parse_blocks
 from latentfm.planning.cost import Network, block_linears, block_parameters, parameters
 from latentfm.planning.model import ModelSpec, read_model
+
+if TYPE_CHECKING:
+    from latentfm.data.loader import Routing
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,20 @@ class RunPlan:
         mean = sum(length * share for length, share in shares.items()) / sum(shares.values())
         return self.model.clip_tokens + max(shares), self.model.clip_tokens + mean
 
+    @property
+    def routing(self) -> "Routing | None":
+        """How image tokens are drawn that pass through all blocks; None where all do."""
+        from latentfm.data.loader import Routing  # which imports torch
+
+        options = self.config.train.token_routing
+        return None if options is None else Routing(options.keep, self.model.network.patch)
+
     def routed(self, size: tuple[int, int]) -> tuple[int, int, int] | None:
         """First and last block that image tokens of a picture of `size` pixels bypass, and how many go in; None without routing."""
-        options = self.config.train.token_routing
+        options, factor = self.config.train.token_routing, self.model.decoder.factor
         if options is None:
             return None
-        from latentfm.data.loader import Routing  # which draws them, and imports torch
-
-        factor, patch = self.model.decoder.factor, self.model.network.patch
-        kept, _ = Routing(options.keep, patch).counts(size[1] // factor, size[0] // factor)
+        kept, _ = self.routing.counts(size[1] // factor, size[0] // factor)
         return (*options.blocks(self.model.network.layers), kept)
 
 

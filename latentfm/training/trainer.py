@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latentfm import flow
 from latentfm.config import RunConfig
-from latentfm.data.loader import Batch, Dropout, Loader, Routing
+from latentfm.data.loader import Batch, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
@@ -93,8 +93,6 @@ class Trainer:
         self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
         share = partial(shared, self.accelerator)  # every picture is read once, whatever the number of processes
         self.data = dataset_of(dataset, self.models, config.data, self.plan.data, share)
-        routing = config.train.token_routing
-        self.routing = Routing(routing.keep, self.models.network.config.patch_size) if routing else None
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
@@ -143,7 +141,7 @@ class Trainer:
         bucket_of = self.data.bucket_of.copy()
         bucket_of[self.held_out] = -1  # never drawn
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
-        self.reader = self.data.reader(seed, self.dropout, self.routing)
+        self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
         # on the device: from a CPU's memory every step would wait for its copy
         self.models.null = self.models.null.kept({*self.lengths, t5_length(self.models.info)}, accelerator.device)
         samples = self.out / "samples"
