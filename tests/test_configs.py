@@ -218,12 +218,12 @@ def slurm(tmp_path, monkeypatch):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while stop and "ready" not in log.read_text() and time.monotonic() < deadline:
                 time.sleep(0.02)
             if stop:
                 script.send_signal(signal.SIGUSR1)
-            said, _ = script.communicate(timeout=30)
+            said, _ = script.communicate(timeout=120)
         finally:
             if script.poll() is None:
                 os.killpg(script.pid, signal.SIGKILL)
