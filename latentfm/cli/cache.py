@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from latentfm.config import RunConfig
-    from latentfm.data.cache import Cache
+    from latentfm.data.cache.store import Cache
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -39,7 +39,7 @@ def cache(
 
     run = load_config(config, overrides)
     from latentfm.cli.terminal import quiet_libraries
-    from latentfm.data.cache import Cache
+    from latentfm.data.cache.store import Cache
     from latentfm.errors import InputError
     from latentfm.files import expanded
 
@@ -60,12 +60,12 @@ def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
 
+    from latentfm.data.cached import CachedDataset
     from latentfm.data.sources import summary
+    from latentfm.data.sources.options import open_dataset
     from latentfm.errors import InputError
     from latentfm.models.folder import t5_length
     from latentfm.training.models import load_models
-    from latentfm.training.prepare import CachedDataset
-    from latentfm.training.sources import open_dataset
 
     if run.data.online:
         raise InputError("data.online=true is a run without a cache; leave it out to fill one")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from latentfm.data.entries import Entries
+from latentfm.data.cache.entries import Entries
 from latentfm.data.images import Transform, apply, load_mask, opened_rgb
 from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream

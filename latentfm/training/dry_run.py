@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from latentfm.config import RunConfig
+from latentfm.data.cached import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
 from latentfm.data.images import UnreadableImage, upright_size
 from latentfm.data.loader import Dropout
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Dataset, Sample
+from latentfm.data.sources.options import open_dataset
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
@@ -28,9 +30,7 @@ from latentfm.models.memory import Moment, Training, by_name, highest, training_
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
 from latentfm.training.precision import has_bfloat16, settled
-from latentfm.training.prepare import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
 from latentfm.training.samples import DEFAULT_PROMPTS
-from latentfm.training.sources import open_dataset
 from latentfm.training.validation import split_held_out
 
 # bytes of an optimizer's state for each number it moves; of adamw the closed forms know. 8 bits are in blocks of 256 with a float32 each;

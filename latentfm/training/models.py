@@ -10,8 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentfm.bundled import bundled_model
-from latentfm.config import DataOptions, ModelOptions
-from latentfm.data.buckets import base_shape
+from latentfm.config import ModelOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.interchange.components import load_component, load_text_encoders, read_null
@@ -93,14 +92,3 @@ def new_network(preset: str, vae: AutoencoderKL, encoder: PromptEncoder, weights
     changes |= {"joint_attention_dim": t5.config.d_model} if t5 is not None else {}
     with torch.device("cpu" if weights else "meta"):
         return MMDiT.from_preset(preset, **changes)
-
-
-def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
-    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
-    own = models.network.config.sample_size * vae_room.downsampling(models.vae)
-    return base_shape(options.size, own, models.multiple, largest_side(models))
-
-
-def largest_side(models: Models) -> int:
-    """The most pixels a side the network has positions for."""
-    return models.network.config.pos_embed_max_size * models.multiple

@@ -24,9 +24,12 @@ from torch import Tensor
 
 from latentfm import flow
 from latentfm.config import RunConfig
+from latentfm.data.inventory import picture_size
 from latentfm.data.loader import Batch, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
+from latentfm.data.online import dataset_of
 from latentfm.data.sources import summary
+from latentfm.data.sources.options import open_dataset
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
@@ -39,13 +42,11 @@ from latentfm.training.distributed import zero
 from latentfm.training.distributed.launcher import Peers, fewer_than_asked
 from latentfm.training.distributed.processes import from_main, shared, together
 from latentfm.training.distributed.shards import is_split
-from latentfm.training.models import load_models, picture_size
-from latentfm.training.online import dataset_of
+from latentfm.training.models import load_models
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.records import Records, claimed
 from latentfm.training.samples import SamplePictures
-from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
@@ -136,7 +137,8 @@ class Trainer:
     def set_up(self) -> None:
         """Fills the cache, places the models, restores the newest checkpoint and opens the logs."""
         config, accelerator = self.config, self.accelerator
-        self.data.prepare(accelerator, self.progress)
+        self.data.prepare(accelerator.device, accelerator.process_index, accelerator.num_processes, self.progress)
+        accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
         seed = config.train.seed
         _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
         bucket_of = self.data.bucket_of.copy()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import latentfm
 from latentfm.cli.main import app
-from latentfm.data.cache_file import read_shard
+from latentfm.data.cache.shard import read_shard
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 COUNT = 24

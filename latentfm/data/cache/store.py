@@ -2,7 +2,7 @@
 
 The key of an entry is the SHA-256 of everything it depends on: image bytes, transform and VAE; or caption, tokenizers,
 length and text encoders. A changed input is another key, so a hit is never stale. Entries lie in shards,
-`<folder>/<kind>/<32 hexadecimal digits>.safetensors` (latentfm.data.cache_file), each written whole under another name and renamed, and
+`<folder>/<kind>/<32 hexadecimal digits>.safetensors` (latentfm.data.cache.shard), each written whole under another name and renamed, and
 never written again, so runs on many machines may fill one folder. An entry that fails its checksum is noted in the shard's `.lost`
 file, counts as missing and is made again in another shard; a shard that is cut short or not laid out as shards are is renamed `.damaged`.
 
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentfm.data.cache_file import Damaged, Layout, Shard, key_bytes, lost_of, note_lost, read_shard, write_shard
-from latentfm.data.claims import Claims
-from latentfm.data.entries import Entries
-from latentfm.data.trust import anyone_writes, distrust, rank_of
+from latentfm.data.cache.claims import Claims
+from latentfm.data.cache.entries import Entries
+from latentfm.data.cache.shard import Damaged, Layout, Shard, key_bytes, lost_of, note_lost, read_shard, write_shard
+from latentfm.data.cache.trust import anyone_writes, distrust, rank_of
 from latentfm.errors import InputError
 from latentfm.words import count, listed, shown
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentfm.data.cache_file import Damaged, Layout, raw, read_at
+from latentfm.data.cache.shard import Damaged, Layout, raw, read_at
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, open_file, reason
 from latentfm.words import shown
@@ -101,7 +101,7 @@ class Entries:
 
     def another(self, number: int, reason: str) -> "Entries":
         """A damaged entry's copy in another shard, this one noted as lost. Raises InputError when there is none."""
-        from latentfm.data.cache import Cache
+        from latentfm.data.cache.store import Cache
 
         key, path = self.key(number).hex(), self.paths[self.rows["shard"][number]]
         cache = Cache(self.folder)

@@ -14,10 +14,10 @@ from faults import files_no_larger_than
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentfm.data import cache as cache_module
-from latentfm.data import entries as entries_module
-from latentfm.data.cache import Cache, fingerprint, key_of
-from latentfm.data.cache_file import Damaged, Layout, read_shard, write_shard
+from latentfm.data.cache import entries as entries_module
+from latentfm.data.cache import store as cache_module
+from latentfm.data.cache.shard import Damaged, Layout, read_shard, write_shard
+from latentfm.data.cache.store import Cache, fingerprint, key_of
 from latentfm.errors import InputError
 
 KEY, OTHER, THIRD = key_of("one"), key_of("two"), key_of("three")

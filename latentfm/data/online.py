@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from latentfm.config import DataOptions
-from latentfm.data.cache import key_of
+from latentfm.data.cache.store import key_of
+from latentfm.data.cached import IMAGES_AT_ONCE, CachedDataset, Work, tell_what_is_cut, untold
 from latentfm.data.images import decoders
+from latentfm.data.inventory import Models, alone, unchanged
 from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
-from latentfm.training.distributed.processes import alone
-from latentfm.training.models import Models
-from latentfm.training.pictures import unchanged
-from latentfm.training.prepare import IMAGES_AT_ONCE, CachedDataset, Work, tell_what_is_cut, untold
 
 
 class OnlineDataset(CachedDataset):

@@ -9,14 +9,14 @@ import torch
 from PIL import Image, ImageFile
 
 from latentfm.config import DataOptions, ModelOptions, SourceOptions
+from latentfm.data import cached as prepare
 from latentfm.data import images
+from latentfm.data.online import dataset_of
 from latentfm.data.sources import read_folder
+from latentfm.data.sources.options import open_dataset
 from latentfm.errors import InputError
-from latentfm.training import prepare
 from latentfm.training.models import load_models
-from latentfm.training.online import dataset_of
 from latentfm.training.records.progress import Progress
-from latentfm.training.sources import open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,17 @@ import torch
 from PIL import ExifTags, Image
 
 from latentfm.config import DataOptions, ModelOptions
-from latentfm.data.cache import fingerprint, tokenizer_fingerprint
-from latentfm.data.cache_file import read_shard
+from latentfm.data import cached as prepare
+from latentfm.data.cache.shard import read_shard
+from latentfm.data.cache.store import fingerprint, tokenizer_fingerprint
+from latentfm.data.cached import CachedDataset
 from latentfm.data.loader import Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
+from latentfm.data.online import OnlineDataset, dataset_of
 from latentfm.data.sources import read_folder
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
-from latentfm.training import prepare
 from latentfm.training.models import load_models
-from latentfm.training.online import OnlineDataset, dataset_of
-from latentfm.training.prepare import CachedDataset
 
 CPU = torch.device("cpu")
 NO_DROPOUT = Dropout(0.0, 0.0)

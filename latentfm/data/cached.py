@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from latentfm.config import DataOptions
-from latentfm.data.cache import Cache, fingerprint, key_of, tokenizer_fingerprint
+from latentfm.data.cache.entries import Entries
+from latentfm.data.cache.store import Cache, fingerprint, key_of, tokenizer_fingerprint
 from latentfm.data.check.captions import limits_of
-from latentfm.data.entries import Entries
 from latentfm.data.images import UnreadableImage, decoders, load, load_mask, opened_rgb
+from latentfm.data.inventory import Models, Pictures, alone, unchanged
 from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Routing
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
@@ -26,9 +26,6 @@ from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models import vae as vae_room
 from latentfm.models.text import PromptEncoder, encoder_name
-from latentfm.training.distributed.processes import alone
-from latentfm.training.models import Models
-from latentfm.training.pictures import Pictures, unchanged
 from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
@@ -161,11 +158,10 @@ class CachedDataset(Pictures):
             Work("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask),
         ]
 
-    def prepare(self, accelerator: Accelerator, progress: Any) -> None:
-        """Fills the cache, each process its share, VAE and text encoders on the device; all processes leave it together."""
-        self.models.frozen_to(accelerator.device)
-        self.fill(accelerator.process_index, accelerator.num_processes, progress)
-        accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
+    def prepare(self, device: torch.device, rank: int, world: int, progress: Any) -> None:
+        """Fills the cache, each process its share, VAE and text encoders on the device."""
+        self.models.frozen_to(device)
+        self.fill(rank, world, progress)
 
     def fill(self, rank: int, world: int, progress: Any) -> dict[str, tuple[int, int]]:
         """Makes what is missing or damaged, this process its share; returns (made here, wanted by all) for each kind.

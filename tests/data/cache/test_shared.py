@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from latentfm.data import cache as cache_module
-from latentfm.data.cache import Cache, key_of
-from latentfm.data.cache_file import DTYPES, PRELUDE, ROW, Damaged, Layout, read_shard, write_shard
-from latentfm.data.claims import Claims
-from latentfm.data.trust import rank_of
+from latentfm.data.cache import store as cache_module
+from latentfm.data.cache.claims import Claims
+from latentfm.data.cache.shard import DTYPES, PRELUDE, ROW, Damaged, Layout, read_shard, write_shard
+from latentfm.data.cache.store import Cache, key_of
+from latentfm.data.cache.trust import rank_of
 from latentfm.errors import InputError
 
 KEY, OTHER, THIRD = key_of("one"), key_of("two"), key_of("three")

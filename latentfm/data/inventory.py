@@ -2,22 +2,50 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from latentfm.config import DataOptions
-from latentfm.data.buckets import Buckets
-from latentfm.data.cache import ahead, key_of
+from latentfm.data.buckets import Buckets, base_shape
+from latentfm.data.cache.store import ahead, key_of
 from latentfm.data.images import Transform, UnreadableImage, contents, digest, load_mask, opened_rgb, upright_size
 from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.training.distributed.processes import alone
-from latentfm.training.models import Models, largest_side, picture_size
 from latentfm.words import count, shown
+
+
+class Models(Protocol):
+    """What preparing data needs of a run's models: the network's sizes, and the frozen models that encode."""
+
+    network: Any
+    vae: Any
+    encoder: Any
+
+    @property
+    def multiple(self) -> int: ...
+
+    def frozen_to(self, device: Any) -> None: ...
+
+
+def alone(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any], name: str) -> list[Any]:
+    """work(items)."""
+    return work(items)
+
+
+def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
+    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
+    own = models.network.config.sample_size * vae_room.downsampling(models.vae)
+    return base_shape(options.size, own, models.multiple, largest_side(models))
+
+
+def largest_side(models: Models) -> int:
+    """The most pixels a side the network has positions for."""
+    return models.network.config.pos_embed_max_size * models.multiple
 
 
 class Pictures:
