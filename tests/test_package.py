@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "flow": set(),
     "models": LEAVES | {"flow"},
     "interchange": LEAVES | {"models"},
-    "data": LEAVES | {"flow", "models", "config"},
+    "data": LEAVES | {"flow", "models", "interchange", "config"},
     "sampling": {"errors", "words"},
     "pipeline": LEAVES | {"flow", "models", "interchange", "sampling"},
     "training": LEAVES | {"flow", "models", "interchange", "data", "pipeline", "config"},

@@ -89,7 +89,7 @@ def check(
     from latentfm.data.check.findings import check as examine
     from latentfm.data.check.findings import contact_sheet
     from latentfm.data.check.page import page
-    from latentfm.data.sources.options import open_dataset
+    from latentfm.data.from_options import open_dataset
 
     encoder, dataset = load_tokenizers(folder), open_dataset(run.data)
     with progress_bar() as bar:

@@ -1,93 +1,83 @@
-"""The pictures of a run as they will be trained: their digests, the shape each is brought to, and which are left out and why."""
+"""What there is to train on: each sample's digests and the shape it is brought to, and what is left out and why."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from latentfm.config import DataOptions
-from latentfm.data.buckets import Buckets, base_shape
-from latentfm.data.cache.store import ahead, key_of
-from latentfm.data.images import Transform, UnreadableImage, contents, digest, load_mask, opened_rgb, upright_size
+from latentfm.data.buckets import Buckets
+from latentfm.data.cache.fill import ahead
+from latentfm.data.cache.store import key_of
+from latentfm.data.images import Transform, UnreadableImage, contents, decoders, digest, load_mask, opened_rgb, upright_size
+from latentfm.data.processes import ONE_PROCESS, Processes
 from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
+from latentfm.data.stat_cache import NOTHING_KEPT, StatCache, signature
 from latentfm.errors import InputError
-from latentfm.models import vae as vae_room
 from latentfm.words import count, shown
 
 
-class Models(Protocol):
-    """What preparing data needs of a run's models: the network's sizes, and the frozen models that encode."""
+class Inventory:
+    """A dataset's samples in their shapes. `samples` are the usable ones, in order; `bucket_of` has each one's number in `buckets`.
 
-    network: Any
-    vae: Any
-    encoder: Any
-
-    @property
-    def multiple(self) -> int: ...
-
-    def frozen_to(self, device: Any) -> None: ...
-
-
-def alone(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any], name: str) -> list[Any]:
-    """work(items)."""
-    return work(items)
-
-
-def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
-    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
-    own = models.network.config.sample_size * vae_room.downsampling(models.vae)
-    return base_shape(options.size, own, models.multiple, largest_side(models))
-
-
-def largest_side(models: Models) -> int:
-    """The most pixels a side the network has positions for."""
-    return models.network.config.pos_embed_max_size * models.multiple
-
-
-class Pictures:
-    """A dataset's pictures in their shapes. `samples` are the usable ones, in order; `bucket_of` has each one's number in `buckets`.
-
-    `share` has the pictures read by all processes of a training, each its share, as `parallel.shared` does.
-    Raises InputError for a size or buckets that do not fit the network, and when there is no picture that can be used.
+    `factor` pixels a side are one latent. All `processes` read, each its share; what is `kept` of files that did not change is not read.
+    Raises InputError when there is no picture that can be used.
     """
 
-    def __init__(self, dataset: Dataset, models: Models, options: DataOptions, share: Callable[..., list] = alone):
-        width, height = picture_size(options, models)
-        self.dataset, self.options = dataset, options
-        self.buckets = Buckets.make(width, height, models.multiple, options.buckets, options.max_aspect, largest_side(models))
-        self.factor = vae_room.downsampling(models.vae)
+    def __init__(
+        self, dataset: Dataset, buckets: Buckets, factor: int, options: DataOptions, processes: Processes = ONE_PROCESS,
+        kept: StatCache = NOTHING_KEPT,
+    ):  # fmt: skip
+        self.dataset, self.buckets, self.factor, self.options = dataset, buckets, factor, options
         self.flips = (False, True) if options.flip else (False,)
-        self.transforms = [[Transform(height=h, width=w, flip=flip) for flip in self.flips] for w, h in self.buckets.shapes]
+        self.transforms = [[Transform(height=h, width=w, flip=flip) for flip in self.flips] for w, h in buckets.shapes]
+        # one thread where a source is read in order
         self.threads = 1 if any(isinstance(sample.path, Place) for sample in dataset.samples) else min(8, os.cpu_count() or 1)
         self.unreadable: dict[str, str | None] = {}  # id -> why, where it is known
         self.cropped: dict[str, str] = {}
-        self.look_at_pictures(share)
+        self.bucket_by_id = dict.fromkeys((sample.id for sample in dataset.samples), 0)
+        self.find_digests(processes, kept)
+        if len(buckets.shapes) > 1 or options.max_crop < 1:
+            self.find_buckets(processes, kept)
+        self.keep(sample for sample in dataset.samples if sample.id not in self.unreadable and sample.id not in self.cropped)
 
-    def look_at_pictures(self, share: Callable[..., list]) -> None:
-        """Finds every picture's digest and bucket, and which are left out for what they would lose to the crop."""
-        sized = self.options.buckets > 1 or self.options.max_crop < 1
+    def find_digests(self, processes: Processes, kept: StatCache) -> None:
+        """Finds the SHA-256 of every picture and mask."""
         samples = self.dataset.samples
-        found = share(lambda own: list(ahead(lambda sample: seen(sample.path, sized), own, self.threads, 64)), samples, "pictures")
-        self.digests = {sample.id: digest for sample, (digest, _) in zip(samples, found, strict=True)}
-        masked = [sample for sample in samples if sample.mask]
-        masks = share(lambda own: list(ahead(lambda sample: digest(sample.mask), own, self.threads, 64)), masked, "masks")
-        self.mask_digests = {sample.id: value for sample, value in zip(masked, masks, strict=True)}
-        self.bucket_by_id: dict[str, int] = {}
-        most = self.options.max_crop
-        for sample, (_, size) in zip(samples, found, strict=True):
-            # without sizes there is one shape; what has no size is never read
-            self.bucket_by_id[sample.id] = self.buckets.of(*size) if isinstance(size, tuple | list) else 0
-            if isinstance(size, str):
-                self.unreadable[sample.id] = size
-            elif size is not None and (crop := self.buckets.crop(*size)) > most:
-                width, height = size
-                where = f"{shown(sample.path)} ({width} x {height})"
+        files = [sample.path for sample in samples] + [sample.mask for sample in samples if sample.mask]
+        unknown = [file for file in files if not (isinstance(file, Place) and file.sha256)]
+
+        def read(own: Sequence[Path | Place]) -> list[str]:
+            return list(ahead(digest, own, self.threads, 64))
+
+        found = iter(kept.values(f"pictures of {self.dataset.folder}", unknown, str, signature_of, read, processes))
+        digests = [file.sha256 if isinstance(file, Place) and file.sha256 else next(found) for file in files]
+        self.digests = dict(zip((sample.id for sample in samples), digests, strict=False))
+        self.mask_digests = dict(zip((sample.id for sample in samples if sample.mask), digests[len(samples) :], strict=True))
+
+    def find_buckets(self, processes: Processes, kept: StatCache) -> None:
+        """Finds every picture's size and so its bucket, and which are left out for what they would lose to the crop."""
+        samples, most = self.dataset.samples, self.options.max_crop
+
+        def read(own: Sequence[Sample]) -> list[list]:
+            return list(ahead(lambda sample: size_or_reason(sample.path, self.digests[sample.id]), own, self.threads, 64))
+
+        def key(sample: Sample) -> str:
+            return self.digests[sample.id] if isinstance(sample.path, Place) else str(sample.path)
+
+        name = f"sizes in {self.dataset.folder} by {decoders()}"
+        sizes = kept.values(name, samples, key, lambda s: signature_of(s.path, []), read, processes, keep=lambda size: len(size) == 2)
+        for sample, size in zip(samples, sizes, strict=True):
+            if len(size) == 1:
+                self.unreadable[sample.id] = size[0]
+                continue
+            self.bucket_by_id[sample.id] = self.buckets.of(*size)
+            if (crop := self.buckets.crop(*size)) > most:
+                where = f"{shown(sample.path)} ({size[0]} x {size[1]})"
                 self.cropped[sample.id] = f"{where} would lose {crop:.0%} to the crop, data.max_crop is {most:.0%}"
-        self.keep(sample for sample in samples if sample.id not in self.unreadable and sample.id not in self.cropped)
 
     def keep(self, samples: Iterable[Sample]) -> None:
         """Makes these the usable samples. Raises InputError when there is none."""
@@ -113,7 +103,13 @@ class Pictures:
             "captions": key_of(*(json.dumps([s.id, *s.captions, *([s.caption_weights] if s.caption_weights else [])]) for s in samples)),
         }
 
-    def tell_left_out(self) -> None:
+    def leave_out(self, ids: Iterable[str]) -> None:
+        """Leaves out samples that turned out unreadable. Raises InputError when none is left."""
+        unreadable = dict.fromkeys(ids)
+        self.unreadable |= unreadable
+        self.keep(sample for sample in self.samples if sample.id not in unreadable)
+
+    def print_left_out(self) -> None:
         """Prints what is left out, by name, and how many they are."""
         everything = {sample.id: sample for sample in self.dataset.samples}
         for names, what in ((self.unreadable, "cannot be read"), (self.cropped, "would lose too much to the crop")):
@@ -135,19 +131,17 @@ class Pictures:
         return f"{shown(sample.path)}: it could not be read when it was cached"
 
 
-def seen(path: Path | Place, sized: bool) -> tuple[str, tuple[int, int] | str | None]:
-    """(SHA-256 of a picture's bytes, its size or why it has none); None instead where no size is asked for. Raises UnreadableImage."""
-    if isinstance(path, Place):
-        data = None if path.sha256 and not sized else contents(path)
-        value = path.sha256 or sha256(data)
-    else:
-        data, value = None, digest(path)
-    if not sized:
-        return value, None
+def signature_of(file: Path | Place, of_place: list | None = None) -> list | None:
+    """A file's signature; `of_place`, where what is kept goes by a hash, of what has no file."""
+    return of_place if isinstance(file, Place) else signature(file)
+
+
+def size_or_reason(path: Path | Place, digest: str) -> list:
+    """[width, height] of a picture by its header, or [why it has none]."""
     try:
-        return value, upright_size(path, data)
+        return list(upright_size(path, unchanged(path, digest) if isinstance(path, Place) else None))
     except UnreadableImage as error:
-        return value, str(error)
+        return [str(error)]
 
 
 def unchanged(path: Path | Place, digest: str) -> bytes:

@@ -5,6 +5,7 @@
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ CLASSES = {
 KEY = "latentfm"  # in a single file's metadata: the configurations, which weights alone do not tell whole
 SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
 ACTS = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's, one tensor under two names
 CLIP_VOCABULARY = 49408
 WIDEST_CLIP = 8192
 
@@ -285,12 +287,9 @@ def load_part(name: str, part: Part, dtype: torch.dtype) -> nn.Module:
 
     What transformers keeps in float32 beside float16 (a part of T5) stays so. Raises InputError for weights that are not finite.
     """
-    network = empty(name, part.config)
-    wide = tuple(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 and name in TEXT else ()
-    state = {}
+    network, state = empty(name, part.config), {}
     for key, stored in part.tensors.items():
-        kept = torch.float32 if set(key.split(".")).intersection(wide) else dtype
-        state[key] = stored.load(kept if stored.dtype.is_floating_point else None)
+        state[key] = stored.load(loaded_dtype(name, network, key, stored, dtype))
         if not all_finite(state[key]):
             raise not_finite(name, key, stored, state[key])
     network.load_state_dict(state, strict=False, assign=True)  # tied names are left out; the rest `problems` has checked
@@ -299,6 +298,21 @@ def load_part(name: str, part: Part, dtype: torch.dtype) -> nn.Module:
     if name in ACTS:  # a CLIP: the one buffer here that is not saved
         network.text_model.embeddings.position_ids = torch.arange(network.config.max_position_embeddings)[None]
     return network.eval()
+
+
+def load_part_tensors(name: str, part: Part, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields the state dict of what `load_part` gives, sorted by name, one tensor in memory at a time."""
+    network = empty(name, part.config)
+    for key in sorted(network.state_dict()):
+        stored = part.tensors[key if key in part.tensors else TIED[key]]
+        yield key, stored.load(loaded_dtype(name, network, key, stored, dtype))
+
+
+def loaded_dtype(name: str, network: nn.Module, key: str, stored: Stored, dtype: torch.dtype) -> torch.dtype | None:
+    """What a tensor of a component that is loaded in `dtype` is held in; None is its own."""
+    wide = tuple(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 and name in TEXT else ()
+    kept = torch.float32 if set(key.split(".")).intersection(wide) else dtype
+    return kept if stored.dtype.is_floating_point else None
 
 
 def not_finite(name: str, key: str, stored: Stored, value: Tensor) -> InputError:

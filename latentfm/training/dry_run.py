@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from latentfm.config import RunConfig
-from latentfm.data.cached import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
+from latentfm.data.from_options import open_dataset
 from latentfm.data.images import UnreadableImage, upright_size
 from latentfm.data.loader import Dropout
 from latentfm.data.mixture import Mixture
+from latentfm.data.prepared import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
 from latentfm.data.sources import Dataset, Sample
-from latentfm.data.sources.options import open_dataset
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded

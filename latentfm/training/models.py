@@ -1,94 +1,55 @@
 """The models of a run: the network to train and the frozen models around it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from latentfm.bundled import bundled_model
-from latentfm.config import ModelOptions
+from latentfm.config import DataOptions, ModelOptions
+from latentfm.data.buckets import base_shape
 from latentfm.errors import InputError
 from latentfm.files import expanded
-from latentfm.interchange.components import load_component, load_text_encoders, read_null
+from latentfm.interchange.components import load_component
+from latentfm.interchange.frozen import FrozenModels
 from latentfm.interchange.weights import empty
-from latentfm.models import vae as vae_room
-from latentfm.models.folder import check_folder, read_config, read_info
+from latentfm.models.folder import check_folder, read_info
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.text import NullCondition, PromptEncoder
+from latentfm.training.checks import network_config
 from latentfm.words import shown
 
 
-@dataclass
-class Models:
-    """The network to train and the frozen models around it, with the folder they came from."""
+class Models(FrozenModels):
+    """The network to train beside the frozen models of the folder it came from; `info` is the folder's latentfm.json."""
 
-    folder: Path
     network: MMDiT
-    vae: AutoencoderKL
-    encoder: PromptEncoder
-    null: NullCondition
-    info: dict[str, Any]  # the folder's latentfm.json
-
-    @property
-    def multiple(self) -> int:
-        """Picture sides must be multiples of this."""
-        return vae_room.downsampling(self.vae) * self.network.config.patch_size
-
-    def frozen_to(self, device: torch.device) -> None:
-        """Moves the VAE and the text encoders."""
-        self.vae.to(device)
-        self.encoder.to(device)
-
-    @contextmanager
-    def vae_on(self, device: torch.device) -> Iterator[None]:
-        """A context in which the VAE is on `device`; afterwards it is where it was."""
-        before = self.vae.device
-        self.vae.to(device)
-        try:
-            yield
-        finally:
-            self.vae.to(before)
+    info: dict[str, Any]
 
 
-def load_models(options: ModelOptions, weights: bool = True) -> Models:
+def load_models(options: ModelOptions, weights: bool = True, device: torch.device | None = None) -> Models:
     """The models of `options`: a pipeline's own network to fine-tune, or a new one of a preset beside its frozen models.
 
-    The frozen ones are loaded whole, the VAE in float32 and the text encoders as the options say; with weights=False the network has no
-    memory (it is on the meta device), only its configuration. Raises InputError for a folder that lacks something.
+    The frozen ones are loaded when they are asked for, onto `device`, the VAE in float32 and the text encoders as the options say; with
+    weights=False the network has no memory (it is on the meta device). Raises InputError for a folder that lacks something.
     """
     folder = expanded(options.pipeline) if options.pipeline else bundled_model()
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
-    vae = load_component(folder, "vae", "AutoencoderKL", torch.float32)
-    dtype = getattr(torch, options.text_encoders)
-    if options.preset is None:
-        if weights:
-            network = load_component(folder, "transformer", "SD3Transformer2DModel", torch.float32)
-        else:
-            network = empty("transformer", read_config(folder / "transformer" / "config.json"))
-        widths = (network.config.joint_attention_dim, network.config.pooled_projection_dim)
-        encoder = load_text_encoders(folder, *widths, dtype)
+    config = network_config(folder, options.preset)
+    if not weights:
+        network = empty("transformer", config)
+    elif options.preset is None:
+        network = load_component(folder, "transformer", "SD3Transformer2DModel", torch.float32)
     else:
-        encoder = load_text_encoders(folder, 4096, 2048, dtype)
-        network = new_network(options.preset, vae, encoder, weights)
-        encoder.joint_dim, encoder.pooled_dim = network.config.joint_attention_dim, network.config.pooled_projection_dim
-    for frozen in (vae, *encoder.encoders):
-        if frozen is not None:
-            frozen.requires_grad_(False)
-    return Models(folder, network, vae, encoder, read_null(folder, encoder), read_info(folder))
+        network = MMDiT.from_preset(options.preset, **config)
+    widths = network.config.joint_attention_dim, network.config.pooled_projection_dim
+    models = Models(folder, getattr(torch, options.text_encoders), *widths, device or torch.device("cpu"))
+    models.network, models.info = network, read_info(folder)
+    return models
 
 
-def new_network(preset: str, vae: AutoencoderKL, encoder: PromptEncoder, weights: bool) -> MMDiT:
-    """A network of `preset` with the widths of the frozen models; without `weights` on the meta device."""
-    widths = [e.config.projection_dim for e in encoder.encoders[:2] if e is not None]
-    t5 = encoder.encoders[2]
-    changes = {"in_channels": vae.config.latent_channels, "out_channels": vae.config.latent_channels}
-    changes |= {"pooled_projection_dim": sum(widths)} if widths else {}
-    changes |= {"joint_attention_dim": t5.config.d_model} if t5 is not None else {}
-    with torch.device("cpu" if weights else "meta"):
-        return MMDiT.from_preset(preset, **changes)
+def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
+    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
+    network = models.network.config
+    multiple = models.factor * network.patch_size
+    return base_shape(options.size, network.sample_size * models.factor, multiple, network.pos_embed_max_size * multiple)

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from latentfm import flow
 from latentfm.config import RunConfig
-from latentfm.data.inventory import picture_size
+from latentfm.data.from_options import open_dataset, prepared_data
 from latentfm.data.loader import Batch, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
-from latentfm.data.online import dataset_of
+from latentfm.data.processes import Processes
 from latentfm.data.sources import summary
-from latentfm.data.sources.options import open_dataset
+from latentfm.data.stat_cache import StatCache
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
@@ -42,7 +42,7 @@ from latentfm.training.distributed import zero
 from latentfm.training.distributed.launcher import Peers, fewer_than_asked
 from latentfm.training.distributed.processes import from_main, shared, together
 from latentfm.training.distributed.shards import is_split
-from latentfm.training.models import load_models
+from latentfm.training.models import load_models, picture_size
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.records import Records, claimed
@@ -81,18 +81,18 @@ class Trainer:
             )  # fmt: skip
         for note in filter(None, [*cautions(config), fewer_than_asked(self.accelerator.num_processes)]):
             self.accelerator.print(f"warning: {note}")
-        dataset = open_dataset(config.data)
+        processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, partial(shared, self.accelerator))
+        dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
         self.accelerator.print(summary(dataset))
-        self.models = load_models(config.model)
+        self.models = load_models(config.model, device=self.accelerator.device)
         self.choose_attention()
-        self.objective = Objective.of(config.train, self.models.vae)
+        self.objective = Objective.of(config.train, self.models.outline)
         self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
         self.progress = Progress(self.accelerator.is_main_process)
         self.records = Records(self.out, self.accelerator.is_main_process)
         self.stop, self.step, self.asked_to_stop = Stop(), 0, False
         self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
-        share = partial(shared, self.accelerator)  # every picture is read once, whatever the number of processes
-        self.data = dataset_of(dataset, self.models, config.data, sorted(self.lengths), share)
+        self.data = prepared_data(dataset, setup.buckets, self.models, config.data, sorted(self.lengths), processes)
         routing = config.train.token_routing
         self.routing = Routing(routing.keep, self.models.network.config.patch_size) if routing else None
 
@@ -137,7 +137,7 @@ class Trainer:
     def set_up(self) -> None:
         """Fills the cache, places the models, restores the newest checkpoint and opens the logs."""
         config, accelerator = self.config, self.accelerator
-        self.data.prepare(accelerator.device, accelerator.process_index, accelerator.num_processes, self.progress)
+        self.data.prepare(self.progress)
         accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
         seed = config.train.seed
         _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
@@ -146,9 +146,11 @@ class Trainer:
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
         self.reader = self.data.reader(seed, self.dropout, self.routing)
         # on the device: from a CPU's memory every step would wait for its copy
-        self.models.null = self.models.null.kept({*self.lengths, t5_length(self.models.info)}, accelerator.device)
+        self.models.null = self.data.null({*self.lengths, t5_length(self.models.info)}, accelerator.device)
         size, samples = picture_size(config.data, self.models), self.out / "samples"
-        self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
+        self.samples = SamplePictures(
+            config.sample, self.models, self.data.samples, size, samples, accelerator.device, self.data.encode
+        )
         self.validation = Validation(
             config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
             max(self.lengths, key=self.lengths.get), self.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
@@ -178,7 +180,7 @@ class Trainer:
         """What the run page says of the run beside its options."""
         device = self.accelerator.device
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
-        encoders = sum(e is not None for e in self.models.encoder.encoders)
+        encoders = len(self.models.encoders)
         way = WAYS["full"] if is_split(self.models.network) and not self.way else self.way  # in one process there is nothing to split
         return {
             "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + way,
@@ -198,7 +200,7 @@ class Trainer:
         trained, whole = facts["trained"] / 1e6, facts["parameters"] / 1e6
         self.accelerator.print(
             f"{self.weights.trained.summary}: {trained:.1f}M of {whole:.1f}M parameters in {train.weights}, "
-            f"{count(facts['pictures'], 'picture')} in {len(self.data.buckets.shapes)} bucket(s){out}, "
+            f"{count(facts['pictures'], 'picture')} in {len(self.data.inventory.buckets.shapes)} bucket(s){out}, "
             f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
             f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
             f"its curves and pictures: {shown(self.out / 'run.html')}"
