@@ -112,7 +112,8 @@ def test_damage_is_found_and_repaired_and_leftovers_are_removed(arguments, tmp_p
     (prompts,) = (tmp_path / "cache" / "prompts").iterdir()
     prompts.write_bytes(prompts.read_bytes()[:-100])
     told, code = cache("--verify", *arguments)
-    assert code == 1 and f"{COUNT + CONDITIONS} entries in 3 shards of" in told and "1 damaged" in told and "1 damaged shard is set aside" in told
+    assert code == 1 and f"{COUNT + CONDITIONS} entries in 3 shards of" in told
+    assert "1 damaged" in told and "1 damaged shard is set aside" in told
     told, code = cache(*arguments)
     assert code == 0 and f"; {COUNT} made now, 0 were there" in told and f"; 1 made now, {COUNT - 1} were there" in told
     (tmp_path / "cache" / "moments" / f"{'0' * 32}.safetensors.partial").write_bytes(b"cut")
