@@ -70,10 +70,9 @@ class CachedData(PreparedData):
         texts = sorted({caption for sample in self.samples for caption in sample.captions})
         prompts = [{self.caption_key(text, length): (text, length) for text in texts} for length in self.lengths]
         return [
-            # the VAE's first: it is gone before the text encoders come, which stay for the prompts of `encode` and `null`
-            Job("moments", list(images.items()), self.encode_images, IMAGES_AT_ONCE, self.load_image, self.models.release),
-            Job("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask),
             *(Job("prompts", list(entries.items()), self.encode_captions, CAPTIONS_AT_ONCE) for entries in prompts),
+            Job("moments", list(images.items()), self.encode_images, IMAGES_AT_ONCE, self.load_image),
+            Job("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask),
         ]
 
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:

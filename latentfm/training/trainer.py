@@ -81,11 +81,11 @@ class Trainer:
             )  # fmt: skip
         for note in filter(None, [*cautions(config), fewer_than_asked(self.accelerator.num_processes)]):
             self.accelerator.print(f"warning: {note}")
+        self.models = load_models(config.model, device=self.accelerator.device)
+        self.choose_attention()
         processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, partial(shared, self.accelerator))
         dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
         self.accelerator.print(summary(dataset))
-        self.models = load_models(config.model, device=self.accelerator.device)
-        self.choose_attention()
         self.objective = Objective.of(config.train, self.models.outline)
         self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
         self.progress = Progress(self.accelerator.is_main_process)

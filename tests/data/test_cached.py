@@ -551,9 +551,9 @@ def test_a_full_cache_loads_neither_encoders_nor_vae(pictures, tiny_folder, monk
     first = light()
     fill(first)
     prompts, null = conditions(first)
-    assert first.models._vae is None and first.models._encoder is not None
+    assert first.models._vae is not None and first.models._encoder is not None
     first.release()
-    assert first.models._encoder is None and "null" not in first.models.__dict__
+    assert first.models._vae is None and first.models._encoder is None and "null" not in first.models.__dict__
     for module, name in ((frozen, "load_component"), (frozen, "load_text_encoders"), (frozen, "open_component"), (frozen, "load_tokenizer"),
                          (components, "load_part"), (AutoencoderKL, "from_pretrained"), (T5EncoderModel, "from_pretrained"),
                          (CLIPTextModelWithProjection, "from_pretrained"), (prepared, "load_tokenizers")):  # fmt: skip

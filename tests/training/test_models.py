@@ -33,8 +33,6 @@ def test_the_vae_is_loaded_for_pictures_and_the_text_encoders_are_gone_after_the
     trainer = start(tmp_path / "out", f"data.cache={tmp_path / 'cache'}")
     models = trainer.models
     assert models._vae is None and models._encoder is None
-    trainer.data.prepare(trainer.progress)
-    assert models._vae is None and models._encoder is not None
     trainer.set_up()
     assert models._vae is None and models._encoder is None
     trainer.draw()

@@ -44,7 +44,7 @@ class Job:
     """Entries of one kind: (key, item) of each, and what makes them.
 
     `make` takes `at_once` items, as `load` turned them in threads, and gives their entries: None of one of which nothing can be made,
-    which is kept under verdict_key(key). `done` is called when this process has made its share.
+    which is kept under verdict_key(key).
     """
 
     kind: str
@@ -52,7 +52,6 @@ class Job:
     make: Callable[[Sequence[Any]], Made]
     at_once: int
     load: Callable[[Any], Any] | None = None
-    done: Callable[[], None] = lambda: None
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -88,7 +87,6 @@ def fill(
         for job in shares:
             advance = partial(progress.advance, task)
             make_missing(cache, job, advance, verify=verify, threads=threads, on_made=made[job.kind].extend)
-            job.done()
         cache.refresh()
         missing = sum(len(job.missing(cache)) for job in jobs)
         if not missing:
