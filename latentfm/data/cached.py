@@ -121,7 +121,7 @@ class CachedData(PreparedData):
     def null(self, lengths: Sequence[int], device: torch.device) -> NullCondition:
         """The null condition, kept as the bytes of the file that it is saved as."""
         file = self.models.folder / NULL_FILE
-        saved, ordered = sha256(read_bytes(file, MOST_BYTES)) if file.is_file() else "absent", sorted(lengths)
+        saved, ordered = sha256(read_bytes(file, MOST_BYTES)) if file.exists() else "absent", sorted(lengths)
         key = key_of("null condition", str(ordered), self.text_print, saved)
 
         def make(items: Sequence[None]) -> list[dict[str, Tensor]]:

@@ -22,7 +22,8 @@ from latentfm.data.stat_cache import StatCache
 from latentfm.files import expanded
 from latentfm.interchange.frozen import FrozenModels
 from latentfm.models import vae as vae_room
-from latentfm.models.text import NullCondition, PromptEncoder, PromptParts, encoder_name
+from latentfm.models.encoders import ENCODERS
+from latentfm.models.text import NullCondition, PromptEncoder, PromptParts
 from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def fingerprints(models: FrozenModels, kept: StatCache, processes: Processes) ->
     import diffusers
     import transformers
 
-    text = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    text = [name for encoder in ENCODERS for name in (encoder.name, encoder.tokenizer)]
     libraries = (diffusers.__version__, transformers.__version__)  # whose defaults are part of a configuration
 
     def of_text() -> str:
@@ -201,7 +202,7 @@ def warn_of_cuts(encoder: PromptEncoder, items: Sequence[tuple[str, int]]) -> No
             ids = encoder.tokenizers[index](part, verbose=False).input_ids
             long += [caption for caption, row in zip(part, ids, strict=True) if len(row) > limit]
         cut |= set(long)
-        found += [f"{len(long):,} by {encoder_name(index)} after {limit} tokens"] if long else []
+        found += [f"{len(long):,} by {ENCODERS[index]} after {limit} tokens"] if long else []
     if cut:
         number = len({caption for caption, _ in items})
         logger.warning(

@@ -16,7 +16,8 @@ from latentfm.interchange.components import load_component, load_text_encoders, 
 from latentfm.interchange.networks import empty
 from latentfm.interchange.weights import CLASSES, load_part_tensors, open_component
 from latentfm.models import vae as vae_room
-from latentfm.models.folder import TEXT, read_config
+from latentfm.models.encoders import ENCODERS, TEXT
+from latentfm.models.folder import read_config
 from latentfm.models.text import NullCondition, PromptEncoder
 from latentfm.models.tokenizers import load_tokenizer
 
@@ -98,7 +99,7 @@ class FrozenModels:
 
     def text_fingerprints(self) -> tuple[str, ...]:
         """SHA-256 of each text encoder and of each tokenizer as they are computed with; "absent" for one that is not there."""
-        tokenizers = [load_tokenizer(self.folder / tokenizer_of(name)) if name in self.encoders else None for name in TEXT]
+        tokenizers = [load_tokenizer(self.folder / kind.tokenizer) if kind.name in self.encoders else None for kind in ENCODERS]
         return (*(self.fingerprint(name, self.text_dtype) for name in TEXT), *map(tokenizer_fingerprint, tokenizers))
 
     def fingerprint(self, name: str, dtype: torch.dtype) -> str:
@@ -110,11 +111,6 @@ class FrozenModels:
             return fingerprint(module, module.state_dict().items())
         part, _ = open_component(self.folder / name, name)
         return fingerprint(empty(name, part.config), load_part_tensors(name, part, dtype))
-
-
-def tokenizer_of(name: str) -> str:
-    """The folder of a text encoder's tokenizer."""
-    return name.replace("text_encoder", "tokenizer")
 
 
 def fingerprint(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -14,6 +14,8 @@ from latentfm.interchange.frozen import FrozenModels
 from latentfm.interchange.weights import empty
 from latentfm.models.folder import check_folder, read_info
 from latentfm.models.mmdit import MMDiT
+from latentfm.models.stored import read_header
+from latentfm.models.text import NULL_FILE
 from latentfm.training.checks import network_config
 from latentfm.words import shown
 
@@ -35,6 +37,8 @@ def load_models(options: ModelOptions, weights: bool = True, device: torch.devic
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    if (folder / NULL_FILE).exists():
+        read_header(folder / NULL_FILE)
     config = network_config(folder, options.preset)
     if not weights:
         network = empty("transformer", config)
