@@ -58,10 +58,10 @@ def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
 
+    from latentfm.data.cache.processes import Processes
+    from latentfm.data.cache.stat_cache import StatCache
     from latentfm.data.from_options import open_dataset, prepared_data
-    from latentfm.data.processes import Processes
     from latentfm.data.sources import summary
-    from latentfm.data.stat_cache import StatCache
     from latentfm.errors import InputError
     from latentfm.files import expanded
     from latentfm.models.described import read_model

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from latentfm.config import DataOptions, SourceOptions
 from latentfm.data.buckets import Buckets
+from latentfm.data.cache.processes import ONE_PROCESS, Processes
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.cached import CachedData
 from latentfm.data.inventory import Inventory
 from latentfm.data.online import OnlineData
 from latentfm.data.prepared import PreparedData
-from latentfm.data.processes import ONE_PROCESS, Processes
 from latentfm.data.sources import Columns, Dataset, Source, read_folder, read_sources
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.files import expanded
 from latentfm.interchange.frozen import FrozenModels
 

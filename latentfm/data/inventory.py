@@ -9,13 +9,13 @@ import numpy as np
 
 from latentfm.config import DataOptions
 from latentfm.data.buckets import Buckets
-from latentfm.data.cache.fill import ahead
+from latentfm.data.cache.fill import map_ahead
+from latentfm.data.cache.processes import ONE_PROCESS, Processes
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache, signature
 from latentfm.data.cache.store import key_of
 from latentfm.data.images import Transform, UnreadableImage, contents, decoders, digest, load_mask, opened_rgb, upright_size
-from latentfm.data.processes import ONE_PROCESS, Processes
 from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache, signature
 from latentfm.errors import InputError
 from latentfm.words import count, shown
 
@@ -51,7 +51,7 @@ class Inventory:
         unknown = [file for file in files if not (isinstance(file, Place) and file.sha256)]
 
         def read(own: Sequence[Path | Place]) -> list[str]:
-            return list(ahead(digest, own, self.threads, 64))
+            return list(map_ahead(digest, own, self.threads, 64))
 
         found = iter(kept.values(f"pictures of {self.dataset.folder}", unknown, str, signature_of, read, processes))
         digests = [file.sha256 if isinstance(file, Place) and file.sha256 else next(found) for file in files]
@@ -63,7 +63,7 @@ class Inventory:
         samples, most = self.dataset.samples, self.options.max_crop
 
         def read(own: Sequence[Sample]) -> list[list]:
-            return list(ahead(lambda sample: size_or_reason(sample.path, self.digests[sample.id]), own, self.threads, 64))
+            return list(map_ahead(lambda sample: size_or_reason(sample.path, self.digests[sample.id]), own, self.threads, 64))
 
         def key(sample: Sample) -> str:
             return self.digests[sample.id] if isinstance(sample.path, Place) else str(sample.path)

@@ -304,7 +304,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         source = DataLoader(
             Guarded(self.reader), sampler=self.requests(), batch_size=None, num_workers=self.workers, pin_memory=self.pin,
-            prefetch_factor=AHEAD if self.workers else None, worker_init_fn=settle,
+            prefetch_factor=AHEAD if self.workers else None, worker_init_fn=freeze_gc,
         )  # fmt: skip
         found = started(source)
         for _ in range(self.step, self.stop):
@@ -352,6 +352,6 @@ def how_they_ended(found: Iterator) -> str:
     )
 
 
-def settle(worker: int) -> None:
+def freeze_gc(worker: int) -> None:
     """Keeps the garbage collector of a loader process from the objects it shares with its parent: looking at them copies their pages."""
     gc.freeze()

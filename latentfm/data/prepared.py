@@ -11,14 +11,14 @@ from torch import Tensor
 
 from latentfm.config import DataOptions
 from latentfm.data.cache.fill import Job, Progress, fill
+from latentfm.data.cache.processes import ONE_PROCESS, Processes
+from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.cache.store import Cache, key_of
 from latentfm.data.check.captions import limits_of, load_tokenizers
 from latentfm.data.images import UnreadableImage, load, load_mask, opened_rgb
 from latentfm.data.inventory import Inventory, unchanged
 from latentfm.data.loader import Batch, Dropout, Reader, Routing
-from latentfm.data.processes import ONE_PROCESS, Processes
 from latentfm.data.sources import Sample
-from latentfm.data.stat_cache import StatCache
 from latentfm.files import expanded
 from latentfm.interchange.frozen import FrozenModels
 from latentfm.models import vae as vae_room

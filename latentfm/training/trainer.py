@@ -24,12 +24,12 @@ from torch import Tensor
 
 from latentfm import flow
 from latentfm.config import RunConfig
+from latentfm.data.cache.processes import Processes
+from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.from_options import open_dataset, prepared_data
 from latentfm.data.loader import Batch, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
-from latentfm.data.processes import Processes
 from latentfm.data.sources import summary
-from latentfm.data.stat_cache import StatCache
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import latentfm
 from latentfm.cli.main import app
 from latentfm.data.cache.shard import read_shard
-from latentfm.data.stat_cache import GRAIN
+from latentfm.data.cache.stat_cache import GRAIN
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 COUNT = 24

@@ -1,8 +1,8 @@
 """A run's data in a test: prepared by one process or several, nobody seeing the progress."""
 
 from latentfm.data.buckets import Buckets
+from latentfm.data.cache.processes import ONE_PROCESS
 from latentfm.data.from_options import prepared_data
-from latentfm.data.processes import ONE_PROCESS
 from latentfm.training.models import picture_size
 
 

@@ -18,11 +18,11 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from latentfm.config import DataOptions, ModelOptions
 from latentfm.data import prepared
 from latentfm.data.cache import fill as filling
+from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.shard import read_shard
 from latentfm.data.loader import Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
 from latentfm.data.online import OnlineData
-from latentfm.data.processes import ONE_PROCESS, Processes
 from latentfm.data.sources import read_folder
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError

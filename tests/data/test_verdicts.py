@@ -78,7 +78,7 @@ LACKS = [MemoryError(), images.UnreadableImage("broken data stream")]
 def test_a_lack_of_memory_ends_the_run_by_name_and_is_forgotten(filled, monkeypatch, options, error):
     with monkeypatch.context() as lack:
         failing(lack, error)
-        lack.setattr(images, "lacking", lambda amount: True)
+        lack.setattr(images, "lacks", lambda amount: True)
         with pytest.raises(MemoryError, match=r"2\.png" if str(error) else None):
             filled(**options)
     data = filled(**options)
@@ -103,7 +103,7 @@ def test_decoders_that_say_out_of_memory_lack_memory(pictures, monkeypatch, said
         raise OSError(said)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    monkeypatch.setattr(images, "lacking", lambda amount: True)
+    monkeypatch.setattr(images, "lacks", lambda amount: True)
     with pytest.raises(MemoryError, match=r"2\.png"):
         images.open_rgb(pictures / "2.png")
 

@@ -134,7 +134,7 @@ def make_missing(
             on_done(int(done.sum()))
             mine, nothing = mine[~done], []
             items = (job.wanted[number][1] for number in mine)
-            loaded = ahead(job.load, items, threads, 2 * job.at_once) if job.load else items
+            loaded = map_ahead(job.load, items, threads, 2 * job.at_once) if job.load else items
             for first in range(0, len(mine), job.at_once):
                 names = [job.wanted[number][0] for number in mine[first : first + job.at_once]]
                 entries = dict(zip(names, job.make([next(loaded) for _ in names]), strict=True))
@@ -186,7 +186,7 @@ class Writer:
         self.flush()  # after an error too: what was made is not lost
 
 
-def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int, most: int) -> Iterator[Any]:
+def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int, most: int) -> Iterator[Any]:
     """function(item) of each item in order, computed up to `most` items ahead in threads."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()

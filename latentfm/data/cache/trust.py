@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentfm.words import count, listed, shown
 
-LISTINGS = "listings"  # the folder of what was read from files, see latentfm.data.stat_cache
+LISTINGS = "listings"  # the folder of what was read from files, see latentfm.data.cache.stat_cache
 
 
 def anyone_writes(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -32,7 +33,6 @@ from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.listing import CAPTION_SUFFIXES, METADATA_NAMES, list_files
 from latentfm.data.sources.rows import metadata_rows
 from latentfm.data.sources.texts import CAPTION_BYTES, Unusable, composed, decoded, lines_of
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.errors import InputError, nearest
 from latentfm.files import TooLarge, read_bytes
 from latentfm.words import count, listed, shown

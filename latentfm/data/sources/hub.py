@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import Columns, Dataset, Forward, Problem, Sample, finished, nothing_usable, path_within
 from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.listing import check_files, walk
 from latentfm.data.sources.tables import WAY_OUT, cell, is_pointer, samples_of
 from latentfm.data.sources.texts import FETCH, Unusable
 from latentfm.data.sources.urls import read_beside, read_whole
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.errors import InputError, nearest
 from latentfm.files import expanded, read_json, reason
 from latentfm.words import listed, shown

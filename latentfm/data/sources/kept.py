@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from latentfm.data.cache.stat_cache import Files, StatCache
 from latentfm.data.sources.base import Dataset, Place, Problem, Sample
-from latentfm.data.stat_cache import Files, StatCache
 
 VERSION = 1  # raise it when a reader makes another listing of the same files
 

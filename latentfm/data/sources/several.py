@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import Columns, Dataset, Problem, Sample, Share, is_image
 from latentfm.data.sources.folder import read_folder
 from latentfm.data.sources.hub import is_saved, read_dataset
 from latentfm.data.sources.listing import METADATA_NAMES
 from latentfm.data.sources.shards import SUFFIXES, read_shards
 from latentfm.data.sources.tables import read_parquet
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.errors import InputError
 from latentfm.words import listed, shown
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import (
     CAPTION_COLUMNS,
     PICTURE_BYTES,
@@ -33,7 +34,6 @@ from latentfm.data.sources.base import (
 from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, is_text, lines_of
 from latentfm.data.sources.urls import BLOCK, expand, open_url
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.errors import InputError, nearest
 from latentfm.files import CONTENT_ERRORS, JSON_BYTES, reason
 from latentfm.words import count, listed, shown

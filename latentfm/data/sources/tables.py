@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import (
     PICTURE_BYTES,
     Columns,
@@ -21,7 +22,6 @@ from latentfm.data.sources.base import (
 from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.texts import FETCH, POINTER, Unusable
 from latentfm.data.sources.urls import UNFOLDED_BYTES, UNFOLDED_TIMES, expand, open_url, read_beside
-from latentfm.data.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.errors import InputError
 from latentfm.files import CONTENT_ERRORS, SpecialFile, reason
 from latentfm.words import shown

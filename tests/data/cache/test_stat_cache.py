@@ -14,10 +14,10 @@ from data.preparing import Quiet, data_of
 from PIL import Image
 
 from latentfm.config import DataOptions, ModelOptions
-from latentfm.data import stat_cache
+from latentfm.data.cache import stat_cache
+from latentfm.data.cache.processes import Processes
+from latentfm.data.cache.stat_cache import COARSE_GRAIN, GRAIN, StatCache, settled, signature
 from latentfm.data.from_options import open_dataset
-from latentfm.data.processes import Processes
-from latentfm.data.stat_cache import COARSE_GRAIN, GRAIN, StatCache, settled, signature
 from latentfm.training.models import load_models
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.trust import LISTINGS, anyone_writes, rank_of
-from latentfm.data.processes import ONE_PROCESS, Processes
 from latentfm.errors import InputError
 from latentfm.files import open_file, whole_or_nothing
 
