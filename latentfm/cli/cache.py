@@ -57,6 +57,10 @@ def cache(
 def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
+    from functools import partial
+    from types import SimpleNamespace
+
+    import torch
 
     from latentfm.data.cache.processes import Processes
     from latentfm.data.cache.stat_cache import StatCache
@@ -67,14 +71,18 @@ def fill(run: "RunConfig") -> None:
     from latentfm.models.described import read_model
     from latentfm.models.folder import t5_length
     from latentfm.training.checks import make_buckets, network_config
+    from latentfm.training.distributed.processes import shared
     from latentfm.training.models import load_models
     from latentfm.training.records.progress import Progress
     from latentfm.training.samples import prompts_of
 
     if run.data.online:
         raise InputError("data.online=true is a run without a cache; leave it out to fill one")
-    # told by torchrun and accelerate launch; the processes meet in the folder alone, so none waits for another in a collective
-    processes = Processes(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))))
+    # told by torchrun and accelerate launch; what they read they tell each other in their store, what they make lies in the folder
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    processes = Processes(rank, world, partial(shared, SimpleNamespace(process_index=rank, num_processes=world)))
     dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
     if processes.rank == 0:
         print(summary(dataset), flush=True)
