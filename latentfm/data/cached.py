@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from latentfm.data.cache.entries import Entries
@@ -20,18 +21,6 @@ from latentfm.errors import InputError
 from latentfm.files import read_bytes
 from latentfm.models.text import MOST_BYTES, NULL_FILE, NullCondition, PromptParts
 from latentfm.words import shown
-
-
-class Silent:
-    """Progress that nobody sees."""
-
-    def add_task(self, description: str, total: int) -> None: ...
-
-    def advance(self, task: None, count: int) -> None: ...
-
-    def update(self, task: None, description: str) -> None: ...
-
-    def remove_task(self, task: None) -> None: ...
 
 
 class CachedData(PreparedData):
@@ -138,7 +127,7 @@ class CachedData(PreparedData):
         if len(job.missing(self.cache)) and self.cache.folder.exists() and not os.access(self.cache.folder, os.W_OK):
             made = dict(zip(dict(wanted), make(list(dict(wanted).values())), strict=True))
             return [made[key] for key, _ in wanted]
-        self.fill([job], Silent(), verify=True)
+        self.fill([job], Progress(disable=True), verify=True)
         entries = self.entries([key for key, _ in wanted])
         return [entries.read(number) for number in range(len(entries))]
 

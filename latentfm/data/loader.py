@@ -23,7 +23,7 @@ from latentfm.data.cache.entries import Entries
 from latentfm.data.images import Transform, apply, load_mask, opened_rgb
 from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
-from latentfm.data.table import SampleTable, bounds_of, choose
+from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
@@ -104,11 +104,6 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The batch with its tensors in pinned memory."""
         return self.map(Tensor.pin_memory)
-
-
-def choose_caption(sample: Sample, u: float) -> str:
-    """The caption that u, uniform in [0, 1), chooses: each with its weight's share of the chance, or all with the same."""
-    return sample.captions[choose(u, len(sample.captions), bounds_of(sample) if sample.caption_weights else None)]
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentfm.config import DataOptions
-from latentfm.data.cache.fill import Job, Progress, fill
+from latentfm.data.cache.fill import Job, fill
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.cache.store import Cache, key_of
@@ -84,7 +85,7 @@ class PreparedData(ABC):
     def release(self) -> None:
         """Gives back the memory of what is not needed from now on."""
 
-    def prepare(self, progress: Progress) -> dict[str, list[str]]:
+    def prepare(self, progress: Any) -> dict[str, list[str]]:
         """Fills the cache, this process its share, and leaves out, by name, what cannot be read; returns the keys made here, by kind."""
         jobs = self.jobs()
         if self.processes.rank == 0:
@@ -95,7 +96,7 @@ class PreparedData(ABC):
             self.inventory.print_left_out()
         return made
 
-    def fill(self, jobs: Sequence[Job], progress: Progress, verify: bool) -> dict[str, list[str]]:
+    def fill(self, jobs: Sequence[Job], progress: Any, verify: bool) -> dict[str, list[str]]:
         return fill(self.cache, jobs, progress, self.processes.rank, self.processes.world, verify, self.inventory.threads)
 
     def warn(self, jobs: Sequence[Job]) -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from latentfm.data.sources import read_folder
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.interchange import components, frozen
-from latentfm.interchange.frozen import FrozenModels, fingerprint, tokenizer_fingerprint
 from latentfm.models.tokenizers import load_tokenizer
 from latentfm.training.models import load_models
 
@@ -197,15 +195,6 @@ def test_another_tokenizer_is_a_miss_for_captions_alone(pictures, models, tiny_f
     monkeypatch.setattr(frozen, "load_tokenizer", lambda path: found if path.name == "tokenizer_2" else load_tokenizer(path))
     after = keys(cached(pictures, load_models(ModelOptions(pipeline=str(tmp_path / "other")), weights=False)))
     assert {name for name in before if before[name] == after[name]} == {("0.png", False), ("1.png", False)}
-
-
-def test_using_a_tokenizer_does_not_change_its_fingerprint(models):
-    for tokenizer in models.encoder.tokenizers:
-        before = tokenizer_fingerprint(tokenizer)
-        tokenizer(["a red apple"], padding="max_length", max_length=5, truncation=True)
-        assert tokenizer_fingerprint(tokenizer) == before
-    assert len({tokenizer_fingerprint(t) for t in models.encoder.tokenizers}) == 3
-    assert tokenizer_fingerprint(None) == models.fingerprint("no_such_component", torch.float32) == "absent"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -585,35 +574,3 @@ def test_a_full_cache_that_cannot_be_written_serves_new_prompts_too(pictures, mo
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     assert data.encode(["x", "y", "x"], 8).t5.shape[:2] == (3, 8)
     assert {path: path.stat().st_mtime_ns for path in data.cache.folder.rglob("*")} == before
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_fingerprint_of_files_is_that_of_the_loaded_model(tiny_folder, dtype):
-    models = FrozenModels(tiny_folder, dtype, 48, 40)
-    modules = [models.vae, *models.encoder.encoders]
-    loaded = [fingerprint(module, sorted(module.state_dict().items())) for module in modules]
-    assert [models.vae_fingerprint(), *models.text_fingerprints()[:3]] == loaded and len(set(loaded)) == 4
-
-
-def test_a_fingerprint_sees_configuration_names_types_and_scalars():
-    def of(config, **tensors):
-        return fingerprint(SimpleNamespace(config=config), tensors.items())
-
-    made = [
-        of({"a": 1}, x=torch.zeros(2)), of({"a": 2}, x=torch.zeros(2)), of({"a": 1}, y=torch.zeros(2)),
-        of({"a": 1}, x=torch.zeros(2, dtype=torch.int32)), of({"a": 1}, x=torch.tensor(0.0)), of({"a": 1}, x=torch.tensor(1.0)),
-    ]  # fmt: skip
-    assert len(set(made)) == 6
-    assert of({"a": 1, "_name_or_path": "here"}, x=torch.zeros(2)) == made[0]
-
-
-def test_the_vae_comes_to_a_device_and_goes_back(tiny_folder):
-    models = load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False)
-    models.vae.to("meta")
-    with pytest.raises(NotImplementedError), models.vae_on(CPU):  # a meta tensor has nothing to bring: the move was tried
-        pass
-    models = load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False)
-    with pytest.raises(RuntimeError, match="while"), models.vae_on(CPU):
-        assert models.vae.device == CPU
-        raise RuntimeError("while")
-    assert models.vae.device == CPU

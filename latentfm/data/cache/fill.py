@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +25,6 @@ SECONDS_BETWEEN_POLLS = 0.5  # of the cache, while other processes fill it
 VERDICT = "verdict"  # the one, empty tensor of an entry that says that nothing can be made of an item
 
 Made = Sequence[Mapping[str, Tensor] | None]
-
-
-class Progress(Protocol):
-    """A progress bar, as rich's."""
-
-    def add_task(self, description: str, total: int) -> Any: ...
-
-    def advance(self, task: Any, count: int) -> None: ...
-
-    def update(self, task: Any, description: str) -> None: ...
-
-    def remove_task(self, task: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,11 +62,12 @@ def verdict_key(key: str) -> str:
 
 
 def fill(
-    cache: Cache, jobs: Sequence[Job], progress: Progress, rank: int = 0, world: int = 1, verify: bool = True, threads: int = 1
+    cache: Cache, jobs: Sequence[Job], progress: Any, rank: int = 0, world: int = 1, verify: bool = True, threads: int = 1
 ) -> dict[str, list[str]]:
     """Makes what is missing or damaged, this process its share; returns the keys that were made here, by kind.
 
-    Waits for the other processes, of this run or another, by looking at the folder, not in a collective, which would time out.
+    `progress` is told of as one of rich is. Waits for the other processes, of this run or another, by looking at the folder, not in a
+    collective, which would time out.
     """
     made: dict[str, list[str]] = {job.kind: [] for job in jobs}
     shares = [replace(job, wanted=job.wanted[rank::world]) for job in jobs]
