@@ -68,9 +68,7 @@ def fill(run: "RunConfig") -> None:
     from latentfm.data.sources import summary
     from latentfm.errors import InputError
     from latentfm.files import expanded
-    from latentfm.models.described import read_model
-    from latentfm.models.folder import t5_length
-    from latentfm.training.checks import make_buckets, network_config
+    from latentfm.planning.run import plan_run
     from latentfm.training.distributed.processes import shared
     from latentfm.training.models import load_models
     from latentfm.training.records.progress import Progress
@@ -87,15 +85,13 @@ def fill(run: "RunConfig") -> None:
     if processes.rank == 0:
         print(summary(dataset), flush=True)
     models = load_models(run.model, weights=False, device=device_of(int(os.environ.get("LOCAL_RANK", 0))))
-    own = t5_length(models.info)
-    lengths = sorted(run.data.t5_lengths or {own: 1.0})
-    buckets = make_buckets(run, read_model(models.folder, network_config(models.folder, run.model.preset)))
-    data = prepared_data(dataset, buckets, models, run.data, lengths, processes)
+    plan = plan_run(run)
+    data = prepared_data(dataset, plan.data, models, run.data, processes)
     before, began = data.existing_keys(), time.monotonic()
     with Progress(processes.rank == 0) as progress:
         made = data.prepare(progress)
-        data.encode(prompts_of(run.sample, data.samples), own)
-        data.null({*lengths, own}, models.device)
+        data.encode(prompts_of(run.sample, data.samples), plan.model.t5_tokens)
+        data.null({*plan.data.t5_lengths, plan.model.t5_tokens}, models.device)
     seconds = time.monotonic() - began
     if processes.rank == 0:
         captions = len({caption for sample in data.samples for caption in sample.captions})

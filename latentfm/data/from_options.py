@@ -1,9 +1,7 @@
 """The data of a run, as its options describe it."""
 
-from collections.abc import Sequence
-
 from latentfm.config import DataOptions, SourceOptions
-from latentfm.data.buckets import Buckets
+from latentfm.data.buckets import DataPlan
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.cached import CachedData
@@ -27,12 +25,11 @@ def open_dataset(options: DataOptions, kept: StatCache = NOTHING_KEPT, processes
 
 
 def prepared_data(
-    dataset: Dataset, buckets: Buckets, models: FrozenModels, options: DataOptions, lengths: Sequence[int],
-    processes: Processes = ONE_PROCESS,
-) -> PreparedData:  # fmt: skip
+    dataset: Dataset, plan: DataPlan, models: FrozenModels, options: DataOptions, processes: Processes = ONE_PROCESS
+) -> PreparedData:
     """A dataset's data out of the cache, or with data.online encoded at every step; `prepare` has still to be called."""
-    inventory = Inventory(dataset, buckets, models.factor, options, processes, StatCache(expanded(options.cache)))
-    return (OnlineData if options.online else CachedData)(inventory, models, options, lengths, processes)
+    inventory = Inventory(dataset, plan, options, processes, StatCache(expanded(options.cache)))
+    return (OnlineData if options.online else CachedData)(inventory, models, options, sorted(plan.t5_lengths), processes)
 
 
 def source(options: SourceOptions, caption: str | None = None) -> Source:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from latentfm.config import DataOptions
-from latentfm.data.buckets import Buckets
+from latentfm.data.buckets import DataPlan
 from latentfm.data.cache.fill import map_ahead
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache, signature
@@ -23,24 +23,24 @@ from latentfm.words import count, shown
 class Inventory:
     """A dataset's samples in their shapes. `samples` are the usable ones, in order; `bucket_of` has each one's number in `buckets`.
 
-    `factor` pixels a side are one latent. All `processes` read, each its share; what is `kept` of files that did not change is not read.
+    All `processes` read, each its share; what is `kept` of files that did not change is not read.
     Raises InputError when there is no picture that can be used.
     """
 
     def __init__(
-        self, dataset: Dataset, buckets: Buckets, factor: int, options: DataOptions, processes: Processes = ONE_PROCESS,
-        kept: StatCache = NOTHING_KEPT,
-    ):  # fmt: skip
-        self.dataset, self.buckets, self.factor, self.options = dataset, buckets, factor, options
+        self, dataset: Dataset, plan: DataPlan, options: DataOptions, processes: Processes = ONE_PROCESS, kept: StatCache = NOTHING_KEPT
+    ):
+        self.dataset, self.plan, self.options = dataset, plan, options
+        self.buckets, self.factor = plan.buckets, plan.factor
         self.flips = (False, True) if options.flip else (False,)
-        self.transforms = [[Transform(height=h, width=w, flip=flip) for flip in self.flips] for w, h in buckets.shapes]
+        self.transforms = [[Transform(height=h, width=w, flip=flip) for flip in self.flips] for w, h in plan.buckets.shapes]
         # one thread where a source is read in order
         self.threads = 1 if any(isinstance(sample.path, Place) for sample in dataset.samples) else min(8, os.cpu_count() or 1)
         self.unreadable: dict[str, str | None] = {}  # id -> why, where it is known
         self.cropped: dict[str, str] = {}
         self.bucket_by_id = dict.fromkeys((sample.id for sample in dataset.samples), 0)
         self.find_digests(processes, kept)
-        if len(buckets.shapes) > 1 or options.max_crop < 1:
+        if len(plan.buckets.shapes) > 1 or plan.max_crop < 1:
             self.find_buckets(processes, kept)
         self.keep(sample for sample in dataset.samples if sample.id not in self.unreadable and sample.id not in self.cropped)
 
@@ -60,7 +60,7 @@ class Inventory:
 
     def find_buckets(self, processes: Processes, kept: StatCache) -> None:
         """Finds every picture's size and so its bucket, and which are left out for what they would lose to the crop."""
-        samples, most = self.dataset.samples, self.options.max_crop
+        samples = self.dataset.samples
 
         def read(own: Sequence[Sample]) -> list[list]:
             return list(map_ahead(lambda sample: size_or_reason(sample.path, self.digests[sample.id]), own, self.threads, 64))
@@ -70,14 +70,13 @@ class Inventory:
 
         name = f"sizes in {self.dataset.folder} by {decoders()}"
         sizes = kept.values(name, samples, key, lambda s: signature_of(s.path, []), read, processes, keep=lambda size: len(size) == 2)
-        for sample, size in zip(samples, sizes, strict=True):
-            if len(size) == 1:
-                self.unreadable[sample.id] = size[0]
-                continue
-            self.bucket_by_id[sample.id] = self.buckets.of(*size)
-            if (crop := self.buckets.crop(*size)) > most:
-                where = f"{shown(sample.path)} ({size[0]} x {size[1]})"
-                self.cropped[sample.id] = f"{where} would lose {crop:.0%} to the crop, data.max_crop is {most:.0%}"
+        self.unreadable |= {sample.id: size[0] for sample, size in zip(samples, sizes, strict=True) if len(size) == 1}
+        measured = [(sample, size) for sample, size in zip(samples, sizes, strict=True) if len(size) == 2]
+        for (sample, (width, height)), bucket, lost, used in zip(measured, *self.plan.place([size for _, size in measured]), strict=True):
+            self.bucket_by_id[sample.id] = int(bucket)
+            if not used:
+                where = f"{shown(sample.path)} ({width} x {height})"
+                self.cropped[sample.id] = f"{where} would lose {lost:.0%} to the crop, data.max_crop is {self.plan.max_crop:.0%}"
 
     def keep(self, samples: Iterable[Sample]) -> None:
         """Makes these the usable samples. Raises InputError when there is none."""

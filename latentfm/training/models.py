@@ -5,18 +5,16 @@ from typing import Any
 import torch
 
 from latentfm.bundled import bundled_model
-from latentfm.config import DataOptions, ModelOptions
-from latentfm.data.buckets import base_shape
+from latentfm.config import ModelOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.interchange.components import load_component
 from latentfm.interchange.frozen import FrozenModels
 from latentfm.interchange.weights import empty
-from latentfm.models.folder import check_folder, read_info
+from latentfm.models.folder import check_folder, network_settings, read_info
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import read_header
 from latentfm.models.text import NULL_FILE
-from latentfm.training.checks import network_config
 from latentfm.words import shown
 
 
@@ -39,21 +37,15 @@ def load_models(options: ModelOptions, weights: bool = True, device: torch.devic
         raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     if (folder / NULL_FILE).exists():
         read_header(folder / NULL_FILE)
-    config = network_config(folder, options.preset)
+    settings = network_settings(folder, options.preset)
     if not weights:
-        network = empty("transformer", config)
+        network = empty("transformer", settings)
     elif options.preset is None:
         network = load_component(folder, "transformer", "SD3Transformer2DModel", torch.float32)
     else:
-        network = MMDiT.from_preset(options.preset, **config)
+        network = MMDiT(**settings)
+        network.initialize()
     widths = network.config.joint_attention_dim, network.config.pooled_projection_dim
     models = Models(folder, getattr(torch, options.text_encoders), *widths, device or torch.device("cpu"))
     models.network, models.info = network, read_info(folder)
     return models
-
-
-def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
-    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
-    network = models.network.config
-    multiple = models.factor * network.patch_size
-    return base_shape(options.size, network.sample_size * models.factor, multiple, network.pos_embed_max_size * multiple)

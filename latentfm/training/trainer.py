@@ -27,14 +27,14 @@ from latentfm.config import RunConfig
 from latentfm.data.cache.processes import Processes
 from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.from_options import open_dataset, prepared_data
-from latentfm.data.loader import Batch, Dropout, Loader, Routing
+from latentfm.data.loader import Batch, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models.backends import check_backend
-from latentfm.models.folder import t5_length
+from latentfm.planning.run import with_precision
 from latentfm.training.adapters import seed_dropout
 from latentfm.training.checkpoint.resuming import check_options, finished
 from latentfm.training.checks import cautions, check
@@ -42,8 +42,8 @@ from latentfm.training.distributed import zero
 from latentfm.training.distributed.launcher import Peers, fewer_than_asked
 from latentfm.training.distributed.processes import from_main, shared, together
 from latentfm.training.distributed.shards import is_split
-from latentfm.training.models import load_models, picture_size
-from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
+from latentfm.training.models import load_models
+from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.records import Records, claimed
 from latentfm.training.samples import SamplePictures
@@ -55,7 +55,7 @@ from latentfm.words import count, shown
 
 INTERVALS = 8  # of t, for the loss by t in the log
 STEPS_OF_PACE = 50  # that pictures a second are counted over
-WAYS = {"none": "", "full": ", weights split by FSDP2", "zero2": ", DeepSpeed's ZeRO 2", "zero3": ", DeepSpeed's ZeRO 3"}
+SPLIT = ", weights split by FSDP2"
 
 
 class Trainer:
@@ -63,11 +63,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig, resume: bool = False):
         device = computing_device()
-        config = settled(config, has_bfloat16(device))
+        config = with_precision(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
-        setup = check(config, resume)
-        self.lengths, self.way = setup.lengths, WAYS[setup.launch.way]
+        self.plan = check(config, resume)
+        self.lengths = self.plan.data.t5_lengths
         self.config, self.out, self.resuming = config, expanded(config.output.folder), resume
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
@@ -92,9 +92,7 @@ class Trainer:
         self.records = Records(self.out, self.accelerator.is_main_process)
         self.stop, self.step, self.asked_to_stop = Stop(), 0, False
         self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
-        self.data = prepared_data(dataset, setup.buckets, self.models, config.data, sorted(self.lengths), processes)
-        routing = config.train.token_routing
-        self.routing = Routing(routing.keep, self.models.network.config.patch_size) if routing else None
+        self.data = prepared_data(dataset, self.plan.data, self.models, config.data, processes)
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
@@ -144,19 +142,18 @@ class Trainer:
         bucket_of = self.data.bucket_of.copy()
         bucket_of[self.held_out] = -1  # never drawn
         self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
-        self.reader = self.data.reader(seed, self.dropout, self.routing)
+        self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
         # on the device: from a CPU's memory every step would wait for its copy
-        self.models.null = self.data.null({*self.lengths, t5_length(self.models.info)}, accelerator.device)
-        size, samples = picture_size(config.data, self.models), self.out / "samples"
+        self.models.null = self.data.null({*self.lengths, self.plan.model.t5_tokens}, accelerator.device)
         self.samples = SamplePictures(
-            config.sample, self.models, self.data.samples, size, samples, accelerator.device, self.data.encode
+            config.sample, self.models, self.data.samples, self.plan.size, self.out / "samples", accelerator.device, self.data.encode
         )
         self.validation = Validation(
             config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
-            max(self.lengths, key=self.lengths.get), self.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
+            max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
         ) if self.held_out else None  # fmt: skip
         self.data.release()
-        self.weights = Weights(self.models, config, accelerator, self.micro_batch, sorted(self.lengths))
+        self.weights = Weights(self.models, config, accelerator, self.plan.micro_batch, sorted(self.lengths))
         frozen = self.weights.trained.base
         base = {"frozen weights": frozen} if frozen else {}
         inputs = self.data.identity() | base | {"T5 lengths": ", ".join(map(str, sorted(self.lengths)))}
@@ -171,17 +168,12 @@ class Trainer:
         self.records.event(self.step, f"resumed after step {self.step}" if self.resuming else "started")
         self.describe(facts)
 
-    @property
-    def micro_batch(self) -> int:
-        """Pictures in one forward pass of one process."""
-        return self.config.train.batch_size // (self.accelerator.num_processes * self.config.train.gradient_accumulation)
-
     def facts(self) -> dict[str, Any]:
         """What the run page says of the run beside its options."""
         device = self.accelerator.device
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
         encoders = len(self.models.encoders)
-        way = WAYS["full"] if is_split(self.models.network) and not self.way else self.way  # in one process there is nothing to split
+        way = SPLIT if is_split(self.models.network) else ""
         return {
             "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + way,
             "processes": self.accelerator.num_processes,
@@ -402,7 +394,7 @@ class Trainer:
 
 def train(config: RunConfig, resume: bool = False) -> Path:
     """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
-    model = finished(settled(config, has_bfloat16(computing_device()))) if resume else None
+    model = finished(with_precision(config, has_bfloat16(computing_device()))) if resume else None
     if model is not None:
         print(f"{shown(model.parent)} is finished already")
         return model

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from latentfm.config import load_config
+from latentfm.planning.run import with_precision
 from latentfm.training import precision, trainer
-from latentfm.training.precision import compute_dtype, has_bfloat16, settled
+from latentfm.training.precision import compute_dtype, has_bfloat16
 
 
 def configured(*overrides):
@@ -16,7 +17,7 @@ def configured(*overrides):
 
 def test_auto_is_bfloat16_where_the_device_has_it_and_float32_elsewhere():
     for bfloat16, word, dtype in ((True, "bf16", torch.bfloat16), (False, "no", torch.float32)):
-        found = settled(configured(), bfloat16)
+        found = with_precision(configured(), bfloat16)
         assert found.train.mixed_precision == word and compute_dtype(found.train) == dtype
         assert found == configured(f"train.mixed_precision={word}")
 
@@ -24,7 +25,7 @@ def test_auto_is_bfloat16_where_the_device_has_it_and_float32_elsewhere():
 @pytest.mark.parametrize("word", ["no", "bf16"])
 def test_what_is_asked_for_stays(word):
     for bfloat16 in (True, False):
-        assert settled(configured(f"train.mixed_precision={word}"), bfloat16).train.mixed_precision == word
+        assert with_precision(configured(f"train.mixed_precision={word}"), bfloat16).train.mixed_precision == word
 
 
 def test_a_cpu_has_it_where_its_products_are_no_slower():

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from latentfm.config import TrainOptions
 from latentfm.errors import InputError
-from latentfm.models.memory import ZERO_BUCKET
 from latentfm.training.distributed.shards import Parts
 from latentfm.training.optimizers.optimizers import make_optimizer
 
+ZERO_BUCKET = 5 * 10**7  # numbers of gradients that are reduced together
 ASKED = "ACCELERATE_USE_DEEPSPEED"  # what Accelerate's launcher sets
 STAGES = (2, 3)
 OPTIMIZERS = ("adamw", "lion")  # that look at single numbers, and keep nothing but tensors of them
