@@ -42,10 +42,6 @@ class Entries:
         """The names and shapes of an entry's tensors."""
         return self.layouts[self.rows["layout"][number]]
 
-    def has(self, name: str) -> np.ndarray:
-        """Which entries have a tensor of that name, bool [N]."""
-        return np.array([any(name == mine for mine, _ in layout.shapes) for layout in self.layouts], bool)[self.rows["layout"]]
-
     def read(self, number: int) -> dict[str, Tensor]:
         """An entry's tensors. Raises InputError as `stack` does."""
         return {name: value[0] for name, value in self.stack([number]).items()}
