@@ -27,7 +27,7 @@ def cache(
         bool, typer.Option("--prune", help="Remove damaged shards and unfinished files from data.cache, while nothing is filling it.")
     ] = False,
 ) -> None:
-    """Fill the cache that a training will read: the VAE's moments of its pictures and the embeddings of its captions.
+    """Fill the cache that a training will read: the VAE's moments of its pictures, the embeddings of its captions and sample prompts.
 
     The options are those of `latentfm train`, which then finds everything there. Under torchrun or `accelerate launch -m latentfm
     cache ...` each process makes its share. It may be stopped and started again at any time; what was made stays. The network's weights

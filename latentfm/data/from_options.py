@@ -28,7 +28,7 @@ def prepared_data(
     dataset: Dataset, plan: DataPlan, models: FrozenModels, options: DataOptions, processes: Processes = ONE_PROCESS
 ) -> PreparedData:
     """A dataset's data out of the cache, or with data.online encoded at every step; `prepare` has still to be called."""
-    inventory = Inventory(dataset, plan, options, processes, StatCache(expanded(options.cache)))
+    inventory = Inventory(dataset, plan, options.flip, processes, StatCache(expanded(options.cache)))
     return (OnlineData if options.online else CachedData)(inventory, models, options, sorted(plan.t5_lengths), processes)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from latentfm.config import DataOptions
 from latentfm.data.buckets import DataPlan
 from latentfm.data.cache.fill import map_ahead
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
@@ -23,16 +22,15 @@ from latentfm.words import count, shown
 class Inventory:
     """A dataset's samples in their shapes. `samples` are the usable ones, in order; `bucket_of` has each one's number in `buckets`.
 
-    All `processes` read, each its share; what is `kept` of files that did not change is not read.
+    With `flip` each is trained on mirrored too. All `processes` read, each its share, but for what is `kept` of files that did not change.
     Raises InputError when there is no picture that can be used.
     """
 
     def __init__(
-        self, dataset: Dataset, plan: DataPlan, options: DataOptions, processes: Processes = ONE_PROCESS, kept: StatCache = NOTHING_KEPT
+        self, dataset: Dataset, plan: DataPlan, flip: bool = False, processes: Processes = ONE_PROCESS, kept: StatCache = NOTHING_KEPT
     ):
-        self.dataset, self.plan, self.options = dataset, plan, options
-        self.buckets, self.factor = plan.buckets, plan.factor
-        self.flips = (False, True) if options.flip else (False,)
+        self.dataset, self.plan, self.buckets, self.factor = dataset, plan, plan.buckets, plan.factor
+        self.flips = (False, True) if flip else (False,)
         self.transforms = [[Transform(height=h, width=w, flip=flip) for flip in self.flips] for w, h in plan.buckets.shapes]
         # one thread where a source is read in order
         self.threads = 1 if any(isinstance(sample.path, Place) for sample in dataset.samples) else min(8, os.cpu_count() or 1)

@@ -1,6 +1,6 @@
 """The models of a run: the network to train and the frozen models around it."""
 
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -9,7 +9,7 @@ from latentfm.config import ModelOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.interchange.components import load_component
-from latentfm.interchange.frozen import FrozenModels
+from latentfm.interchange.frozen import CPU, FrozenModels
 from latentfm.interchange.weights import empty
 from latentfm.models.folder import check_folder, network_settings, read_info
 from latentfm.models.mmdit import MMDiT
@@ -21,11 +21,12 @@ from latentfm.words import shown
 class Models(FrozenModels):
     """The network to train beside the frozen models of the folder it came from; `info` is the folder's latentfm.json."""
 
-    network: MMDiT
-    info: dict[str, Any]
+    def __init__(self, folder: Path, network: MMDiT, text_dtype: torch.dtype, device: torch.device):
+        super().__init__(folder, text_dtype, network.config.joint_attention_dim, network.config.pooled_projection_dim, device)
+        self.network, self.info = network, read_info(folder)
 
 
-def load_models(options: ModelOptions, weights: bool = True, device: torch.device | None = None) -> Models:
+def load_models(options: ModelOptions, weights: bool = True, device: torch.device = CPU) -> Models:
     """The models of `options`: a pipeline's own network to fine-tune, or a new one of a preset beside its frozen models.
 
     The frozen ones are loaded when they are asked for, onto `device`, the VAE in float32 and the text encoders as the options say; with
@@ -45,7 +46,4 @@ def load_models(options: ModelOptions, weights: bool = True, device: torch.devic
     else:
         network = MMDiT(**settings)
         network.initialize()
-    widths = network.config.joint_attention_dim, network.config.pooled_projection_dim
-    models = Models(folder, getattr(torch, options.text_encoders), *widths, device or torch.device("cpu"))
-    models.network, models.info = network, read_info(folder)
-    return models
+    return Models(folder, network, getattr(torch, options.text_encoders), device)
