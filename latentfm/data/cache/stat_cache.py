@@ -34,11 +34,11 @@ class StatCache:
     def __init__(self, cache: Path | None = None):
         self.folder = None if cache is None else cache / LISTINGS
 
-    def value(self, name: Iterable[object], files: Files | None, make: Callable[[], tuple[Any, Files]]) -> Any:
+    def value(self, name: Iterable[object], files: Files | None, make: Callable[[], tuple[Any, Files | None]]) -> Any:
         """What `make` gives, a value that JSON holds, or what it gave when all its files had the signatures they have now.
 
         `name` has all that the value depends on besides. `files` are known before, None is files that have no signature; `make` gives more,
-        which it came upon. What is kept comes back as JSON does: tuples as lists.
+        which it came upon, or None instead for a value that is not to be kept. What is kept comes back as JSON does: tuples as lists.
         """
         if self.folder is None or files is None:
             return make()[0]
@@ -50,8 +50,8 @@ class StatCache:
             if now == kept["files"] and wanted.keys() <= now.keys():
                 return kept["value"]
         value, more = make()
-        signed = wanted | {str(file): signature(file) for file in more}
-        if all(settled(found, began) for found in signed.values()):
+        signed = wanted | {str(file): signature(file) for file in more or ()}
+        if more is not None and all(settled(found, began) for found in signed.values()):
             self.save(path, {"files": signed, "value": value})
         return value
 

@@ -8,6 +8,7 @@ from latentfm.data.cache.stat_cache import Files, StatCache
 from latentfm.data.sources.base import Dataset, Place, Problem, Sample
 
 VERSION = 1  # raise it when a reader makes another listing of the same files
+MAY_PASS = ("cannot be read", "is missing", "cut off or damaged")  # of a problem that need not lie in the bytes: a disk may have failed
 
 
 def kept_listing(
@@ -16,12 +17,13 @@ def kept_listing(
 ) -> Dataset:  # fmt: skip
     """What `make` gives, the listing of a source and what files it came upon; kept by `name` and `files` as StatCache.value says.
 
-    `read` fetches the bytes of its places.
+    `read` fetches the bytes of its places. A listing with a problem that may pass is made again the next time.
     """
 
-    def made() -> tuple[Any, Files]:
+    def made() -> tuple[Any, Files | None]:
         dataset, more = make()
-        return packed(dataset), more
+        passing = [problem.path for problem in dataset.problems if any(words in problem.reason for words in MAY_PASS)]
+        return packed(dataset), None if passing else more
 
     return unpacked(kept.value((VERSION, kind, *name), files, made), place, read)
 

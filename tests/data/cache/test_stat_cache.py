@@ -18,6 +18,7 @@ from latentfm.data.cache import stat_cache
 from latentfm.data.cache.processes import Processes
 from latentfm.data.cache.stat_cache import COARSE_GRAIN, GRAIN, StatCache, settled, signature
 from latentfm.data.from_options import open_dataset
+from latentfm.data.sources import folder, shards
 from latentfm.training.models import load_models
 
 
@@ -316,6 +317,31 @@ def test_a_picture_that_changed_is_the_only_one_that_is_read(tmp_path, settle, o
     assert {path for path in map(str, opened) if path.startswith(str(place))} == {str(place / "4.png")}
     assert {id for id, digest in first.inventory.digests.items() if second.inventory.digests[id] != digest} == {"4.png"}
     assert second.bucket_of[4] != first.bucket_of[4]
+
+
+def test_a_problem_that_may_pass_is_looked_at_again(tmp_path, settle, monkeypatch):
+    """A disk that fails for a moment costs a caption at one start, not at all later ones."""
+    place, _, _ = folder_of(tmp_path)
+    settle()
+    read = folder.decoded
+
+    def one_fails(data):
+        if data.startswith(b"thing 3"):
+            raise OSError(5, "Input/output error")
+        return read(data)
+
+    with monkeypatch.context() as fails:
+        fails.setattr(folder, "decoded", one_fails)
+        found = folder.read_folder(place, kept=StatCache(tmp_path / "cache"))
+        assert len(found.samples) == 5 and "caption file that cannot be read" in {problem.reason for problem in found.problems}
+    assert len(folder.read_folder(place, kept=StatCache(tmp_path / "cache")).samples) == 6
+    place, _, _ = shard_of(tmp_path)
+    data = place.read_bytes()
+    place.write_bytes(data[: len(data) // 2])
+    settle()
+    for _ in range(2):  # an archive that is cut off, or a disk that says so
+        assert "cut off" in shards.read_shards(str(place), kept=StatCache(tmp_path / "other")).problems[-1].reason
+    assert not list((tmp_path / "other").glob("listings/*"))
 
 
 def test_one_process_reads_the_sources_and_the_others_hear_of_it(tmp_path, settle, opened):
