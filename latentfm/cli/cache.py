@@ -78,9 +78,10 @@ def fill(run: "RunConfig") -> None:
         raise InputError("data.online=true is a run without a cache; leave it out to fill one")
     # told by torchrun and accelerate launch; what they read they tell each other in their store, what they make lies in the folder
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1:
+    processes = Processes(rank, world)
+    if world > 1 and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group("gloo")
-    processes = Processes(rank, world, partial(shared, SimpleNamespace(process_index=rank, num_processes=world)))
+        processes = Processes(rank, world, partial(shared, SimpleNamespace(process_index=rank, num_processes=world)))
     dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
     if processes.rank == 0:
         print(summary(dataset), flush=True)
