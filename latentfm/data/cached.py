@@ -104,7 +104,7 @@ class CachedData(PreparedData):
         def make(items: Sequence[tuple[str, int]]) -> list[dict[str, Tensor]]:
             return self.encode_captions(items, torch.float32)
 
-        found = self.kept([(self.prompt_key(prompt, t5_length), (prompt, t5_length)) for prompt in prompts], make)
+        found = self.condition_entries([(self.prompt_key(prompt, t5_length), (prompt, t5_length)) for prompt in prompts], make)
         return PromptParts(**{name: torch.stack([parts[name] for parts in found]) for name in found[0]})
 
     def null(self, lengths: Sequence[int], device: torch.device) -> NullCondition:
@@ -117,10 +117,10 @@ class CachedData(PreparedData):
             data = bytearray(self.models.null.kept(ordered).to_bytes())
             return [{"file": torch.frombuffer(data, dtype=torch.uint8)} for _ in items]
 
-        (found,) = self.kept([(key, None)], make)
+        (found,) = self.condition_entries([(key, None)], make)
         return NullCondition.from_bytes(found["file"].numpy().tobytes()).kept(ordered, device)
 
-    def kept(self, wanted: Sequence[tuple[str, Any]], make: Callable[[Sequence[Any]], Made]) -> list[Mapping[str, Tensor]]:
+    def condition_entries(self, wanted: Sequence[tuple[str, Any]], make: Callable[[Sequence[Any]], Made]) -> list[Mapping[str, Tensor]]:
         """The entries of `wanted`, (key, item) each, made where they are missing; a cache that cannot be written is left as it is."""
         job = Job("conditions", list(dict(wanted).items()), make, CAPTIONS_AT_ONCE)
         self.cache.refresh()
