@@ -100,11 +100,6 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
     return told[0]
 
 
-def alone(work: Work, items: Sequence[Any], name: str) -> list[Any]:
-    """work(items)."""
-    return work(items)
-
-
 def shared(accelerator: Accelerator, work: Work, items: Sequence[Any], name: str) -> list[Any]:
     """work(items), each process doing its share and told of the others': values that JSON holds, tuples as lists.
 
