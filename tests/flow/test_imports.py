@@ -50,6 +50,7 @@ def test_the_room_offers_what_its_files_define_and_nothing_else():
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.add(node.name)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
-                defined |= {target.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(target, ast.Name)}
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                defined |= {target.id for target in targets if isinstance(target, ast.Name)}
     assert offered <= defined
     assert {"integrate", "sample_path", "draw_t", "cfm_loss", "classifier_free", "SOLVERS", "GRIDS", "RULES"} <= offered
