@@ -312,12 +312,12 @@ def same(first: object, second: object, tolerance: float) -> bool:
 def differing_checkpoints(out: Path, reference: Path) -> str | None:
     """What of the checkpoints in place is not the reference's of that step, to the bit; None when all is."""
     from latentfm.errors import InputError
-    from latentfm.training.checkpoint import checkpoints as checkpoint
+    from latentfm.training.checkpoint import storage
 
     for step in saved(out)[-2:]:
         paths = [folder / "checkpoints" / f"step-{step:08d}" for folder in (out, reference)]
         try:
-            (mine, info), (theirs, other) = map(checkpoint.load, paths)
+            (mine, info), (theirs, other) = map(storage.load, paths)
         except InputError as error:
             if step != newest(out):  # an older one whose removal was interrupted
                 continue

@@ -16,7 +16,7 @@ from latentfm.config import AdapterOptions, TrainOptions
 from latentfm.errors import InputError, nearest
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
-from latentfm.training.optimizers.optimizers import package
+from latentfm.training.optimizers.registry import package
 from latentfm.training.precision import compute_dtype
 
 BLOCKS = "transformer_blocks."

@@ -24,9 +24,9 @@ from latentfm.models.memory import Shard
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
 from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.distributed.zero import asked_of_zero, check_zero
-from latentfm.training.optimizers.optimizers import NOT_SPLIT, check_optimizer, missing
+from latentfm.training.optimizers.registry import NOT_SPLIT, check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
 from latentfm.words import count, shown
 
@@ -248,7 +248,7 @@ def check_output(config: RunConfig, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"output.folder {out} is a file; choose another")
     check_place(out, "output.folder")
-    saved = checkpoint.checkpoints(out / "checkpoints")
+    saved = storage.checkpoints(out / "checkpoints")
     if resume and not saved:
         way_out = "leave --resume out to start from the first step"
         if (out / "model").exists():

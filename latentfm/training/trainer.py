@@ -43,7 +43,7 @@ from latentfm.training.models import load_models, picture_size
 from latentfm.training.online import dataset_of
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, settled
 from latentfm.training.records.progress import Progress
-from latentfm.training.records.records import Records, claimed
+from latentfm.training.records.run_log import RunLog, claimed
 from latentfm.training.samples import SamplePictures
 from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
@@ -87,7 +87,7 @@ class Trainer:
         self.objective = Objective.of(config.train, self.models.vae)
         self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
         self.progress = Progress(self.accelerator.is_main_process)
-        self.records = Records(self.out, self.accelerator.is_main_process)
+        self.records = RunLog(self.out, self.accelerator.is_main_process)
         self.stop, self.step, self.asked_to_stop = Stop(), 0, False
         self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
         share = partial(shared, self.accelerator)  # every picture is read once, whatever the number of processes

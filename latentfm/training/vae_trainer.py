@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentfm.data.mixture import Mixture
 from latentfm.data.stream import Stream
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.distributed.processes import Gathering
 from latentfm.training.distributed.shards import Parts
 from latentfm.training.optimizers.ema import EMA, copy_into
@@ -121,13 +121,13 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
     ema = EMA(parts.parameters, options.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     start = 0
-    saved = checkpoint.checkpoints(out / "checkpoints")
+    saved = storage.checkpoints(out / "checkpoints")
     if saved:
-        tensors, info = checkpoint.load(saved[-1])
+        tensors, info = storage.load(saved[-1])
         if info["options"] != asdict(options):
             raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
         start = info["step"]
-        checkpoint.unpack(tensors, parts, ema, optimizer)
+        storage.unpack(tensors, parts, ema, optimizer)
     model, optimizer = accelerator.prepare(vae, optimizer)
     began = time.monotonic()
     for step in range(start, options.steps):
@@ -160,7 +160,7 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
             with (out / "metrics.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             accelerator.print(json.dumps(row), flush=True)
-            tensors = checkpoint.pack(parts, ema, getattr(optimizer, "optimizer", optimizer))
-            checkpoint.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, Gathering(accelerator, False), keep=2)
+            tensors = storage.pack(parts, ema, getattr(optimizer, "optimizer", optimizer))
+            storage.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, Gathering(accelerator, False), keep=2)
     copy_into(dict(vae.named_parameters()), ema.shadow.items())
     return vae

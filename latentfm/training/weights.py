@@ -10,14 +10,13 @@ from accelerate import Accelerator
 
 from latentfm.config import RunConfig
 from latentfm.training.adapters import cast_weights, choose_trainable
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.checkpoint import export
+from latentfm.training.checkpoint import export, storage
 from latentfm.training.distributed import zero
 from latentfm.training.distributed.processes import Gathering, from_main, together
 from latentfm.training.distributed.shards import Parts, is_sharded, resharded, shard
 from latentfm.training.models import Models
 from latentfm.training.optimizers.ema import EMA
-from latentfm.training.optimizers.optimizers import learning_rate, make_optimizer
+from latentfm.training.optimizers.registry import learning_rate, make_optimizer
 
 
 class Weights:
@@ -90,20 +89,20 @@ class Weights:
         """Writes the checkpoint of `step` into `folder`. Raises InputError, on every process, when the disk refuses it."""
         with together(self.accelerator):
             gathering = Gathering(self.accelerator, self.parts.sharded)
-            tensors = checkpoint.pack(self.parts, self.ema, self.optimizer)
+            tensors = storage.pack(self.parts, self.ema, self.optimizer)
             keep = self.config.output.keep
-            checkpoint.save(folder, step, tensors, info, gathering, keep, lambda path: self.write_model(path, gathering, small=True))
+            storage.save(folder, step, tensors, info, gathering, keep, lambda path: self.write_model(path, gathering, small=True))
 
     def restore(self, folder: Path, check: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any]:
         """Takes on the newest whole checkpoint of `folder` and returns its info, after `check` has raised nothing of its path and it."""
         found: Path | None = None
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                found = checkpoint.newest_whole(folder, self.accelerator.print)
+                found = storage.newest_whole(folder, self.accelerator.print)
         path = from_main(self.accelerator, found)
-        tensors, info = checkpoint.load(path, verify=False)
+        tensors, info = storage.load(path, verify=False)
         check(path, info)
-        checkpoint.unpack(tensors, self.parts, self.ema, self.optimizer)
+        storage.unpack(tensors, self.parts, self.ema, self.optimizer)
         self.parts.refresh()
         return info
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def test_a_stopped_run_resumes_to_the_bit(mode, tmp_path, run, begun, device):
     parted = tmp_path / "parted"
     with pytest.raises(Stopped):
         begun(parted, *common, change=lambda trainer: stop_after(trainer, 3)).run()
-    assert checkpoint.checkpoints(parted / "checkpoints")[-1].name == "step-00000003" and len(column(parted, "loss")) == 3
+    assert storage.checkpoints(parted / "checkpoints")[-1].name == "step-00000003" and len(column(parted, "loss")) == 3
     run(parted, *common, resume=True)
     for name in ("loss", "gradient_norm", "loss_by_t"):
         assert column(whole, name) == column(parted, name), name
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_weight_moves(tmp_path,
     with pytest.raises(InputError, match="the loss is not finite at step 5 for .*png"):
         trainer.run()
     assert torch.equal(weights["before"], trainer.models.network.proj_out.weight)
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(tmp_path / "out" / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(tmp_path / "out" / "checkpoints")[-1])
     assert all(torch.isfinite(stored.load().float()).all() for stored in tensors.values())
 
 

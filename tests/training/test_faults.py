@@ -24,8 +24,8 @@ from faults import files_no_larger_than
 
 from latentfm.data.cache_file import read_shard
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.records import records
+from latentfm.training.checkpoint import storage
+from latentfm.training.records import run_log
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 EVERY_STEP = ["train.steps=6", "output.checkpoint_every=1", "sample.every=3", "train.decay=constant"]
@@ -44,12 +44,12 @@ def events(out):
 
 
 def state_of(out):
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(out / "checkpoints")[-1])
     return {name: stored.load() for name, stored in tensors.items()}
 
 
 def names_of(out):
-    return [path.name for path in checkpoint.checkpoints(out / "checkpoints")]
+    return [path.name for path in storage.checkpoints(out / "checkpoints")]
 
 
 def same_run(out, whole):
@@ -245,7 +245,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_which_resumes_exactly(tmp_
 
 
 def hold(folder, held):
-    with records.claimed(folder):
+    with run_log.claimed(folder):
         held.set()
         time.sleep(600)
 
@@ -306,7 +306,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes_exactly(tmp_p
     _, error = launched.communicate(timeout=120)
     assert launched.returncode != 0 and "Signal 9 (SIGKILL)" in error  # the launcher tells, and leaves nobody behind
     assert not main.is_running()
-    before = records.rows_of(out / "metrics.jsonl")
+    before = run_log.rows_of(out / "metrics.jsonl")
     kept = int(names_of(out)[-1][5:])
     assert 10 <= len(before) < 60 and kept > len(before) - 5  # at most the steps since the last checkpoint
     resumed = launch(out, *more, resume=True)
@@ -375,7 +375,7 @@ def test_no_clock_matters(tmp_path, start, run, whole, own_cache, monkeypatch):
     files = [path for folder in (own_cache, tmp_path / "out") for path in sorted(folder.rglob("*"))]
     for number, path in enumerate(files):
         os.utime(path, (0, 0) if number % 2 else (now + 1e9, now + 1e9))
-    oldest, newest = checkpoint.checkpoints(tmp_path / "out" / "checkpoints")
+    oldest, newest = storage.checkpoints(tmp_path / "out" / "checkpoints")
     os.utime(oldest, (now + 1e9, now + 1e9))
     os.utime(newest, (0, 0))
     shards = len(list(own_cache.rglob("*.safetensors")))

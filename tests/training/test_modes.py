@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from latentfm import flow
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.step import cfm_losses, weights_of
 from latentfm.training.validation import Validation
 
@@ -23,7 +23,7 @@ def column(out, name):
 
 
 def state_of(out):
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(out / "checkpoints")[-1])
     return {name: stored.load() for name, stored in tensors.items()}
 
 
@@ -75,7 +75,7 @@ def test_an_adapter_trains_alone_and_is_saved_by_itself_and_merged(tmp_path, run
     out = run(tmp_path / "out", LORA, "train.steps=4", "train.learning_rate=1e-2", "output.checkpoint_every=2")
     state = state_of(out)
     assert state and all("lora_" in name for name in state if not name.startswith("optimizer.group"))
-    newest = checkpoint.checkpoints(out / "checkpoints")[-1]
+    newest = storage.checkpoints(out / "checkpoints")[-1]
     assert sorted(p.name for p in newest.iterdir()) == ["lora", "state.json", "state.safetensors"]
     base, merged = network_weights(tiny_folder), network_weights(out / "model")
     adapted = {name for name in base if not torch.equal(base[name], merged[name])}
@@ -92,7 +92,7 @@ def test_an_adapter_does_not_go_on_upon_another_base(tmp_path, run, tiny_folder)
     shutil.copytree(tiny_folder, base)
     more = [LORA, f"model.pipeline={base}", "train.steps=4", "output.checkpoint_every=2"]
     out = run(tmp_path / "out", *more)
-    shutil.rmtree(checkpoint.checkpoints(out / "checkpoints")[-1])
+    shutil.rmtree(storage.checkpoints(out / "checkpoints")[-1])
     file = base / "transformer" / "diffusion_pytorch_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
@@ -182,7 +182,7 @@ def test_held_out_pictures_are_never_drawn_and_the_best_checkpoint_stays(tmp_pat
     out = run(tmp_path / "run", *more)
     rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8] and len(rows[0]["by_t"]) == 8
-    assert [p.name for p in checkpoint.checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in storage.checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000008"]
 
 
 def test_wandb_gets_the_numbers(tmp_path, run, monkeypatch):

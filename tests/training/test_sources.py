@@ -17,7 +17,7 @@ from latentfm import flow
 from latentfm.data.images import Transform, UnreadableImage, load_mask
 from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.step import cfm_losses
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -56,11 +56,11 @@ def rows_of(out):
 
 
 def last_state(out):
-    return loaded(checkpoint.checkpoints(out / "checkpoints")[-1])
+    return loaded(storage.checkpoints(out / "checkpoints")[-1])
 
 
 def loaded(path):
-    return {name: stored.load() for name, stored in checkpoint.load(path)[0].items()}
+    return {name: stored.load() for name, stored in storage.load(path)[0].items()}
 
 
 def same_to_the_bit(first, second):
@@ -276,7 +276,7 @@ def test_a_run_of_weighted_sources_resumes_to_the_bit(tmp_path, run, start, pict
     (tmp_path / "parts").mkdir()
     for name in ("checkpoints", "metrics.jsonl"):
         (tmp_path / "whole" / name).rename(tmp_path / "parts" / name)
-    first = checkpoint.checkpoints(tmp_path / "parts" / "checkpoints")
+    first = storage.checkpoints(tmp_path / "parts" / "checkpoints")
     expected, rows = loaded(first[-1]), rows_of(tmp_path / "parts")
     assert len(first) == 2
     shutil.rmtree(first[-1])

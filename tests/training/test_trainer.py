@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 
 from latentfm.data.loader import generator_for
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.checkpoint import export
+from latentfm.training.checkpoint import export, storage
 from latentfm.training.distributed.processes import Gathering
-from latentfm.training.records.records import differences
+from latentfm.training.records.run_log import differences
 from latentfm.training.step import cfm_losses
 
 
@@ -34,7 +33,7 @@ def column(out, name):
 
 
 def last_state(out):
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(out / "checkpoints")[-1])
     return {name: stored.load() for name, stored in tensors.items() if not name.startswith("optimizer.group")}
 
 
@@ -199,7 +198,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, run, options, environment, ho
     died = killed_at(8, options(cut, *more, "data.workers=1"), environment)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert column(cut, "step") == list(range(1, 9))
-    assert [p.name for p in checkpoint.checkpoints(cut / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert [p.name for p in storage.checkpoints(cut / "checkpoints")] == ["step-00000003", "step-00000006"]
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # a row cut by the kill
     assert run(cut, *more, resume=True) == cut
@@ -252,7 +251,7 @@ def test_ctrl_c_in_the_middle_of_an_update_saves_a_whole_step(tmp_path, run, sta
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")] == ["step-00000003"]
+    assert [p.name for p in storage.checkpoints(tmp_path / "cut" / "checkpoints")] == ["step-00000003"]
     run(tmp_path / "cut", "train.steps=5", resume=True)
     assert same_to_the_bit(last_state(tmp_path / "cut"), last_state(whole))
     assert column(tmp_path / "cut", "loss") == column(whole, "loss")
@@ -269,7 +268,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, start, monkeypatch):
     monkeypatch.setattr(trainer, "gradient", pressed_twice)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    assert checkpoint.checkpoints(tmp_path / "out" / "checkpoints") == []
+    assert storage.checkpoints(tmp_path / "out" / "checkpoints") == []
 
 
 @pytest.mark.parametrize("other", ["train.gradient_accumulation=4", "train.gradient_checkpointing=true", "data.workers=2"])

@@ -9,7 +9,7 @@ from latentfm.config import RunConfig, SourceOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded, read_json
 from latentfm.models.folder import read_info
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.records.json_lines import number
 from latentfm.words import shown
 
@@ -73,16 +73,16 @@ def check_options(path: Path, info: Mapping[str, Any], config: RunConfig) -> Non
 
 def check_goes_on(config: RunConfig) -> None:
     """As `check_options` of the newest checkpoint there is, for a look before a run; one that cannot be read is left to the run."""
-    saved = checkpoint.checkpoints(expanded(config.output.folder) / "checkpoints")
+    saved = storage.checkpoints(expanded(config.output.folder) / "checkpoints")
     if saved:
-        with suppress(checkpoint.Damaged):
-            check_options(saved[-1], checkpoint.state_of(saved[-1]), config)
+        with suppress(storage.Damaged):
+            check_options(saved[-1], storage.state_of(saved[-1]), config)
 
 
 def options_of_run(out: Path) -> dict[str, Any] | None:
     """The options that a run's newest checkpoint was made with, or its config.json; None where neither can be read."""
-    saved = checkpoint.checkpoints(out / "checkpoints")
-    for read in (lambda: checkpoint.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
+    saved = storage.checkpoints(out / "checkpoints")
+    for read in (lambda: storage.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
         with suppress(InputError, LookupError, OSError):
             found = read()
             if isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in RunConfig.model_fields):

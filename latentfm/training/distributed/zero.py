@@ -22,7 +22,7 @@ from latentfm.config import TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.memory import ZERO_BUCKET
 from latentfm.training.distributed.shards import Parts
-from latentfm.training.optimizers.optimizers import make_optimizer
+from latentfm.training.optimizers.registry import make_optimizer
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"  # what Accelerate's launcher sets
 STAGES = (2, 3)

@@ -16,7 +16,7 @@ from latentfm.errors import InputError
 from latentfm.models.mmdit import MMDiT
 from latentfm.training.adapters import choose_trainable
 from latentfm.training.optimizers.adamw import AdamW
-from latentfm.training.optimizers.optimizers import (
+from latentfm.training.optimizers.registry import (
     ADAFACTOR_EPS,
     PACKAGES,
     check_optimizer,

@@ -17,11 +17,11 @@ from latentfm.training.records.json_lines import add_whole, keep_rows, number, r
 from latentfm.training.records.run_page import RunPage
 from latentfm.words import shown
 
-__all__ = ["Records", "claimed", "differences", "peak_memory", "rows_of"]
+__all__ = ["RunLog", "claimed", "differences", "peak_memory", "rows_of"]
 SECONDS_BETWEEN_PAGES = 60.0
 
 
-class Records:
+class RunLog:
     """The files of a run's folder that tell its course; only the main process writes.
 
     config.json, run.json and held_out.json say what it is, metrics.jsonl has a row an optimizer step, validation.jsonl one a validation,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts"
 HELD_OUT = ["validation.held_out=2", "validation.every=2"]
 ADAPTER = ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]
@@ -88,7 +88,7 @@ def same(one, several):
     weights = [load_file(out / "model" / "transformer" / "diffusion_pytorch_model.safetensors") for out in (one, several)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
-    states = [checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])[0] for out in (one, several)]
+    states = [storage.load(storage.checkpoints(out / "checkpoints")[-1])[0] for out in (one, several)]
     assert states[0].keys() == states[1].keys()
     for name, stored in states[0].items():
         torch.testing.assert_close(states[1][name].load(), stored.load(), rtol=1e-4, atol=1e-5)
@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_after_the_schedulers_sign
             assert "SIGTERM: stopping after this step" in finished(started)
             done = len(rows_of(parts))
             assert before + 3 <= done < 60, "the run ended before the signal reached it"
-            assert [p.name for p in checkpoint.checkpoints(parts / "checkpoints")][-1] == f"step-{done:08d}"
+            assert [p.name for p in storage.checkpoints(parts / "checkpoints")][-1] == f"step-{done:08d}"
         else:
             finished(started)
     assert column(parts, "step") == list(range(1, 61))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from latentfm.config import SourceOptions, load_config
 from latentfm.errors import InputError
 from latentfm.training import trainer
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.checkpoint.resuming import FREE_ON_RESUME, check_options, differences, without_places
 from latentfm.training.dry_run import dry_run
 
@@ -112,7 +112,7 @@ def test_the_dry_run_fails_where_the_run_would(again, options, monkeypatch):
     assert look("train.steps=5")["steps"]["steps"] == 5
     with pytest.raises(InputError, match=r"train\.learning_rate was 0\.001"):
         look("train.learning_rate=1")
-    (checkpoint.checkpoints(again / "checkpoints")[-1] / "state.json").write_text("{")  # the run will take the one before
+    (storage.checkpoints(again / "checkpoints")[-1] / "state.json").write_text("{")  # the run will take the one before
     assert look("train.steps=5")
 
 

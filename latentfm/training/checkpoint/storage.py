@@ -23,7 +23,7 @@ from latentfm.interchange.tensors import CHUNK, Tensors, read_file
 from latentfm.training.distributed.processes import Gathering, Late
 from latentfm.training.distributed.shards import Parts
 from latentfm.training.optimizers.ema import EMA
-from latentfm.training.optimizers.optimizers import optimizer_state, restore_optimizer_state
+from latentfm.training.optimizers.registry import optimizer_state, restore_optimizer_state
 from latentfm.training.records.json_lines import number
 from latentfm.words import listed, shown
 

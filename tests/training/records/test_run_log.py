@@ -20,7 +20,7 @@ from latentfm.training.distributed import launcher
 from latentfm.training.records import json_lines as rows
 from latentfm.training.records.json_lines import keep_rows, rows_of
 from latentfm.training.records.progress import Progress
-from latentfm.training.records.records import Records
+from latentfm.training.records.run_log import RunLog
 from latentfm.training.records.run_page import RunPage
 from latentfm.training.records.sample_files import cells_of, settings_of, write_step
 
@@ -55,7 +55,7 @@ def test_lines_that_are_no_rows_are_set_aside_and_said(tmp_path, line, capsys):
 def test_what_is_no_file_is_set_aside_whole(tmp_path, make):
     for name in ("metrics.jsonl", "validation.jsonl", "events.jsonl", "run.json", "config.json"):
         make(tmp_path / name)
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
     records.open(3, {"train": {}}, {"epochs": 1}, [])
     records.metrics({"step": 4})
     assert rows_of(tmp_path / "metrics.jsonl")[0]["step"] == 4 and read_json(tmp_path / "run.json")["epochs"] == 1
@@ -82,7 +82,7 @@ def test_a_link_to_nowhere_and_a_disk_that_does_not_answer_stop_nothing(tmp_path
 def test_a_damaged_description_is_set_aside_and_the_run_goes_on(tmp_path, text, capsys):
     (tmp_path / "run.json").write_text(text, "utf-8")
     written(tmp_path / "metrics.jsonl", {"step": 1, "seconds": "x"})
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
     records.open(1, {}, {"epochs": 2}, [])
     assert records.before == 0.0 and isinstance(read_json(tmp_path / "run.json")["started"], str)
     said, aside = capsys.readouterr().out, (tmp_path / "run.json.damaged").exists()
@@ -91,12 +91,12 @@ def test_a_damaged_description_is_set_aside_and_the_run_goes_on(tmp_path, text, 
 
 def test_a_validation_without_its_loss_is_made_again(tmp_path):
     written(tmp_path / "validation.jsonl", {"step": 2}, {"step": 2, "validation_loss": "x"}, {"step": 3, "validation_loss": 0.5})
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
     assert records.validated(2) is None and records.validated(3)["validation_loss"] == 0.5 and records.validated(4) is None
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, capsys):
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
 
     def fails(self):
         raise KeyError("loss")
@@ -202,7 +202,7 @@ def test_a_run_goes_on_over_whatever_became_of_its_files(tmp_path, name, capsys)
         if "samples" in name:
             small(tmp_path / "samples", 3)
             continue
-        records = Records(tmp_path, True)
+        records = RunLog(tmp_path, True)
         records.open(2, {"train": {"steps": 9}}, {"epochs": 1}, [])
         assert records.validated(1) is None or records.validated(1)["validation_loss"] is not None
         records.metrics({"step": 3})
@@ -278,7 +278,7 @@ def test_of_two_that_meet_at_a_removal_one_is_admitted(tmp_path, monkeypatch):
 
 
 def test_a_claim_whose_file_went_is_taken_again(tmp_path, capsys):
-    records = Records(tmp_path / "run", True)
+    records = RunLog(tmp_path / "run", True)
     with claimed(tmp_path / "run") as claim:
         records.claim = claim
         records.open(0, {}, {}, [])
