@@ -99,10 +99,9 @@ def show_model(found: dict[str, Any], console: "Console") -> None:
         f"{count(batch['gradient accumulation'], 'pass', 'passes')} x {count(batch['pictures a process at a time'], 'picture')}"
     )
     if batch["processes a copy of the weights"] > 1:
-        way = f"ZeRO {batch['ZeRO stage']}" if batch["ZeRO stage"] else "FSDP2"
-        console.print(f"{way}: {batch['processes a copy of the weights']} processes share one copy of the weights")
-    elif batch["ZeRO stage"]:
-        console.print("ZeRO 2: a copy of the weights on each process; gradients, optimizer and averages are shared")
+        console.print(f"FSDP2: {batch['processes a copy of the weights']} processes share one copy of the weights")
+    if batch["on the CPU"]:
+        console.print("FSDP2 keeps weights, gradients, optimizer and averages on the CPU")
 
 
 def show_memory(memory: dict[str, Any], console: "Console") -> None:

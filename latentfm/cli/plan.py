@@ -18,7 +18,7 @@ from latentfm.models.memory import Moment, Training, by_name, drawing_moments, h
 from latentfm.models.presets import PRESETS
 from latentfm.words import shown
 
-MODES, WEIGHTS, SHARDS = ("full", "lora", "generate"), ("float32", "bfloat16"), ("none", "full", "zero2", "zero3")
+MODES, WEIGHTS, SHARDS = ("full", "lora", "generate"), ("float32", "bfloat16"), ("none", "full", "offload")
 TRAINING, LORA, DRAWING = MODES[:2], MODES[1:2], MODES[2:]
 
 
@@ -83,7 +83,7 @@ def plan(
     checkpointing: Annotated[float, typer.Option(help="Training: share of the blocks that is computed again, 0 to 1.")] = 0.0,
     accumulation: Annotated[int, typer.Option(help="Training: forward passes an optimizer step is split into.")] = 1,
     shard: Annotated[
-        str, typer.Option(help="Training: none, a copy on each GPU (DDP); full, split over all (FSDP2); zero2 or zero3 (DeepSpeed).")
+        str, typer.Option(help="Training: none, a copy on each GPU (DDP); full, split over all (FSDP2); offload, split and on the CPU.")
     ] = "none",
     rank: Annotated[int, typer.Option(help="lora: its rank, on query, key, value and output of both streams.")] = 16,
     ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Training: float32 averages of what trains.")] = True,
@@ -145,10 +145,8 @@ def check_they_go_together(choices: Choices, gpus: int, guidance: float, peak: f
     if choices.weights == "float32" and (choices.master_weights or choices.moments == "bfloat16"):
         option = "--master-weights" if choices.master_weights else "--moments bfloat16"
         raise InputError(f"{option} goes with --weights bfloat16; give that too, or leave it out")
-    if choices.shard != "none" and gpus == 1:
-        raise InputError(f"--shard {choices.shard} splits over several GPUs; say how many with --gpus")
-    if choices.shard.startswith("zero") and choices.weights == "bfloat16":
-        raise InputError(f"--shard {choices.shard} keeps float32 weights, split, beside bfloat16 copies; leave --weights out")
+    if choices.shard == "full" and gpus == 1:
+        raise InputError("--shard full splits over several GPUs; say how many with --gpus")
     if choices.mode == "generate" and choices.weights == "float32" and peak is None:
         raise InputError("drawing in float32 is far slower than the GPUs' bfloat16 peaks; give the float32 peak with --peak, in TFLOP/s")
 
@@ -167,14 +165,13 @@ def training(model: Model, run: Run, choices: Choices) -> dict[str, Any]:
     rank = choices.rank if choices.mode == "lora" else None
 
     def moments(choices: Choices) -> list[Moment]:
-        zero = choices.shard.startswith("zero")
         return training_moments(net, Training(
             image, text,
             batch=run.batch // (run.gpus * choices.accumulation),
-            precision="autocast" if choices.weights == "float32" and not zero else "bfloat16",
+            precision="autocast" if choices.weights == "float32" else "bfloat16",
             rank=choices.rank if choices.mode == "lora" else None,
             checkpointing=choices.checkpointing, ema=choices.ema,
-            master=choices.master_weights or zero, narrow_moments=choices.moments == "bfloat16",
+            master=choices.master_weights, narrow_moments=choices.moments == "bfloat16",
             accumulated=choices.accumulation > 1, gpus=run.gpus, shard=choices.shard,
             frozen=4 * model.vae, encoders=4 * sum(model.encoders.values()),  # both in float32
             pictures=choices.pictures, decoding=4 * model.decoder.numbers(run.size[0] * run.size[1]),

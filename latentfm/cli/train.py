@@ -30,7 +30,7 @@ def train(
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(help="--dry-run: none (DDP), full (FSDP2), zero2, zero3 (DeepSpeed); default: the launcher's.", show_default=False),
+        typer.Option(help="--dry-run: none (DDP), full (FSDP2), offload (FSDP2, on the CPU); default: the launcher's.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -96,8 +96,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
         launch = Launch(gpus)
     if shard is not None:
         check_name("--shard", shard, SHARDS)
-        zero = int(shard[-1]) if shard.startswith("zero") else 0
-        launch = Launch(launch.processes, launch.machines, launch.processes if shard in ("full", "zero3") else 1, zero)
+        launch = Launch(launch.processes, launch.machines, 1 if shard == "none" else launch.processes, shard == "offload")
     with progress_bar() as bar:
         task = bar.add_task("reading the headers of pictures", total=None)
         found = dry_run(

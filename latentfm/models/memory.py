@@ -21,9 +21,8 @@ from latentfm.models.cost import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
-Shard = Literal["none", "full", "zero2", "zero3"]  # DDP, FSDP2, DeepSpeed's ZeRO 2 and 3
+Shard = Literal["none", "full", "offload"]  # DDP; FSDP2; FSDP2 with what it splits on the CPU
 MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
-ZERO_BUCKET, ZERO_LIVE = 5 * 10**7, 10**9  # numbers: zero.py's bucket of gradients, DeepSpeed's gathered weights at one time
 OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that adamw.py (on a GPU) and ema.py widen at one time
 
 
@@ -42,8 +41,7 @@ class Training:
     narrow_moments: bool = False  # bfloat16 moments of the optimizer
     accumulated: bool = False  # whether gradients of earlier passes are there in the forward pass
     gpus: int = 1
-    shard: Shard = "none"  # what of it is split over the GPUs; under ZeRO the weights of `precision` are copies of float32 masters
-    offloaded: bool = False  # ZeRO's masters, optimizer and averages are on the CPU
+    shard: Shard = "none"  # whether weights, gradients, optimizer and averages are split over the GPUs, and lie on them or on the CPU
     frozen: int = 0  # bytes of frozen models on the GPU
     pictures: int = 0  # sample pictures drawn together
     decoding: int = 0  # bytes that decoding them takes
@@ -72,12 +70,7 @@ class Training:
     @property
     def gathers(self) -> bool:
         """Whether the weights are split, and gathered for each pass."""
-        return self.shard in ("full", "zero3")
-
-    @property
-    def zero(self) -> bool:
-        """Whether DeepSpeed splits what is split."""
-        return self.shard.startswith("zero")
+        return self.shard != "none"
 
     @property
     def compute(self) -> int:
@@ -224,18 +217,16 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     in_blocks, whole = sum(trained), sum(parameters(net).values())
     ends = whole - sum(block_parameters(net, i) for i in blocks) if run.rank is None else 0
     ends = ends if run.trains is None else run.trains[-1]
-    numbers, parts = in_blocks + ends, run.gpus if run.shard != "none" else 1
+    numbers, parts, here = in_blocks + ends, run.gpus if run.gathers else 1, run.shard != "offload"
     weights = whole * run.width if run.rank is None else frozen_bytes(net, run) + numbers * run.trained_width
     state = 2 * (2 if run.narrow_moments else 4) if run.state is None else run.state
     largest = max(block_parameters(net, i) for i in blocks)
-    live = min(whole, ZERO_LIVE) if run.zero else 2 * largest * (1 + (run.rank is None))
     always = {
-        "weights": weights // (parts if run.gathers else 1),
+        "weights": here * weights // parts,
         "position table": position_table(net) * run.width,
-        "optimizer": (not run.offloaded) * int(numbers * (state + 4 * run.master)) // parts,
-        "averages (EMA)": (run.ema and not run.ema_on_cpu and not run.offloaded) * numbers * 4 // parts,
-        "gathered weights": run.gathers * live * run.compute,
-        "buckets of gradients": run.zero * min(numbers, ZERO_BUCKET) * (run.width + 4),  # as they come, and in float32 to be summed
+        "optimizer": here * int(numbers * (state + 4 * run.master)) // parts,
+        "averages (EMA)": (run.ema and not run.ema_on_cpu and here) * numbers * 4 // parts,
+        "gathered weights": run.gathers * 2 * largest * (1 + (run.rank is None)) * run.compute,
         "frozen models": run.frozen,
         "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
     }
@@ -244,7 +235,7 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     copies = [0 if run.gathers or not once[i] else block_copies(net, i, run) for i in blocks]
     stays = [0 if checkpointed(i, run.checkpointing) else copies[i] for i in blocks]
     outer, outer_copies = end_activations(net, run), 0 if run.gathers else end_copies(net, run)
-    gradient = 4 if run.zero else run.trained_width
+    gradient = here * run.trained_width
 
     def moment(name: str, **changing: int) -> Moment:
         return Moment(name, by_part([*always.items(), *((part.replace("_", " "), size) for part, size in changing.items())]))
@@ -271,14 +262,15 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
                 working_memory=working_memory(net, run),
             )
         )
-    widened = 0 if run.precision != "bfloat16" or run.zero else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
-    averaged = 0 if run.precision != "bfloat16" or run.zero or not run.ema else min(numbers, EMA_PART) * 4
+    narrow = run.precision == "bfloat16" and here
+    widened = narrow * min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
+    averaged = (narrow and run.ema) * min(numbers, EMA_PART) * 4
     found.append(moment("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
     if run.pictures:
         found.append(
             moment(
                 "drawing sample pictures",
-                weights_put_aside=(run.ema and not run.offloaded) * numbers * gradient // parts,
+                weights_put_aside=run.ema * numbers * gradient // parts,
                 working_memory=max(run.decoding, forward_memory(net, run.image, run.text, 2 * run.pictures, run.width)),
             )
         )

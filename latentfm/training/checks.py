@@ -25,7 +25,6 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
 from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
 from latentfm.training.checkpoint import storage
-from latentfm.training.distributed.zero import asked_of_zero, check_zero
 from latentfm.training.optimizers.registry import NOT_SPLIT, check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
 from latentfm.words import count, shown
@@ -35,19 +34,18 @@ from latentfm.words import count, shown
 class Launch:
     """How many processes a run has, on how many machines, and over how many of them a copy of the weights is split (1: each has one).
 
-    zero: the stage of DeepSpeed's ZeRO, 0 without it; offload: whether it keeps optimizer and averages on the CPU.
+    offload: whether what is split lies on the CPU.
     """
 
     processes: int = 1
     machines: int = 1
     shard: int = 1
-    zero: int = 0
     offload: bool = False
 
     @property
-    def way(self) -> Shard:
-        """The way in which the processes share the work."""
-        return "full" if self.shard > 1 and not self.zero else {2: "zero2", 3: "zero3"}.get(self.zero, "none")
+    def sharding(self) -> Shard:
+        """What is split over the processes, and where it lies."""
+        return "offload" if self.offload else "full" if self.shard > 1 else "none"
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> "Launch":
@@ -55,10 +53,9 @@ class Launch:
         told = os.environ if environment is None else environment
         processes = int(told.get("WORLD_SIZE", 1))
         machines = max(1, processes // int(told.get("LOCAL_WORLD_SIZE", processes)))
-        fsdp, deepspeed = (told.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true") for way in ("FSDP", "DEEPSPEED"))
+        fsdp, offload = (told.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"))
         replicas = int(told.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
-        zero, offload = asked_of_zero() if deepspeed else (0, False)
-        return cls(processes, machines, max(1, processes // replicas) if fsdp or zero == 3 else 1, zero, offload)
+        return cls(processes, machines, max(1, processes // replicas) if fsdp else 1, fsdp and offload)
 
 
 @dataclass(frozen=True)
@@ -286,11 +283,9 @@ def check_batch(config: RunConfig, processes: int) -> None:
 
 def check_launch(config: RunConfig, launch: Launch) -> None:
     """The processes work together in a way that is supported."""
-    if launch.zero:
-        return check_zero(config.train, launch.zero)
-    if launch.shard > 1 and (optimizer := config.train.optimizer) in NOT_SPLIT:
+    if launch.sharding != "none" and (optimizer := config.train.optimizer) in NOT_SPLIT:
         raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take adamw, paged_adamw or lion")
-    if launch.shard > 1 and config.train.adapter and config.train.adapter.base != "as_weights":
+    if launch.sharding != "none" and config.train.adapter and config.train.adapter.base != "as_weights":
         raise InputError(f"train.adapter.base={config.train.adapter.base} is not split over processes by FSDP; take DDP, or leave it out")
 
 

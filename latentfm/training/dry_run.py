@@ -27,7 +27,7 @@ from latentfm.models.gpus import EFFICIENCY, GIB, GPU, RESERVE, known_gpu
 from latentfm.models.memory import Moment, Training, by_name, highest, training_moments
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import Found, Launch, Setup, cautions, examined, existing_parent
-from latentfm.training.precision import has_bfloat16, settled
+from latentfm.training.precision import has_bfloat16, with_precision
 from latentfm.training.prepare import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, LARGE
 from latentfm.training.samples import DEFAULT_PROMPTS
 from latentfm.training.sources import open_dataset
@@ -78,7 +78,7 @@ def dry_run(
     launch = launch or Launch.here()
     device, found = device or Device.here(launch), Found()
     bfloat16 = has_bfloat16(torch.device("cpu" if device.cpu else "cuda")) if device.gpu is None else True  # all that are known have it
-    given, config = config, settled(config, bfloat16)
+    given, config = config, with_precision(config, bfloat16)
     setup, dataset = examined(config, resume, launch, found), None
     if resume:
         with found.noting():
@@ -104,7 +104,7 @@ def dry_run(
         "P(no condition)": Dropout(config.train.dropout, config.train.dropout_each).p_unconditional(setup.encoders),
         "batch": {
             "pictures a step": config.train.batch_size, "processes": launch.processes, "machines": launch.machines,
-            "processes a copy of the weights": launch.shard, "ZeRO stage": launch.zero,
+            "processes a copy of the weights": launch.shard, "on the CPU": launch.offload,
             "gradient accumulation": config.train.gradient_accumulation, "pictures a process at a time": setup.micro_batch,
         },
         "memory": memory_of(setup, device, len(pictures.samples)), "time": time_of(setup, pictures, device), "disk": disk,
@@ -256,8 +256,7 @@ def training_of(setup: Setup, device: Device, pictures: int) -> Training:
     """The run as one process sees it, in its largest bucket."""
     train, model = setup.config.train, setup.model
     narrow, launch = train.weights == "bfloat16", setup.launch
-    autocast = "bfloat16" if launch.zero else "autocast"
-    precision = "bfloat16" if narrow else autocast if train.mixed_precision == "bf16" else "float32"
+    precision = "bfloat16" if narrow else "autocast" if train.mixed_precision == "bf16" else "float32"
     width, height = max(setup.buckets.shapes, key=lambda shape: shape[0] * shape[1])
     adapter, encoders = train.adapter, WIDTHS[setup.config.model.text_encoders] * sum(model.encoders.values())
     drawn = len(setup.config.sample.prompts) or min(DEFAULT_PROMPTS, pictures)
@@ -266,9 +265,8 @@ def training_of(setup: Setup, device: Device, pictures: int) -> Training:
     return Training(
         model.image_tokens((width, height)), text_tokens(setup)[0], setup.micro_batch, precision,
         rank=adapter.rank if adapter else None, checkpointing=train.gradient_checkpointing, ema_on_cpu=train.ema_device == "cpu",
-        master=train.master_weights or launch.zero > 0, narrow_moments=train.moments == "bfloat16", state=STATE.get(train.optimizer),
-        accumulated=train.gradient_accumulation > 1, gpus=launch.processes if launch.zero else launch.shard, shard=launch.way,
-        offloaded=launch.offload,
+        master=train.master_weights, narrow_moments=train.moments == "bfloat16", state=STATE.get(train.optimizer),
+        accumulated=train.gradient_accumulation > 1, gpus=launch.shard, shard=launch.sharding,
         frozen=4 * model.vae + (encoders if online else 0), encoders=0 if online else encoders,
         encoding=max(4 * at_once * model.decoder.encoder_numbers(width * height), text_encoding(setup)), online=online,
         pictures=-(-drawn // setup.launch.processes), decoding=4 * model.decoder.numbers(width * height), cpu=device.cpu,

@@ -12,7 +12,7 @@ from latentfm.data.images import decoders
 from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.table import SampleTable
-from latentfm.training.distributed.processes import alone
+from latentfm.training.distributed.processes import find_by_one
 from latentfm.training.models import Models
 from latentfm.training.pictures import unchanged
 from latentfm.training.prepare import IMAGES_AT_ONCE, CachedDataset, Work, tell_what_is_cut, untold
@@ -78,7 +78,7 @@ def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor] | None]:
 
 
 def dataset_of(
-    dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = alone
+    dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = find_by_one
 ) -> CachedDataset:
     """The dataset of a run: out of the cache, or with data.online encoded at every step; `share` as in `Pictures`."""
     return (OnlineDataset if options.online else CachedDataset)(dataset, models, options, lengths, share)

@@ -15,7 +15,7 @@ from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.training.distributed.processes import alone
+from latentfm.training.distributed.processes import find_by_one
 from latentfm.training.models import Models, largest_side, picture_size
 from latentfm.words import count, shown
 
@@ -27,7 +27,7 @@ class Pictures:
     Raises InputError for a size or buckets that do not fit the network, and when there is no picture that can be used.
     """
 
-    def __init__(self, dataset: Dataset, models: Models, options: DataOptions, share: Callable[..., list] = alone):
+    def __init__(self, dataset: Dataset, models: Models, options: DataOptions, share: Callable[..., list] = find_by_one):
         width, height = picture_size(options, models)
         self.dataset, self.options = dataset, options
         self.buckets = Buckets.make(width, height, models.multiple, options.buckets, options.max_aspect, largest_side(models))

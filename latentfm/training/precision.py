@@ -18,7 +18,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
-def settled(config: RunConfig, bfloat16: bool) -> RunConfig:
+def with_precision(config: RunConfig, bfloat16: bool) -> RunConfig:
     """`config` with a precision in the place of train.mixed_precision=auto: bf16 if the device has it."""
     if config.train.mixed_precision != "auto":
         return config
@@ -27,7 +27,7 @@ def settled(config: RunConfig, bfloat16: bool) -> RunConfig:
 
 
 def compute_dtype(options: TrainOptions) -> torch.dtype:
-    """What the network's linears compute in; of settled options."""
+    """What the network's linears compute in; of options with a precision."""
     return torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
 
 

@@ -26,7 +26,7 @@ from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models import vae as vae_room
 from latentfm.models.text import PromptEncoder, encoder_name
-from latentfm.training.distributed.processes import alone
+from latentfm.training.distributed.processes import find_by_one
 from latentfm.training.models import Models
 from latentfm.training.pictures import Pictures, unchanged
 from latentfm.words import count, shown
@@ -65,7 +65,7 @@ class CachedDataset(Pictures):
     """
 
     def __init__(
-        self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = alone
+        self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = find_by_one
     ):
         self.models, self.lengths = models, tuple(lengths)
         # earlier versions kept "unreadable" in place of a picture's moments, even where it was the memory that lacked

@@ -237,17 +237,10 @@ def test_sharding_divides_what_a_copy_repeats():
     assert "bfloat16 copies" not in at("backward pass", replace(RUN, gpus=4, shard="full"))
 
 
-def test_zero_splits_what_the_optimizer_has_and_in_stage_3_the_weights():
-    """Rajbhandari et al. 2020, figure 1, with float32 gradients and averages: 2 + (4 + 8 + 4 + 4) / N bytes a weight, or all over N."""
-    count = sum(parameters(NET).values())
-    names = ("weights", "optimizer", "averages (EMA)", "gradients")
-    run = replace(RUN, precision="bfloat16", master=True, gpus=4)
-    for shard, each in (("zero2", (2, 12 / 4, 1, 1)), ("zero3", (2 / 4, 12 / 4, 1, 1))):
-        parts = at("optimizer step", replace(run, shard=shard))
-        assert [parts[name] for name in names] == [int(count * size) for size in each]
-        assert ("gathered weights" in parts) == (shard == "zero3") and "working memory" not in parts
-    offloaded = at("optimizer step", replace(run, shard="zero3", offloaded=True))
-    assert "optimizer" not in offloaded and "averages (EMA)" not in offloaded
+def test_offloading_leaves_on_the_gpu_what_computes():
+    offloaded, sharded = (at("optimizer step", replace(RUN, gpus=4, shard=shard)) for shard in ("offload", "full"))
+    away = {"weights", "gradients", "optimizer", "averages (EMA)"}
+    assert offloaded == {part: size for part, size in sharded.items() if part not in away} and "gathered weights" in offloaded
 
 
 def test_checkpointing_saves_more_the_more_blocks_it_takes():

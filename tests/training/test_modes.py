@@ -43,7 +43,7 @@ def stopped_and_resumed(run, start, monkeypatch, out, *more):
 
     monkeypatch.setattr(trainer, "log", log_then_die)
     with pytest.raises(RuntimeError, match="power cut"):
-        trainer.run()
+        trainer.train()
     return run(out, "train.steps=5", "output.checkpoint_every=2", *more, resume=True)
 
 
@@ -121,7 +121,6 @@ def test_online_is_the_cached_training_up_to_what_the_cache_rounds(tmp_path, run
 def test_the_weighting_and_the_density_are_flows(tmp_path, start, run):
     options = ["train.loss_weighting=beta_squared", "train.t_density=mode", "train.t_density_options={scale: -0.8}", "train.t_shift=3"]
     trainer = start(tmp_path / "out", *options)
-    trainer.set_up()
     batch = next(iter(trainer.micro_batches()))
     with torch.no_grad():
         losses, t = cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)
@@ -142,7 +141,6 @@ def test_buckets_keep_every_picture_and_a_batch_has_one_shape(tmp_path, run, sta
     more = [f"data.folder={data}", "data.buckets=3", "train.steps=9", "train.batch_size=2"]
     more += ["train.token_routing={keep: 0.5, first: 0, last: 0}"]
     trainer = start(tmp_path / "out", *more)
-    trainer.set_up()
     assert len(trainer.data.buckets.shapes) == 3 and len(set(trainer.data.bucket_of.tolist())) == 3
     seen = []
     for batch in trainer.micro_batches():
@@ -168,7 +166,6 @@ def test_held_out_pictures_are_never_drawn_and_the_best_checkpoint_stays(tmp_pat
     more = ["validation.held_out=3", "validation.every=2", "output.checkpoint_every=2", "output.keep=1"]
     more += ["train.steps=8", "train.batch_size=7"]
     trainer = start(tmp_path / "out", *more)
-    trainer.set_up()
     held = {trainer.data.samples[index].id for index in trainer.validation.indices}
     drawn = {id for batch in trainer.micro_batches() for id in batch.ids}
     assert len(held) == 3 and len(drawn) == 7 and not held & drawn

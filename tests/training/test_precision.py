@@ -7,7 +7,7 @@ import torch
 
 from latentfm.config import load_config
 from latentfm.training import precision, trainer
-from latentfm.training.precision import compute_dtype, has_bfloat16, settled
+from latentfm.training.precision import compute_dtype, has_bfloat16, with_precision
 
 
 def configured(*overrides):
@@ -16,7 +16,7 @@ def configured(*overrides):
 
 def test_auto_is_bfloat16_where_the_device_has_it_and_float32_elsewhere():
     for bfloat16, word, dtype in ((True, "bf16", torch.bfloat16), (False, "no", torch.float32)):
-        found = settled(configured(), bfloat16)
+        found = with_precision(configured(), bfloat16)
         assert found.train.mixed_precision == word and compute_dtype(found.train) == dtype
         assert found == configured(f"train.mixed_precision={word}")
 
@@ -24,7 +24,7 @@ def test_auto_is_bfloat16_where_the_device_has_it_and_float32_elsewhere():
 @pytest.mark.parametrize("word", ["no", "bf16"])
 def test_what_is_asked_for_stays(word):
     for bfloat16 in (True, False):
-        assert settled(configured(f"train.mixed_precision={word}"), bfloat16).train.mixed_precision == word
+        assert with_precision(configured(f"train.mixed_precision={word}"), bfloat16).train.mixed_precision == word
 
 
 def test_a_cpu_has_it_where_its_products_are_no_slower():
@@ -58,7 +58,7 @@ def test_a_deterministic_run_takes_kernels_that_repeat_themselves_and_leaves_the
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     trainer = start(tmp_path, "train.deterministic=true", "train.steps=1")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    asked, gradient = [], trainer.gradient
-    trainer.gradient = lambda batches: asked.append(torch.are_deterministic_algorithms_enabled()) or gradient(batches)
-    trainer.run()
+    asked, train_step = [], trainer.train_step
+    trainer.train_step = lambda batches: asked.append(torch.are_deterministic_algorithms_enabled()) or train_step(batches)
+    trainer.train()
     assert asked == [True] and not torch.are_deterministic_algorithms_enabled()

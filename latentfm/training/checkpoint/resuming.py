@@ -71,6 +71,18 @@ def check_options(path: Path, info: Mapping[str, Any], config: RunConfig) -> Non
     raise InputError(f"{shown(path)} was made with other options: {'; '.join(changed)}{why}. Restore them, or {way_on(config)}")
 
 
+def check_same_run(path: Path, info: Mapping[str, Any], config: RunConfig, inputs: Mapping[str, str]) -> None:
+    """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models than `inputs` tell."""
+    check_options(path, info, config)
+    before = {"T5 lengths": inputs["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
+    changed = ", ".join(what for what, value in inputs.items() if before.get(what) != value)
+    if changed:
+        named = " (pictures go by their source's name: give it where its folder has another)" if config.data.sources else ""
+        raise InputError(
+            f"{changed} of this run are not those {shown(path)} was trained on; restore them{named}, or choose another output.folder"
+        )
+
+
 def check_goes_on(config: RunConfig) -> None:
     """As `check_options` of the newest checkpoint there is, for a look before a run; one that cannot be read is left to the run."""
     saved = storage.checkpoints(expanded(config.output.folder) / "checkpoints")
@@ -101,7 +113,8 @@ def way_on(config: RunConfig) -> str:
 def finished(config: RunConfig) -> Path | None:
     """The model of a run that has been trained as far as these options ask; None where there is none, or it is not so far.
 
-    `config` is settled. Raises InputError where it was finished with other options: nothing of what is asked would be done.
+    `config` has its precision (`with_precision`). Raises InputError where it was finished with other options: nothing of what is asked
+    would be done.
     """
     out = expanded(config.output.folder)
     model = out / "model"
@@ -126,8 +139,8 @@ def finished(config: RunConfig) -> Path | None:
         )
     if changed:
         raise InputError(f"{shown(out)} is finished, with other options: {'; '.join(changed)}. Restore them, or {way_on(config)}")
-    late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
+    too_late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
             if before[section].get(key, value) != value]  # fmt: skip
-    if late:
-        print(f"warning: {', '.join(late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)
+    if too_late:
+        print(f"warning: {', '.join(too_late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)
     return model

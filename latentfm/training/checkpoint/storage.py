@@ -1,78 +1,157 @@
 """Atomic, rotated training checkpoints made of safetensors and JSON only.
 
-A checkpoint is a folder `step-00001200` with `state.safetensors` (weights, averages, optimizer moments; whole tensors, so any number of
-processes goes on from it), `state.json` (the step, what describes the run, the files' checksums and its own) and what can be drawn with, a
-pipeline folder `model` or an adapter. It is written under a `.partial` name, flushed to disk and renamed, so a folder without that suffix
-is whole. Nothing older is removed before the new one is in place.
+A checkpoint is a folder `step-00001200` with the run's state in safetensors (`checkpoint.state`), `state.json` (the step, what describes
+the run, the files' checksums and its own) and what can be drawn with, a pipeline folder `model` or an adapter. The state is in
+`state.safetensors`, or, where FSDP2 splits the weights, each process has written its rows of every tensor by torch.distributed.checkpoint
+into `shard-*.safetensors`; any number of processes goes on from either. It is written under a `.partial` name, flushed to disk and
+renamed, so a folder without that suffix is whole. Nothing older is removed before the new one is in place.
 """
 
 import json
+import math
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from latentfm.errors import InputError
-from latentfm.files import CONTENT_ERRORS, JSON_BYTES, open_file, read_bytes, reason, whole_or_nothing
-from latentfm.interchange.tensors import CHUNK, Tensors, read_file
-from latentfm.training.distributed.processes import Gathering, Late
-from latentfm.training.distributed.shards import Parts
-from latentfm.training.optimizers.ema import EMA
-from latentfm.training.optimizers.registry import optimizer_state, restore_optimizer_state
-from latentfm.training.records.json_lines import number
-from latentfm.words import listed, shown
+from latentfm.files import JSON_BYTES, SpecialFile, TooLarge, could_not_write, open_file, read_bytes, reason, whole_or_nothing
+from latentfm.interchange.tensors import CHUNK, Held, Tensors, read_chunks, split, write_split
+from latentfm.training.distributed.processes import raise_on_all_ranks
+from latentfm.training.distributed.shards import Chunk
+from latentfm.training.records.json_lines import name_aside, number
+from latentfm.words import shown
 
 NAME = re.compile(r"step-(\d{8})")
 CHECKSUM = "checksum"  # in state.json: of all else that it says
+LARGEST_FILE = 5 * 10**9  # bytes, as diffusers splits its own
 
 
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Late],
+    chunks: Mapping[str, Chunk],
     info: Mapping[str, Any],
-    gathering: Gathering,
+    accelerator: Accelerator,
     keep: int = 2,
     also: Callable[[Path], None] = lambda path: None,
 ) -> Path:
     """Writes the checkpoint of `step` into `folder`, then removes what is neither among the newest `keep` nor the best.
 
-    All processes call it; the main one writes. `also` puts further files into the checkpoint. The best is the one with the least
-    info["validation_loss"] among those that have it. Raises InputError on the main process when the disk refuses it.
+    All processes call it, with what each has of every tensor; where each has all of it the main one writes. `also`, called on the main
+    process once the state is written, puts further files into the checkpoint. The best is the one with the least info["validation_loss"]
+    among those that have it. Raises InputError on every process when the disk refuses it.
     """
-    path = folder / f"step-{step:08d}"
-    if not gathering.main:
-        gathering.write(path, "state", tensors)
-        also(path)
-        return path
-    with whole_or_nothing(path) as partial:
-        with gathering.careful():
-            partial.mkdir()
-        gathering.write(partial, "state", tensors)
-        also(partial)
-        gathering.raise_error()
-        files = {file.name: checksum(file) for file in state_files(partial)}
-        state = json.loads(json.dumps({"step": step, **info, "files": files}))
-        (partial / "state.json").write_text(json.dumps({**state, CHECKSUM: of_state(state)}, indent=1), "utf-8")
-    remove_older(folder, keep)
+    path, main = path_of(folder, step), accelerator.is_main_process
+    with raise_on_all_ranks(accelerator), ExitStack() as stack:
+        partial = path.with_name(f"{path.name}.partial")
+        with raise_on_all_ranks(accelerator), writing(path):
+            if main:
+                stack.enter_context(whole_or_nothing(path)).mkdir()
+        files = write_state(path, partial, chunks, accelerator)
+        if main:
+            also(partial)
+            state = json.loads(json.dumps({"step": step, **info, "files": files}))
+            (partial / "state.json").write_text(json.dumps({**state, CHECKSUM: of_state(state)}, indent=1), "utf-8")
+    if main:
+        remove_older(folder, keep)
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return folder / f"step-{step:08d}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context whose failure to write is an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise could_not_write(path, error) from error
+
+
+def write_state(path: Path, folder: Path, chunks: Mapping[str, Chunk], accelerator: Accelerator) -> dict[str, int]:
+    """Writes the state of the checkpoint `path` into safetensors in `folder`, and returns their checksums by name. Raises as `save`."""
+    parted = any(chunk.value.shape != chunk.shape for chunk in chunks.values())
+    if accelerator.num_processes > 1:
+        parted = any(gather_object([parted]))
+    if parted:
+        with writing(path):
+            write_chunks(folder, chunks)
+    sums: list[tuple[str, int]] = []
+    with raise_on_all_ranks(accelerator), writing(path):
+        if accelerator.is_main_process and not parted:
+            files = split({name: Held.of(chunk.value) for name, chunk in chunks.items()}, None, LARGEST_FILE)
+            write_split(folder, "state", files, {"format": "pt"}, None)
+        if accelerator.is_main_process or parted:
+            own = f"shard-{accelerator.process_index + 1:05d}-*.safetensors" if parted else "*.safetensors"
+            sums = [(file.name, checksum(file)) for file in sorted(folder.glob(own))]
+    return dict(sorted(gather_object(sums) if parted else sums))
+
+
+def write_chunks(folder: Path, chunks: Mapping[str, Chunk]) -> None:
+    """Writes this process's rows of every tensor into files of its own, all at once. Raises on every process what one of them meets."""
+    from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, SavePlan
+    from torch.distributed.checkpoint import save as save_distributed
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    def item_of(name: str, chunk: Chunk) -> WriteItem:
+        offsets = torch.Size([chunk.first, *[0] * (len(chunk.shape) - 1)][: len(chunk.shape)])
+        rows = ChunkStorageMetadata(offsets=offsets, sizes=chunk.value.shape)
+        data = TensorWriteData(chunk=rows, properties=TensorProperties.create_from_tensor(chunk.value), size=chunk.shape)
+        return WriteItem(index=MetadataIndex(name, offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+    class Planner(DefaultSavePlanner):
+        """Rows are written from where they lie: as DTensors, those on the CPU would all be copied to the GPU first."""
+
+        def create_local_plan(self) -> SavePlan:
+            there = (pair for pair in chunks.items() if pair[1].value.numel() or not math.prod(pair[1].shape))
+            self.plan = SavePlan([item_of(name, chunk) for name, chunk in there])
+            return self.plan
+
+        def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+            return chunks[write_item.index.fqn].value
+
+    state = {name: chunk.value for name, chunk in chunks.items()}
+    files = split({name: Held.of(value) for name, value in state.items()}, None, LARGEST_FILE)  # each is in memory while it is written
+    file_of = {name: number for number, file in enumerate(files, start=1) for name in file}
+    writer, planner = HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True), Planner(flatten_state_dict=False)
+    try:
+        save_distributed(state, storage_writer=writer, planner=planner)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def remove_older(folder: Path, keep: int) -> None:
     """Removes the checkpoints that are neither among the newest `keep` nor the best; one that cannot be removed is told."""
-    there = checkpoints(folder)
-    kept = {*there[-keep:], best(there)}
-    unwanted = [old for old in there if old not in kept]
-    for old in (*unwanted, *folder.glob("step-*.partial")):  # the latter of runs killed while saving
-        try:
-            shutil.rmtree(old)
-        except OSError as error:
-            print(f"warning: the older {shown(old)} could not be removed: {error.strerror}; what was saved since is whole", flush=True)
+    unwanted: list[Path] = []
+    with told_if_refused(folder):
+        there = checkpoints(folder)
+        kept = {*there[-keep:], best(there)}
+        unwanted = [*folder.glob("step-*.partial"), *(old for old in there if old not in kept)]  # the former of runs killed while saving
+    for old in unwanted:
+        with told_if_refused(old):  # under another name first: half of a checkpoint should not look like one
+            shutil.rmtree(old if old.suffix == ".partial" else old.rename(old.with_name(f"{old.name}.partial")))
+
+
+@contextmanager
+def told_if_refused(old: Path) -> Iterator[None]:
+    """A context that prints what keeps `old` from being removed: what was saved since is no less whole."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: the older {shown(old)} could not be removed: {error.strerror}; what was saved since is whole", flush=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,52 +177,66 @@ def best(paths: list[Path]) -> Path | None:
 class Damaged(InputError):
     """What is in a checkpoint is not what was written."""
 
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"checkpoint {shown(path)} cannot be read ({what}); move it away to resume from the one before")
+
+
+@contextmanager
+def reading_from(path: Path) -> Iterator[None]:
+    """A context whose failure to read a checkpoint says nothing of what it holds: InputError, and nothing is renamed."""
+    try:
+        yield
+    except OSError as error:
+        why = f"checkpoint {shown(path)} cannot be read now: {reason(error)}. Nothing was renamed; try again, or move it away"
+        raise InputError(why) from error
+
 
 def load(path: Path, verify: bool = True) -> tuple[Tensors, dict[str, Any]]:
     """(tensors, each read from its file when it is asked for; info) of a checkpoint.
 
-    Raises Damaged when its content is not what was written, InputError when it cannot be read now, which says nothing of its content.
-    With verify=False the files are not read for their checksums: somebody has just done so.
+    Raises Damaged when its content is not what was written, by its checksums, InputError when it cannot be read now, which says nothing of
+    its content. With verify=False the files are not read for their checksums: somebody has just done so.
     """
     info = state_of(path)
-    try:
-        files = {file.name: checksum(file) for file in state_files(path)} if verify else info["files"]
-        if files != info["files"]:
-            changed = sorted(name for name in files.keys() | info["files"].keys() if files.get(name) != info["files"].get(name))
-            raise ValueError(f"{', '.join(changed)}: not what was written")
-        tensors: Tensors = {}
-        for file in state_files(path):
-            tensors |= read_file(file)[0]
-        return tensors, info
-    except (*CONTENT_ERRORS, SafetensorError) as error:
-        raise problem_of(path, error) from error
+    with reading_from(path):
+        try:
+            files = {file.name: checksum(file) for file in state_files(path)} if verify else info["files"]
+        except SpecialFile as error:
+            raise Damaged(path, str(error)) from error
+    if files != info["files"]:
+        changed = sorted(name for name in files.keys() | info["files"].keys() if files.get(name) != info["files"].get(name))
+        raise Damaged(path, f"{', '.join(changed)}: not what was written")
+    return tensors_of(path), info
+
+
+def tensors_of(path: Path) -> Tensors:
+    """The tensors of a checkpoint, each read from its files when it is asked for. Raises InputError when it cannot be read now."""
+    with reading_from(path):
+        return read_chunks(state_files(path))
 
 
 def state_of(path: Path) -> dict[str, Any]:
     """What a checkpoint's state.json says, checked against its own checksum. Raises as `load`."""
+    with reading_from(path):
+        try:
+            text = read_bytes(path / "state.json", JSON_BYTES)
+        except (SpecialFile, TooLarge) as error:
+            raise Damaged(path, str(error)) from error
     try:
-        info = json.loads(read_bytes(path / "state.json", JSON_BYTES).decode("utf-8"))
-        told = info.pop(CHECKSUM, None) if isinstance(info, dict) else None
-        whole = isinstance(info, dict) and (told == of_state(info) or (told is None and is_old(info)))
-        if not whole or not isinstance(info.get("files"), dict):
-            raise ValueError("state.json: not what was written")
-        return info
-    except (*CONTENT_ERRORS, InputError) as error:
-        raise problem_of(path, error) from error
+        info = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, reason(error)) from error
+    told = info.pop(CHECKSUM, None) if isinstance(info, dict) else None
+    whole = isinstance(info, dict) and (told == of_state(info) or (told is None and is_old(info)))
+    if not whole or not isinstance(info.get("files"), dict):
+        raise Damaged(path, "state.json: not what was written")
+    return info
 
 
 def is_old(info: Mapping[str, Any]) -> bool:
     """Whether a state.json without a checksum is whole as far as can be seen: one of the versions that wrote none."""
     kinds = {"step": int, "config": dict, "inputs": dict, "data": dict, "files": dict}
     return info.keys() - {"validation_loss"} == kinds.keys() and all(isinstance(info[name], kind) for name, kind in kinds.items())
-
-
-def problem_of(path: Path, error: Exception) -> InputError:
-    """What an error says of a checkpoint: that it is damaged, or that it could not be read this time."""
-    cause = error.__cause__ if isinstance(error, InputError) else error
-    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return InputError(f"checkpoint {shown(path)} cannot be read now: {reason(error)}. Nothing was renamed; try again, or move it away")
-    return Damaged(f"checkpoint {shown(path)} cannot be read ({reason(error)}); move it away to resume from the one before")
 
 
 def of_state(info: Mapping[str, Any]) -> int:
@@ -163,48 +256,13 @@ def newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
             return path
         except Damaged as error:
             problem = error
-            aside, number = path.with_name(f"{path.name}.damaged"), 1
-            while aside.exists():
-                number += 1
-                aside = path.with_name(f"{path.name}.damaged-{number}")
-            path.rename(aside)
+            aside = path.rename(name_aside(path))
             tell(f"{error}; it is now called {aside.name}, going on from the one before")
     raise problem or InputError(f"{folder} holds no checkpoint")
 
 
-def pack(parts: Parts, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Late]:
-    """The tensors of a run, made whole when they are written: "model.*", "ema.*" and "optimizer.*"."""
-    tensors = {f"model.{name}": parts.late(name, value) for name, value in parts.parameters.items()}
-    tensors |= {f"ema.{name}": parts.late(name, value) for name, value in ema.shadow.items()}
-    for key, value in optimizer_state(optimizer, parts.names).items():
-        tensors[f"optimizer.{key}"] = parts.late(key.split("/", 1)[1], value)
-    return tensors
-
-
-@torch.no_grad()
-def unpack(tensors: Tensors, parts: Parts, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-    """Puts what `pack` gave back into the parameters, the averages and the optimizer, one tensor at a time. Raises InputError."""
-    wanted = {f"{share}.{name}" for share in ("model", "ema") for name in parts.parameters}
-    differing = wanted ^ {name for name in tensors if not name.startswith("optimizer.")}
-    if differing:
-        raise InputError(f"the checkpoint does not hold this run's trained parameters; differing: {', '.join(sorted(differing)[:5])}")
-    shapes = [name for name in parts.parameters if any(tensors[f"{share}.{name}"].shape != parts.shape(name) for share in ("model", "ema"))]
-    if shapes:
-        raise InputError(f"the checkpoint's parameters are of other shapes than this run's: {listed(sorted(shapes))}")
-    for name, parameter in parts.parameters.items():
-        parameter.copy_(parts.part(name, tensors[f"model.{name}"].load()))
-        ema.shadow[name].copy_(parts.part(name, tensors[f"ema.{name}"].load()))
-    state = {}
-    for full, stored in tensors.items():
-        if full.startswith("optimizer."):
-            key = full.removeprefix("optimizer.")
-            value, name = stored.load(), key.split("/", 1)[1]
-            state[key] = parts.part(name, value) if name in parts.parameters and value.shape == parts.shape(name) else value
-    restore_optimizer_state(optimizer, state, parts.names)
-
-
 def state_files(path: Path) -> list[Path]:
-    return sorted(path.glob("state*.safetensors"))
+    return sorted(path.glob("*.safetensors"))
 
 
 def checksum(file: Path) -> int:

@@ -137,7 +137,7 @@ def restore_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, T
         if parameter is None:
             raise InputError(f"the checkpoint's optimizer has the parameter {name}, this run has not")
         there = optimizer.state[parameter].get(key)
-        if isinstance(there, Tensor) and there.shape == value.shape:  # a master, or what shares its memory with DeepSpeed's
+        if isinstance(there, Tensor) and there.shape == value.shape:  # a master
             there.copy_(value)
         else:
             optimizer.state[parameter][key] = placed(optimizer, parameter, key, value, fused[id(parameter)])

@@ -113,12 +113,18 @@ def add_whole(path: Path, text: bytes) -> None:
         os.close(descriptor)
 
 
-def set_aside(path: Path, tell: Tell, why: object) -> None:
-    """Gives what cannot be used another name, `.damaged`, `.damaged-2`, ...; nothing is removed."""
+def name_aside(path: Path) -> Path:
+    """The first of PATH.damaged, PATH.damaged-2, ... that is free."""
     target, number = path.with_name(f"{path.name}.damaged"), 1
     while os.path.lexists(target):
         number += 1
         target = path.with_name(f"{path.name}.damaged-{number}")
+    return target
+
+
+def set_aside(path: Path, tell: Tell, why: object) -> None:
+    """Gives what cannot be used another name, `.damaged`, `.damaged-2`, ...; nothing is removed."""
+    target = name_aside(path)
     try:
         path.rename(target)
         tell(f"warning: {shown(why)}; it is now called {shown(target.name)}, and the run goes on")

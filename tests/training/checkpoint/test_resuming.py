@@ -125,11 +125,10 @@ def test_data_and_models_that_moved_are_the_same(tmp_path, monkeypatch, again, s
     monkeypatch.chdir(tmp_path)
     for folder in ("moved", "./moved/", str(tmp_path / "moved"), "again/../moved"):
         trainer = start(again, *CONSTANT, f"data.folder={folder}", "model.pipeline=model", resume=True)
-        trainer.set_up()
         assert trainer.step == 3
     (tmp_path / "moved" / "00.txt").write_text("another caption")
     with pytest.raises(InputError, match="captions of this run are not those"):
-        start(again, *CONSTANT, "data.folder=moved", resume=True).set_up()
+        start(again, *CONSTANT, "data.folder=moved", resume=True)
 
 
 def test_another_length_of_prompts_in_the_model_is_another_training(tmp_path, run, start, tiny_folder):
@@ -139,7 +138,7 @@ def test_another_length_of_prompts_in_the_model_is_another_training(tmp_path, ru
     out = run(tmp_path / "out", *more)
     (folder / "latentfm.json").write_text('{"max_sequence_length": 12}')
     with pytest.raises(InputError, match="T5 lengths of this run are not those"):
-        start(out, *more, resume=True).set_up()
+        start(out, *more, resume=True)
 
 
 def test_sources_are_compared_without_their_places():

@@ -13,8 +13,8 @@ from torch import nn
 
 from latentfm.errors import InputError
 from latentfm.training.checkpoint import storage
-from latentfm.training.distributed.processes import Gathering, Late
-from latentfm.training.distributed.shards import Parts
+from latentfm.training.checkpoint.state import pack, unpack
+from latentfm.training.distributed.shards import Chunk, LocalShards
 from latentfm.training.optimizers.adamw import AdamW
 from latentfm.training.optimizers.ema import EMA
 
@@ -22,8 +22,8 @@ MAIN = SimpleNamespace(is_main_process=True, num_processes=1)
 
 
 def save(folder, step, tensors, info=None, **more):
-    late = {name: Late.of(value.dtype, value.shape, lambda value=value: value) for name, value in tensors.items()}
-    return storage.save(folder, step, late, info or {}, Gathering(MAIN, sharded=False), **more)
+    chunks = {name: Chunk(value, 0, value.shape) for name, value in tensors.items()}
+    return storage.save(folder, step, chunks, info or {}, MAIN, **more)
 
 
 def everything_in(folder):
@@ -46,7 +46,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 
 
 def test_a_large_state_lies_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentfm.training.distributed.processes.LARGEST_FILE", 1000)
+    monkeypatch.setattr("latentfm.training.checkpoint.storage.LARGEST_FILE", 1000)
     tensors = {str(i): torch.randn(200) for i in range(3)}
     path = save(tmp_path, 1, tensors)
     loaded, info = storage.load(path)
@@ -142,40 +142,40 @@ def test_a_restored_run_takes_the_same_steps(tmp_path, make, dtype):
         torch.manual_seed(1)
         module = nn.Linear(4, 3).to(dtype)
         groups = [{"params": [module.weight], "weight_decay": 0.1}, {"params": [module.bias], "weight_decay": 0.0}]
-        parts = Parts(module)
-        return module, parts, EMA(parts.parameters, 0.5), make(groups, lr=0.1)
+        shards = LocalShards(module)
+        return module, shards, EMA(shards.parameters, 0.5), make(groups, lr=0.1)
 
-    def step(module, parts, ema, optimizer, seed):
+    def step(module, shards, ema, optimizer, seed):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
         optimizer.zero_grad()
         module(x).square().sum().backward()
         optimizer.step()
-        ema.update(parts.parameters, seed + 1)
+        ema.update(shards.parameters, seed + 1)
 
     first = fresh()
     for seed in range(3):
         step(*first, seed)
-    path = storage.save(tmp_path, 3, storage.pack(*first[1:]), {}, Gathering(MAIN, sharded=False))
+    path = storage.save(tmp_path, 3, pack(*first[1:]), {}, MAIN)
     second = fresh()
-    storage.unpack(storage.load(path)[0], *second[1:])
+    unpack(storage.load(path)[0], *second[1:])
     for seed in range(3, 6):
         step(*first, seed)
         step(*second, seed)
-    expected, found = ({name: late.value() for name, late in storage.pack(*run[1:]).items()} for run in (first, second))
+    expected, found = ({name: chunk.value for name, chunk in pack(*run[1:]).items()} for run in (first, second))
     assert expected.keys() == found.keys() and len(expected) >= 10
     assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_a_state_of_other_parameters_is_refused_by_name(tmp_path):
-    parts = Parts(nn.Linear(2, 2))
-    ema, optimizer = EMA(parts.parameters, 0.5), torch.optim.AdamW(parts.parameters.values())
-    path = storage.save(tmp_path, 1, storage.pack(parts, ema, optimizer), {}, Gathering(MAIN, sharded=False))
+    shards = LocalShards(nn.Linear(2, 2))
+    ema, optimizer = EMA(shards.parameters, 0.5), torch.optim.AdamW(shards.parameters.values())
+    path = storage.save(tmp_path, 1, pack(shards, ema, optimizer), {}, MAIN)
     tensors = storage.load(path)[0]
-    other = Parts(nn.Linear(2, 2, bias=False))
+    other = LocalShards(nn.Linear(2, 2, bias=False))
     with pytest.raises(InputError, match=r"ema\.bias, model\.bias"):
-        storage.unpack(tensors, other, EMA(other.parameters, 0.5), torch.optim.AdamW(other.parameters.values()))
+        unpack(tensors, other, EMA(other.parameters, 0.5), torch.optim.AdamW(other.parameters.values()))
     with pytest.raises(InputError, match="nothing_like_it"):
-        storage.unpack(tensors | {"optimizer.exp_avg/nothing_like_it": tensors["model.bias"]}, parts, ema, optimizer)
+        unpack(tensors | {"optimizer.exp_avg/nothing_like_it": tensors["model.bias"]}, shards, ema, optimizer)
 
 
 def test_the_description_is_readable(tmp_path):
@@ -237,7 +237,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
 
         return read
 
-    for place in ("read_bytes", "checksum", "read_file"):
+    for place in ("read_bytes", "checksum", "read_chunks"):
         for error, kind in ((OSError(5, "Input/output error"), InputError), (MemoryError(), MemoryError)):
             with monkeypatch.context() as patch:
                 patch.setattr(storage, place, fails(error))

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from latentfm.errors import InputError
-from latentfm.training.distributed.processes import shared
+from latentfm.training.distributed.processes import find_by_all
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """at_once(world, work) -> what `shared` gives each of `world` processes, or the InputError it raises."""
+    """at_once(world, work) -> what `find_by_all` gives each of `world` processes, or the InputError it raises."""
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
 
     def run(world, work, items, name="pictures"):
         def one(rank):
             try:
-                return shared(SimpleNamespace(num_processes=world, process_index=rank), lambda own: work(rank, own), items, name)
+                return find_by_all(SimpleNamespace(num_processes=world, process_index=rank), lambda own: work(rank, own), items, name)
             except InputError as error:
                 return error
 
