@@ -48,7 +48,7 @@ from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
-from latentfm.training.weights import Weights
+from latentfm.training.weights import TrainedWeights
 from latentfm.words import count, shown
 
 
@@ -109,7 +109,7 @@ class Trainer:
                 max(self.lengths, key=self.lengths.get), setup.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
             ) if self.held_out else None  # fmt: skip
             self.data.release()
-            self.weights = Weights(self.models, config, accelerator, sorted(self.lengths))
+            self.weights = TrainedWeights(self.models, config, accelerator, sorted(self.lengths))
             frozen = {"frozen weights": self.weights.trained.base} if self.weights.trained.base else {}
             inputs = self.data.identity() | frozen | {"T5 lengths": ", ".join(map(str, sorted(self.lengths)))}
             self.identity = {"config": config.model_dump(mode="json"), "inputs": inputs}

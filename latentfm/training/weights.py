@@ -20,7 +20,7 @@ from latentfm.training.optimizers.ema import EMA
 from latentfm.training.optimizers.registry import learning_rate, make_optimizer
 
 
-class Weights:
+class TrainedWeights:
     """The network of `models` placed as the options and the launcher say: on the device, or split over the processes.
 
     lengths: the T5 lengths that a saved pipeline has null conditions for.

@@ -87,7 +87,7 @@ def check_goes_on(config: RunConfig) -> None:
     """As `check_options` of the newest checkpoint there is, for a look before a run; one that cannot be read is left to the run."""
     saved = storage.checkpoints(expanded(config.output.folder) / "checkpoints")
     if saved:
-        with suppress(storage.Damaged):
+        with suppress(storage.DamagedCheckpoint):
             check_options(saved[-1], storage.state_of(saved[-1]), config)
 
 

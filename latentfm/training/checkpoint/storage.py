@@ -174,7 +174,7 @@ def best(paths: list[Path]) -> Path | None:
     return min(losses, key=losses.get) if losses else None
 
 
-class Damaged(InputError):
+class DamagedCheckpoint(InputError):
     """What is in a checkpoint is not what was written."""
 
     def __init__(self, path: Path, what: str):
@@ -194,18 +194,18 @@ def reading_from(path: Path) -> Iterator[None]:
 def load(path: Path, verify: bool = True) -> tuple[Tensors, dict[str, Any]]:
     """(tensors, each read from its file when it is asked for; info) of a checkpoint.
 
-    Raises Damaged when its content is not what was written, by its checksums, InputError when it cannot be read now, which says nothing of
-    its content. With verify=False the files are not read for their checksums: somebody has just done so.
+    Raises DamagedCheckpoint when its content is not what was written, by its checksums, InputError when it cannot be read now, which says
+    nothing of its content. With verify=False the files are not read for their checksums: somebody has just done so.
     """
     info = state_of(path)
     with reading_from(path):
         try:
             files = {file.name: checksum(file) for file in state_files(path)} if verify else info["files"]
         except SpecialFile as error:
-            raise Damaged(path, str(error)) from error
+            raise DamagedCheckpoint(path, str(error)) from error
     if files != info["files"]:
         changed = sorted(name for name in files.keys() | info["files"].keys() if files.get(name) != info["files"].get(name))
-        raise Damaged(path, f"{', '.join(changed)}: not what was written")
+        raise DamagedCheckpoint(path, f"{', '.join(changed)}: not what was written")
     return tensors_of(path), info
 
 
@@ -221,15 +221,15 @@ def state_of(path: Path) -> dict[str, Any]:
         try:
             text = read_bytes(path / "state.json", JSON_BYTES)
         except (SpecialFile, TooLarge) as error:
-            raise Damaged(path, str(error)) from error
+            raise DamagedCheckpoint(path, str(error)) from error
     try:
         info = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, reason(error)) from error
+        raise DamagedCheckpoint(path, reason(error)) from error
     told = info.pop(CHECKSUM, None) if isinstance(info, dict) else None
     whole = isinstance(info, dict) and (told == of_state(info) or (told is None and is_old(info)))
     if not whole or not isinstance(info.get("files"), dict):
-        raise Damaged(path, "state.json: not what was written")
+        raise DamagedCheckpoint(path, "state.json: not what was written")
     return info
 
 
@@ -254,7 +254,7 @@ def newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
         try:
             load(path)
             return path
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             problem = error
             aside = path.rename(name_aside(path))
             tell(f"{error}; it is now called {aside.name}, going on from the one before")

@@ -20,7 +20,7 @@ MOST_STEP = 10**12
 Tell = Callable[[str], None]
 
 
-class Unread(Exception):
+class ReadFailed(Exception):
     """A file could not be read this time; what it holds is not known."""
 
 
@@ -52,11 +52,11 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def read_through(path: Path) -> Iterator[bytes]:
-    """As `lines_of`, but raises Unread where reading fails, which is not to be taken for a failure to write."""
+    """As `lines_of`, but raises ReadFailed where reading fails, which is not to be taken for a failure to write."""
     try:
         yield from lines_of(path)
     except OSError as error:
-        raise Unread(error.strerror) from error
+        raise ReadFailed(error.strerror) from error
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def keep_rows(path: Path, tell: Tell, step: float = math.inf) -> list[dict[str, 
                     damaged.append(line)
     except SpecialFile as error:
         set_aside(path, tell, str(error))
-    except (OSError, Unread) as error:  # a link to nowhere, or a disk that does not answer
+    except (OSError, ReadFailed) as error:  # a link to nowhere, or a disk that does not answer
         tell(f"warning: {shown(path)} cannot be read now ({reason(error)}); it is left as it is, and the run goes on")
         return []
     if damaged:

@@ -199,7 +199,7 @@ def test_any_letter_of_the_description_that_is_flipped_is_noticed(tmp_path):
     for place in places:
         other = chr(ord(text[place]) ^ int(rng.choice([1, 2, 4, 16])))
         (path / "state.json").write_text(text[:place] + other + text[place + 1 :])
-        with pytest.raises(storage.Damaged, match="move it away"):
+        with pytest.raises(storage.DamagedCheckpoint, match="move it away"):
             storage.load(path)
     (path / "state.json").write_text(json.dumps(json.loads(text), indent=3))  # laid out otherwise it says the same
     assert storage.load(path)[1]["inputs"] == {"pictures": "af"}
@@ -238,12 +238,18 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
         return read
 
     for place in ("read_bytes", "checksum", "read_chunks"):
+        for number in (5, 116, 2):  # an error of the disk, of a network's file system, and what is gone for a moment
+            with monkeypatch.context() as patch:
+                patch.setattr(storage, place, fails(OSError(number, os.strerror(number))))
+                with pytest.raises(InputError, match="cannot be read now"):
+                    storage.newest_whole(tmp_path, print)
+            assert [path.name for path in storage.checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
         for error, kind in ((OSError(5, "Input/output error"), InputError), (MemoryError(), MemoryError)):
             with monkeypatch.context() as patch:
                 patch.setattr(storage, place, fails(error))
                 with pytest.raises(kind) as caught:
                     storage.newest_whole(tmp_path, print)
-            assert not isinstance(caught.value, storage.Damaged)
+            assert not isinstance(caught.value, storage.DamagedCheckpoint)
             assert kind is MemoryError or "Input/output error. Nothing was renamed" in str(caught.value)
     assert storage.newest_whole(tmp_path, print) == path
 
@@ -256,7 +262,7 @@ def test_a_description_of_before_there_were_checksums_is_taken(tmp_path):
     assert storage.load(path)[1] == info
     for odd in (info | {"chfcksum": 1}, info | {"config": 5}, {name: info[name] for name in info if name != "data"}):
         (path / "state.json").write_text(json.dumps(odd))
-        with pytest.raises(storage.Damaged):
+        with pytest.raises(storage.DamagedCheckpoint):
             storage.load(path)
 
 
@@ -269,3 +275,27 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_is_s
     monkeypatch.setattr(storage.shutil, "rmtree", refuses)
     path = save(tmp_path, 2, {"a": torch.zeros(1)}, keep=1)
     assert storage.load(path) and "step-00000001 could not be removed: Permission denied" in capsys.readouterr().out
+
+
+def test_what_fails_after_a_checkpoint_is_in_place_does_not_make_it_unsaved(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 2, {"a": torch.zeros(1)})
+    save(tmp_path, 1, {"a": torch.zeros(1)}, keep=2)
+
+    def refuses(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentfm.files.shutil.rmtree", refuses)  # of what stood under the same name
+        path = save(tmp_path, 2, {"a": torch.ones(1)})
+    assert storage.load(path)[0]["a"].load() == 1 and storage.checkpoints(tmp_path)[-1] == path
+    monkeypatch.setattr(storage, "best", refuses)
+    assert storage.load(save(tmp_path, 3, {"a": torch.ones(1)}))
+    assert "could not be removed: Input/output error; what was saved since is whole" in capsys.readouterr().out
+
+
+def test_an_older_checkpoint_is_under_another_name_while_it_is_removed(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"a": torch.zeros(1)}, keep=1)
+    removed = []
+    monkeypatch.setattr(storage.shutil, "rmtree", lambda path: removed.append(path.name))
+    path = save(tmp_path, 2, {"a": torch.zeros(1)}, keep=1)
+    assert removed == ["step-00000001.partial"] and storage.checkpoints(tmp_path) == [path]

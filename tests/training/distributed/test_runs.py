@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,8 +75,16 @@ def test_several_processes_train_as_one(tmp_path, run, launch, mode, processes, 
     alone = [option for option in more if "accumulation" not in option]
     one, several = run(tmp_path / "one", *alone), tmp_path / "several"
     said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", mode=mode))
-    assert f"{processes} process(es) on cpu" in said
+    split = ", weights split by FSDP2" * (mode != "DDP") + ", on the CPU" * mode.endswith("CPU")
+    assert f"{processes} process(es) on cpu{split}, " in said
     same(one, several)
+    state = [file for file in storage.checkpoints(several / "checkpoints")[-1].iterdir() if file.is_file()]
+    assert {file.suffix for file in state} == {".json", ".safetensors"}
+    if mode != "DDP" and processes > 1:  # each process has written its share, at once
+        sizes = {file.name[:11]: file.stat().st_size for file in state if file.suffix == ".safetensors"}
+        assert sorted(sizes) == [f"shard-{rank:05d}" for rank in range(1, processes + 1)]
+        whole = (storage.checkpoints(one / "checkpoints")[-1] / "state.safetensors").stat().st_size
+        assert max(sizes.values()) < 0.8 * whole or "adapter" in str(more)  # of whose few numbers the names are the most
 
 
 def same(one, several):
@@ -130,3 +139,41 @@ def test_a_run_goes_on_with_other_numbers_of_processes_after_the_schedulers_sign
     assert column(parts, "count_by_t") == column(whole, "count_by_t")
     assert column(parts, "loss") == pytest.approx(column(whole, "loss"), rel=0, abs=1e-5)
     assert (parts / "model" / "model_index.json").is_file()
+
+
+STUCK = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from latentfm.training.distributed import launcher
+from latentfm.training.trainer import Trainer
+launcher.SECONDS_TO_NOTICE = 1.0
+step = Trainer.train_step
+def train_step(self, batches):
+    if self.step == 2 and self.accelerator.process_index == 1:
+        raise KeyError("broken")
+    if self.step == 2:
+        time.sleep(600)  # as in a collective that waits for the other
+    return step(self, batches)
+Trainer.train_step = train_step
+from latentfm.cli.main import main
+main()
+"""
+
+
+def test_an_error_of_one_process_ends_the_other_that_waits_for_it(tmp_path, options, environment):
+    """Without a launcher, which would end the others for it."""
+    program = tmp_path / "program.py"
+    program.write_text(STUCK.format(tests=str(ROOT / "tests")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(program), "train", *options(tmp_path / "out", "train.batch_size=8")]
+    ranks = [
+        subprocess.Popen(command, env=environment | meeting | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    other = ranks[1].communicate(timeout=120)[1]
+    ended = time.monotonic()
+    said = ranks[0].communicate(timeout=120)[1]
+    assert "KeyError: 'broken'" in other and ranks[0].returncode == 1 and time.monotonic() - ended < 15
+    assert "process 1 of 2: a process of this run ended by KeyError" in said and "--resume goes on" in said

@@ -15,7 +15,7 @@ from PIL import Image
 from latentfm.errors import InputError
 from latentfm.files import read_json
 from latentfm.training.checkpoint import claim as claim_room
-from latentfm.training.checkpoint.claim import NAME, Taken, claimed
+from latentfm.training.checkpoint.claim import NAME, FolderInUse, claimed
 from latentfm.training.distributed import launcher
 from latentfm.training.records import json_lines as rows
 from latentfm.training.records.json_lines import keep_rows, rows_of
@@ -252,7 +252,7 @@ def attempt(folder):
     try:
         with claimed(folder):
             return "admitted"
-    except Taken as error:
+    except FolderInUse as error:
         return str(error)
 
 
@@ -264,7 +264,7 @@ def test_of_two_that_meet_at_a_removal_one_is_admitted(tmp_path, monkeypatch):
 
     def lock(self, descriptor):
         if not third:
-            first.leave()
+            first.release()
             third.append(True)
         real(self, descriptor)
 
@@ -273,7 +273,7 @@ def test_of_two_that_meet_at_a_removal_one_is_admitted(tmp_path, monkeypatch):
     second.take()
     assert os.path.samestat(os.fstat(second.descriptor), (tmp_path / NAME).stat())
     assert "a run is writing to" in other_process(lambda: attempt(tmp_path))
-    second.leave()
+    second.release()
     assert not (tmp_path / NAME).exists() and other_process(lambda: attempt(tmp_path)) == "admitted"
 
 
@@ -294,7 +294,7 @@ def test_a_claim_whose_file_went_is_taken_again(tmp_path, capsys):
                 time.sleep(60)
         assert os.read(read, 1) == b"x"
         try:
-            with pytest.raises(Taken, match="a run is writing to .*run .process"):
+            with pytest.raises(FolderInUse, match="a run is writing to .*run .process"):
                 records.metrics({"step": 2})
         finally:
             os.kill(pid, 9)
@@ -347,14 +347,14 @@ def test_a_process_that_is_gone_is_seen_and_named(monkeypatch):
     peers = launcher.Peers.__new__(launcher.Peers)
     peers.rank, peers.places = 0, [(os.uname().nodename, os.getpid()), (os.uname().nodename, pid), ("elsewhere", 1)]
     said = r"process 1 of 3 \(pid \d+ on .*\) is gone, .* \(Read error \[1\]: Connection reset by peer\); --resume goes on"
-    with pytest.raises(InputError, match=said), peers.watched():
+    with pytest.raises(InputError, match=said), peers.lost_ones_named():
         raise RuntimeError("[/a/b/pair.cc:545] Read error [1]: Connection reset by peer")
     os.waitpid(pid, 0)
     peers.places = [*peers.places[:1], *peers.places[2:]]
-    with pytest.raises(InputError, match="a process of this run no longer answers on elsewhere"), peers.watched():
+    with pytest.raises(InputError, match="a process of this run no longer answers on elsewhere"), peers.lost_ones_named():
         raise ConnectionError("Connection closed")
     for error in (RuntimeError("a kernel died"), InputError("gloo"), KeyError("x")):
-        with pytest.raises(type(error)) as caught, peers.watched():
+        with pytest.raises(type(error)) as caught, peers.lost_ones_named():
             raise error
         assert caught.value is error
 
