@@ -53,6 +53,13 @@ def real_number(name: str, value: Any, meaning: str) -> float:
     return found
 
 
+def pair(name: str, value: Any) -> tuple[float, float]:
+    """`value` as two floats. Raises InputError for anything else."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InputError(f"{name} {told(value)} must be two numbers")
+    return real_number(name, value[0], "to begin with"), real_number(name, value[1], "to end with")
+
+
 def texts(name: str, value: Any) -> str | list[str] | None:
     """`value`: a text, a list of texts, or None. Raises InputError for anything else, and for text that is no valid Unicode."""
     if value is None or isinstance(value, str):

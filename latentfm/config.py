@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentfm import option_text
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
+from latentfm.optimizers import OPTIMIZERS
+from latentfm.sampling import Sampler, Schedule, Solver
 from latentfm.words import shown
 
 
@@ -85,7 +88,10 @@ class DataOptions(Section):
     t5_lengths: dict[int, float] | None = Field(
         None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
     )
-    cache: str = Field("~/.cache/latentfm", description="folder of VAE moments and prompt embeddings, shared by all runs")
+    cache: str = Field(
+        default_factory=lambda: user_cache_dir("latentfm", appauthor=False),
+        description="folder of VAE moments and prompt embeddings, shared by all runs; the system's own for caches if not given",
+    )
     cache_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the VAE's moments in the cache")
     verify: bool = Field(True, description="check every cached byte at the start; what is damaged later is found when it is read")
     online: bool = Field(False, description="no cache: encode pictures and captions at every step, VAE and encoders staying on the device")
@@ -123,9 +129,6 @@ class AdapterOptions(Section):
     )
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor", "prodigy", "lion")
-
-
 class TrainOptions(Section):
     """The optimisation."""
 
@@ -135,7 +138,9 @@ class TrainOptions(Section):
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
-    optimizer: Literal[OPTIMIZERS] = Field("adamw", description="prodigy finds its own rate: give it learning_rate 1; lion likes a tenth")
+    optimizer: Literal[tuple(OPTIMIZERS)] = Field(
+        "adamw", description="prodigy finds its own rate: give it learning_rate 1; lion likes a tenth"
+    )
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of matrices; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -200,7 +205,20 @@ class SampleOptions(Section):
     every: int = Field(200, ge=1, description="steps between pictures; they are also made before the first step and after the last")
     steps: int = Field(28, ge=1, le=MOST_STEPS)
     guidance: float = Field(3.0, ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)
+    solver: Solver = Field("euler", description="midpoint and heun cost twice, rk4 four times a step; euler_maruyama is an SDE's")
+    schedule: Schedule = Field("model", description="the times visited: model, the scheduler's own, or one of latentfm.flow.grids")
+    shift: float | None = Field(None, gt=0, le=1000, description="of a schedule other than model; the scheduler's if not given")
+    guidance_rule: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share by which contrast is brought back to the unguided one's")
+    guidance_interval: tuple[float, float] | None = Field(None, description="first and last t at which there is guidance, 0 noise, 1 data")
+    zero_init: int = Field(0, ge=0, description="first steps that stand still (CFG-Zero*)")
+    noise: float = Field(1.0, ge=0, le=2, description="strength of an SDE's noise; 0 is the ODE")
     seed: int = Field(0, ge=0, le=LAST_SEED - MOST_AT_ONCE)
+
+    @model_validator(mode="after")
+    def sampler_fits(self) -> "SampleOptions":
+        Sampler.of(self)
+        return self
 
 
 class OutputOptions(Section):

@@ -19,18 +19,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from latentfm import flow
-from latentfm.arguments import generators, names, real_number, tensor, texts, told, whole_number
+from latentfm.arguments import generators, names, pair, real_number, tensor, texts, told, whole_number
 from latentfm.bounds import MOST_STEPS, MOST_TOKENS
 from latentfm.errors import InputError
 from latentfm.interchange.pipelines import PipelineFiles
 from latentfm.models import vae as vae_room
+from latentfm.models.encoders import ENCODERS
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble, evaluating
 from latentfm.models.velocity import timesteps, velocity
-from latentfm.sampling import sampling_grid
+from latentfm.sampling import Sampler
 from latentfm.words import shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -88,7 +88,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
 
     def carriers(self) -> list[torch.nn.Module]:
         """The components that what their folder says goes with; the network's own word goes before the text encoders'."""
-        parts = (self.transformer, self.text_encoder_3, self.text_encoder_2, self.text_encoder)
+        parts = (self.transformer, *(getattr(self, kind.name) for kind in reversed(ENCODERS)))
         return [part for part in parts if part is not None]
 
     def say(self, said: Said) -> None:
@@ -119,8 +119,8 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         """The tokenizers and encoders as one; made anew at each use, so that replaced components count."""
         config = self.transformer.config
         return PromptEncoder(
-            (self.tokenizer, self.tokenizer_2, self.tokenizer_3),
-            (self.text_encoder, self.text_encoder_2, self.text_encoder_3),
+            [getattr(self, kind.tokenizer) for kind in ENCODERS],
+            [getattr(self, kind.name) for kind in ENCODERS],
             config.joint_attention_dim,
             config.pooled_projection_dim,
         )
@@ -163,6 +163,11 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def num_evaluations(self) -> int:
+        """How often the network was asked in the last call: once a step with Euler's method, a guided step counting once."""
+        return self._evaluations
+
+    @property
     def interrupt(self) -> bool:
         """Set pipe._interrupt = True in a step callback to keep the latents as they are from then on."""
         return self._interrupt
@@ -170,12 +175,11 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
     def prompt_warnings(self, prompts: list[str], max_sequence_length: int | None = None) -> list[str]:
         """One line for each encoder that would cut a prompt, with the words it would lose."""
         encoder, length = self.prompt_encoder, max_sequence_length or self.max_sequence_length
-        lengths = (encoder.clip_length, encoder.clip_length, length)
-        names = ("the first CLIP", "the second CLIP", "T5")
+        lengths = encoder.lengths(length)
         return [
-            f"prompt '{shown(text, SHOWN)}' is longer than the {lengths[i]:,} tokens {names[i]} reads; it loses '{shown(lost, SHOWN)}'"
-            for i in range(3)
-            if encoder.encoders[i] is not None
+            f"prompt '{shown(text, SHOWN)}' is longer than the {lengths[i]:,} tokens {kind.title} reads; it loses '{shown(lost, SHOWN)}'"
+            for i, (kind, _, network) in enumerate(encoder.rows())
+            if network is not None
             for text, lost in encoder.lost_text(i, prompts, lengths[i])
         ]
 
@@ -237,13 +241,24 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         callback_on_step_end: Callable[["LatentFMPipeline", int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         max_sequence_length: int | None = None,
+        solver: str = "euler",
+        schedule: str = "model",
+        shift: float | None = None,
+        guidance: str = "cfg",
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        zero_init: int = 0,
+        noise: float = 1.0,
+        reference: torch.nn.Module | None = None,
     ) -> StableDiffusion3PipelineOutput | tuple[list[Image.Image] | Tensor]:
-        """Generates pictures; the arguments are StableDiffusion3Pipeline's.
+        """Generates pictures; the arguments up to max_sequence_length are StableDiffusion3Pipeline's, with its picture.
 
         height, width: pixels, multiples of `size_multiple`. guidance_scale w: v_u + w (v_c - v_u); 1 or less is no guidance.
         negative_prompt: what the guidance moves away from, the null condition unless given. generator: one, or a list with
         one a picture. latents: the starting noise [B, C, height / f, width / f]. max_sequence_length: T5 tokens, padding
         included; the model's own unless given (stock diffusers' default is 256). output_type: "pil", "np", "pt" or "latent".
+        solver to noise: see `latentfm.sampling.Sampler`, by name. reference: the weaker network of guidance="autoguidance". The network's
+        evaluations are counted in `num_evaluations`.
         Raises InputError for arguments that cannot be used.
         """
         height = self.check_size("height", self.default_height if height is None else height)
@@ -252,7 +267,17 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         images_each = whole_number("num_images_per_prompt", num_images_per_prompt)
         length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
         length = whole_number("max_sequence_length", length, most=MOST_TOKENS)
-        guidance = real_number("guidance_scale", guidance_scale, "to guide with; 1 is no guidance, 3 to 7 is usual")
+        scale = real_number("guidance_scale", guidance_scale, "to guide with; 1 is no guidance, 3 to 7 is usual")
+        shift = None if shift is None else real_number("shift", shift, "to shift the times by")
+        interval = None if guidance_interval is None else pair("guidance_interval", guidance_interval)
+        sampler = Sampler(
+            steps, scale, solver, schedule, shift, guidance, real_number("guidance_rescale", guidance_rescale, "from 0 to 1"), interval,
+            whole_number("zero_init", zero_init, least=0), real_number("noise", noise, "from 0 to 2"),
+        )  # fmt: skip
+        if reference is not None and not isinstance(reference, torch.nn.Module):
+            raise InputError(f"reference must be a network, as another pipeline's transformer, not {told(reference)}")
+        if (reference is None) == (guidance == "autoguidance"):
+            raise InputError('guidance="autoguidance" and reference, the weaker network that it guides against, need each other')
         given, embeds, pooled = self.check_prompts("prompt", [prompt, prompt_2, prompt_3], prompt_embeds, pooled_prompt_embeds)
         negatives = [negative_prompt, negative_prompt_2, negative_prompt_3]
         negative_given = self.check_prompts("negative_prompt", negatives, negative_prompt_embeds, negative_pooled_prompt_embeds)
@@ -268,8 +293,8 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end must be a function, not {told(callback_on_step_end)}")
         wanted = names("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        self._guidance_scale, self._interrupt = guidance, False
-        guided = self.do_classifier_free_guidance
+        self._guidance_scale, self._interrupt, self._evaluations = scale, False, 0
+        guided = self.do_classifier_free_guidance and reference is None
         device = self._execution_device
 
         if embeds is None:
@@ -299,22 +324,29 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
             what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else told(latents)
             raise InputError(f"latents {what}, these arguments need floating-point ones of shape {shape}")
 
-        grid = sampling_grid(self.scheduler, steps, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
+        grid = sampler.grid(self.scheduler, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = steps
         state = joined(negative, condition) if guided else condition
-        precomputed = self.precompute(grid)
+        visited, moving_from = sampler.times(grid), grid[sampler.zero_init]
+        precomputed, networks = self.precompute(visited), () if reference is None else (reference,)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            if self._interrupt:
+            if self._interrupt or (sampler.zero_init and t < moving_from):
                 return torch.zeros_like(x)
+            self._evaluations += 1
+            guiding = self.do_classifier_free_guidance and sampler.guides_at(t)  # asked at each step, since a callback may end it
             with self.transformer_cache():
-                if not self.do_classifier_free_guidance:  # asked at each step, since a callback may end it
-                    return velocity(self.transformer, x, t, state, precomputed=precomputed)
-                both = velocity(self.transformer, torch.cat([x, x]), t, state, precomputed=precomputed)
-            unconditional, conditional = both.chunk(2)
-            return flow.classifier_free(conditional, unconditional, self._guidance_scale)
+                if guiding and reference is None:
+                    weaker, conditional = velocity(self.transformer, torch.cat([x, x]), t, state, precomputed=precomputed).chunk(2)
+                else:
+                    rows = state if len(state.embeds) == len(x) else last_rows(state, len(x))
+                    conditional = velocity(self.transformer, x, t, rows, precomputed=precomputed if rows is state else None)
+            if not guiding:
+                return conditional
+            weaker = weaker if reference is None else velocity(reference, x, t, state)
+            return sampler.guided(conditional, weaker, x, t, self._guidance_scale)
 
-        with self.progress_bar(total=steps) as bar, evaluating(self.transformer, self.vae):
+        with self.progress_bar(total=steps) as bar, evaluating(self.transformer, self.vae, *networks):
 
             def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
                 nonlocal state, precomputed
@@ -324,25 +356,25 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                 if callback_on_step_end is None:
                     return None
                 tensors = {"latents": x, "prompt_embeds": state.embeds, "pooled_prompt_embeds": state.pooled}
-                answer = callback_on_step_end(self, i, 1000.0 * (1.0 - grid[i]), {name: tensors[name] for name in wanted}) or {}
+                answer = callback_on_step_end(self, i, timesteps(grid[i]), {name: tensors[name] for name in wanted}) or {}
                 if not isinstance(answer, dict):
                     raise InputError(f"callback_on_step_end must return a dict of tensors or nothing, not {told(answer)}")
                 before = state
                 state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
                 if state.embeds is not before.embeds or state.pooled is not before.pooled:
-                    precomputed = self.precompute(grid)
+                    precomputed = self.precompute(visited)
                 return answer.get("latents")
 
-            latents = flow.integrate(field, latents.to(device), grid, on_step=on_step, host_times=True)
+            latents = sampler.integrate(field, latents.to(device), grid, generator, on_step)
             images = latents
             if output_type != "latent":
                 images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
-    def precompute(self, grid: Tensor) -> Precomputed | None:
-        """What an MMDiT will compute once for the whole grid of times; None for another network."""
-        return Precomputed(timesteps(grid[:-1])) if isinstance(self.transformer, MMDiT) else None
+    def precompute(self, times: Tensor) -> Precomputed | None:
+        """What an MMDiT will compute once for all the times it is asked at; None for another network."""
+        return Precomputed(timesteps(times)) if isinstance(self.transformer, MMDiT) else None
 
     def transformer_cache(self) -> AbstractContextManager[None]:
         """The context diffusers' feature caches (transformer.enable_cache) work in; nothing where none is on."""
@@ -385,6 +417,11 @@ def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | No
 def repeated(condition: Condition, times: int, device: torch.device) -> Condition:
     """Each row `times` times, next to each other, on `device`."""
     return Condition(*(v.to(device).repeat_interleave(times, dim=0) for v in (condition.embeds, condition.pooled)))
+
+
+def last_rows(condition: Condition, count: int) -> Condition:
+    """The last `count` rows: of a guided batch, those of the prompts."""
+    return Condition(condition.embeds[-count:], condition.pooled[-count:])
 
 
 def joined(first: Condition, second: Condition) -> Condition:

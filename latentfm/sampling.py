@@ -1,23 +1,160 @@
-"""The times that sampling visits, as a pipeline's own scheduler has them."""
+"""How a picture is drawn from noise: a solver, the times that it visits and a rule of guidance, each by its name in latentfm.flow.
 
-from typing import Any
+The names stand here without torch, so that options and `--help` know them at once; `latentfm.flow` holds what they mean.
+"""
 
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from latentfm.errors import InputError
+from latentfm.errors import InputError, nearest
 from latentfm.words import shortened, shown
 
-OWN = FlowMatchEulerDiscreteScheduler
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from latentfm.config import SampleOptions
+
+Solver = Literal["euler", "midpoint", "heun", "rk4", "adams_bashforth2", "dormand_prince", "euler_maruyama", "stochastic_heun"]
+Schedule = Literal["model", "uniform", "diffusers", "karras", "beta"]
+Guidance = Literal["cfg", "cfg_zero_star", "apg", "autoguidance"]
 
 
-def sampling_grid(scheduler: Any, steps: int, tokens: int) -> Tensor:
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn. The defaults are StableDiffusion3Pipeline's: Euler's method on the model's own schedule, guided by CFG.
+
+    num_inference_steps: intervals of the schedule. The network is evaluated as often by euler, adams_bashforth2 and euler_maruyama, twice
+        as often by midpoint, heun and stochastic_heun, four times by rk4, and as its tolerance needs by dormand_prince.
+    guidance_scale: w; 1 or less is no guidance.
+    solver: of flow.ode, or of flow.sde, which draws fresh noise at each step.
+    schedule: "model", the times that the model's own scheduler visits, or one of flow.grids.
+    shift: of a schedule of flow.grids (flow.shift_sigma); the scheduler's own if None.
+    guidance: a rule of flow.guidance. "autoguidance" needs a weaker network to guide against.
+    guidance_rescale: phi, the share by which the guided velocity is brought back to the conditional one's deviation (flow.rescale).
+    guidance_interval: the first and last t (0 noise, 1 data) at which there is guidance (flow.interval); everywhere if None.
+    zero_init: so many first steps stand still (flow.zero_before).
+    noise: the scale of an SDE's diffusion coefficient sqrt(1 - t); 0 is the ODE.
+
+    Raises InputError for a name that does not exist and for a number out of its range.
+    """
+
+    num_inference_steps: int = 28
+    guidance_scale: float = 7.0
+    solver: Solver = "euler"
+    schedule: Schedule = "model"
+    shift: float | None = None
+    guidance: Guidance = "cfg"
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    zero_init: int = 0
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("solver", self.solver, get_args(Solver)),
+            ("schedule", self.schedule, get_args(Schedule)),
+            ("guidance", self.guidance, get_args(Guidance)),
+        ):
+            if value not in known:
+                raise InputError(f"no {what} {shown(repr(value), 60)}{nearest(str(value), known)}; there are {', '.join(known)}")
+        if self.shift is not None and self.schedule == "model":
+            raise InputError(f"shift {self.shift:g} needs a schedule of its own, as schedule 'uniform'; 'model' follows the scheduler's")
+        if self.shift is not None and not 0 < self.shift <= 1000:
+            raise InputError(f"shift {self.shift:g} must be above 0 and at most 1000; 1 is even steps, SD3 takes 3")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise InputError(f"guidance_rescale {self.guidance_rescale:g} is no share from 0 to 1; 0.7 is usual")
+        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
+            raise InputError(f"guidance_interval {self.guidance_interval} must be a first and a last t, 0 noise and 1 data, as (0.1, 0.8)")
+        if not 0 <= self.zero_init < self.num_inference_steps:
+            raise InputError(f"zero_init {self.zero_init} must be fewer than the {self.num_inference_steps} steps")
+        if not 0 <= self.noise <= 2:
+            raise InputError(f"noise {self.noise:g} is no strength from 0, the ODE, to 2")
+
+    @classmethod
+    def of(cls, options: "SampleOptions") -> "Sampler":
+        """The sampler of a training's own pictures."""
+        return cls(
+            options.steps, options.guidance, options.solver, options.schedule, options.shift, options.guidance_rule,
+            options.guidance_rescale, options.guidance_interval, options.zero_init, options.noise,
+        )  # fmt: skip
+
+    def unusual(self) -> dict[str, Any]:
+        """What differs from the default besides steps and scale, by the name that options have for it: for a picture's settings."""
+        given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)[2:]}
+        return {"guidance_rule" if name == "guidance" else name: value for name, (value, default) in given.items() if value != default}
+
+    def grid(self, scheduler: Any, tokens: int) -> "Tensor":
+        """The times t of the steps, [steps + 1] from about 0 to 1. `tokens` [int]: of the image, for schedulers that shift by them."""
+        if self.schedule == "model":
+            return scheduler_grid(scheduler, self.num_inference_steps, tokens)
+        from latentfm import flow
+
+        shift = self.shift or scheduler.config.get("shift") or 1.0
+        return flow.GRIDS[self.schedule](self.num_inference_steps, shift)
+
+    def guides_at(self, t: "Tensor") -> bool:
+        """Whether there is guidance at the time t, a scalar."""
+        return self.guidance_interval is None or self.guidance_interval[0] <= float(t) <= self.guidance_interval[1]
+
+    def guided(self, conditional: "Tensor", weaker: "Tensor", x: "Tensor", t: "Tensor", scale: float) -> "Tensor":
+        """The guided velocity at (x, t) by the rule, rescaled; the two velocities [B, ...] are at (x, t)."""
+        from latentfm import flow
+
+        velocity = flow.RULES[self.guidance](conditional, weaker, x, t, scale)
+        return flow.rescale(velocity, conditional, self.guidance_rescale) if self.guidance_rescale else velocity
+
+    def integrate(
+        self,
+        field: "Callable[[Tensor, Tensor], Tensor]",
+        x: "Tensor",
+        grid: "Tensor",
+        generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
+        on_step: "Callable[[int, Tensor, Tensor], Tensor | None] | None" = None,
+    ) -> "Tensor":
+        """The state at the end of the grid, given x at its beginning; field and on_step as flow.integrate has them, with times on the host.
+
+        generator: of an SDE's noise. Raises InputError where the steps are too long for it.
+        """
+        from latentfm import flow
+
+        if self.solver not in flow.SCHEMES:
+            solver = flow.DormandPrince() if self.solver == "dormand_prince" else flow.SOLVERS[self.solver]()
+            return flow.integrate(field, x, grid, solver, on_step, host_times=True)
+        diffusion, scheme = flow.PowerOfBeta(self.noise), flow.SCHEMES[self.solver]()
+        try:
+            return flow.integrate_sde(field, x, grid, diffusion, generator, scheme, on_step=on_step, host_times=True)
+        except ValueError as error:
+            raise error if isinstance(error, InputError) else InputError(f"{self.solver}: {error}") from error
+
+    def times(self, grid: "Tensor") -> "Tensor":
+        """Every time that `integrate` asks the field at, once, in order; a solver that chooses its own adds to them as it goes."""
+        import torch
+
+        if self.solver == "dormand_prince":
+            return grid
+        seen: list[float] = []
+
+        def recording(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append(t.item())
+            return x
+
+        self.integrate(recording, torch.zeros(1), grid, torch.Generator())
+        return torch.tensor(list(dict.fromkeys(seen)))
+
+
+def scheduler_grid(scheduler: Any, steps: int, tokens: int) -> "Tensor":
     """The times t of `steps` Euler steps, [steps + 1] from about 0 to 1: those that a scheduler visits.
 
     It is asked for its sigmas, so that all of its configuration counts. `tokens` is the number of image tokens, for schedulers whose
     shift depends on it. Raises InputError for a scheduler that steps in another way, or counts time in another way than the network.
     """
-    own_step = getattr(type(scheduler), "step", None) is OWN.step and "step" not in vars(scheduler)
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from latentfm.models.velocity import times
+
+    own_step = getattr(type(scheduler), "step", None) is FlowMatchEulerDiscreteScheduler.step and "step" not in vars(scheduler)
     if not own_step or scheduler.config.get("stochastic_sampling"):
         raise InputError(f"this {type(scheduler).__name__} does not fit; use a FlowMatchEulerDiscreteScheduler, not stochastic")
     config, extra = scheduler.config, {}
@@ -38,4 +175,4 @@ def sampling_grid(scheduler: Any, steps: int, tokens: int) -> Tensor:
     if apart > 0.01:
         count = config.get("num_train_timesteps")
         raise InputError(f"the scheduler counts time to {count} (num_train_timesteps), the network to 1000; use one that does too")
-    return 1.0 - sigmas
+    return times(sigmas)

@@ -62,7 +62,7 @@ def test_its_files() -> None:
         with safe_open(weights, framework="pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, component  # noqa: SIM118
     card = (folder / "README.md").read_text("utf-8")
-    assert all(word in card for word in ("Apache-2.0", "MIT", "CC BY 4.0", "seed", "build_emoji.py"))
+    assert all(word in card for word in ("Apache-2.0", "MIT", "CC BY 4.0", "seed", "build.py"))
 
 
 def test_the_saved_null_condition_is_that_of_its_encoders_and_is_read(pipe: LatentFMPipeline, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The options of a run: what is accepted, what is refused and how, and that each of them is read."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def test_nothing_leaves_a_text_unset_and_null_any_other_option():
         config("data.cache=")
 
 
+def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert sys.platform != "linux" or config().data.cache == str(tmp_path / "latentfm")
+    assert config("data.cache=~/mine").data.cache == "~/mine"
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -103,6 +110,8 @@ OUT_OF_RANGE = [
     "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
     "data.folder=", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
     "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
+    "sample.solver=huen", "sample.schedule=linear", "sample.shift=0", "sample.guidance_rule=autoguidance", "sample.guidance_rescale=1.1",
+    "sample.guidance_interval=[0.5]", "sample.guidance_interval=0.5", "sample.zero_init=-1", "sample.noise=2.1",
     "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
 ]  # fmt: skip
 

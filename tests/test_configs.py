@@ -199,10 +199,10 @@ def slurm(tmp_path, monkeypatch):
     """slurm(training, *arguments, stop) -> (exit code, lines of the log, output) of the script; `stop` sends SIGUSR1 to it on the way."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE)):
+    python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'  # a link would be the Python outside its virtual environment
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE), ("python", python)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    (programs / "python").symlink_to(sys.executable)
     config = tmp_path / "run.yaml"
     config.write_text(f"data: {{folder: {tmp_path}}}\noutput: {{folder: {tmp_path / 'run'}}}\n")
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from latentfm import LatentFMPipeline
-from latentfm.cli.generate import fingerprint
+from latentfm.drawing import fingerprint
 from latentfm.interchange.components import load_text_encoders, read_null
 from latentfm.interchange.lora import open_adapter, write_peft
 from latentfm.interchange.weights import completed, load_part, load_transformer, open_weights

@@ -15,10 +15,12 @@ PACKAGE = Path(latentfm.__file__).parent
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "open_clip", "peft", "PIL", "pydantic", "yaml", "typer", "rich"}
 
 # What each room may import besides itself; "*" is everything. `latentfm` itself is the version and the lazy public names.
-LEAVES = {"errors", "files", "words", "bounds", "arguments", "bundled", "pictures"}
+LEAVES = {"errors", "files", "words", "bounds", "arguments", "bundled", "pictures", "randomness", "optimizers"}
 MAY_IMPORT = {
     "errors": set(),
     "words": set(),
+    "randomness": set(),
+    "optimizers": set(),
     "files": {"errors", "words"},
     "bounds": set(),
     "arguments": {"errors", "words"},
@@ -27,14 +29,15 @@ MAY_IMPORT = {
     "quantised": set(),
     "__init__": {"quantised"},
     "option_text": {"errors", "words"},
-    "config": LEAVES | {"option_text"},
+    "config": LEAVES | {"option_text", "sampling"},
     "flow": set(),
     "models": LEAVES | {"flow"},
     "interchange": LEAVES | {"models"},
     "data": LEAVES | {"flow", "models"},
-    "sampling": {"errors", "words"},
+    "sampling": {"errors", "words", "flow", "models", "config"},
     "pipeline": LEAVES | {"flow", "models", "interchange", "sampling"},
-    "training": LEAVES | {"flow", "models", "interchange", "data", "pipeline", "config"},
+    "drawing": LEAVES | {"models", "pipeline"},
+    "training": LEAVES | {"flow", "models", "interchange", "data", "sampling", "pipeline", "config"},
     "evaluation": LEAVES | {"flow", "models", "data", "pipeline"},
     "cli": {"*"},
     "web": {"*"},

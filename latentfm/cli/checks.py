@@ -78,19 +78,22 @@ def check_folder_can_be_written(folder: Path) -> None:
         raise InputError(f"--out {folder}: no permission to write in {existing}; give another folder")
 
 
-def model_folder(model: Path | None) -> Path:
-    """The pipeline folder to load. Raises InputError when it is missing, or when the pipeline is a folder further down."""
+def model_folder(model: Path | None, option: str = "--model") -> Path:
+    """The pipeline folder that `option` names, the bundled one if none.
+
+    Raises InputError when it is missing, or when the pipeline is a folder further down.
+    """
     if model is None:
         from latentfm.bundled import bundled_model
 
         return bundled_model()
     if not model.is_dir():
         what = "is a file" if model.exists() else "does not exist"
-        raise InputError(f"--model {model} {what}; give a pipeline folder (with a model_index.json), saved by latentfm or diffusers")
+        raise InputError(f"{option} {model} {what}; give a pipeline folder (with a model_index.json), saved by latentfm or diffusers")
     if not (model / "model_index.json").is_file():
         below = sorted(index.parent for pattern in ("*", "*/*") for index in model.glob(f"{pattern}/model_index.json"))
         if below:
-            raise InputError(f"--model {model} has no model_index.json; did you mean {below[-1]}?")
+            raise InputError(f"{option} {model} has no model_index.json; did you mean {below[-1]}?")
     return model
 
 

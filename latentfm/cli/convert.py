@@ -13,6 +13,7 @@ import typer
 from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
 from latentfm.errors import InputError
+from latentfm.models.encoders import TEXT
 from latentfm.words import count, shown
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float16", "bfloat16", "float32")
 NAMINGS = ("original", "diffusers")
-GROUPS = {"transformer": ("transformer",), "vae": ("vae",), "text": ("text_encoder", "text_encoder_2", "text_encoder_3")}
+GROUPS = {"transformer": ("transformer",), "vae": ("vae",), "text": TEXT}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SHARD_SIZE = "10GB"
 

@@ -1,13 +1,10 @@
 """`latentfm generate`: pictures from prompts. Everything that can be checked without a model is checked before one is loaded."""
 
-import hashlib
-import importlib.metadata
-import os
-import re
 import secrets
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -25,16 +22,14 @@ from latentfm.cli.checks import (
     wanted_prompts,
 )
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
+from latentfm.drawing import add_adapters, choose_attention, contact_sheet, draw, fingerprint, load, move, save, slug, versions
 from latentfm.errors import InputError
+from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.words import count as count_of
 from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
     from rich.progress import Progress
-
-    from latentfm.pipeline import LatentFMPipeline
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,7 +37,6 @@ ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers"
 ENOUGH = 16  # pictures that could not be drawn: so many are told, and no more are tried where none could be
 MOST_IN_SHEET = 1000  # characters of a prompt in the settings of a contact sheet
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
-PIECES, PIECE_BYTES = 64, 4096  # what the fingerprint reads of each large file
 
 
 def generate(
@@ -62,6 +56,28 @@ def generate(
     guidance: Annotated[
         float, typer.Option(help="How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal.")
     ] = 3.0,
+    solver: Annotated[
+        Solver, typer.Option(metavar="NAME", help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step.")
+    ] = "euler",
+    schedule: Annotated[
+        Schedule, typer.Option(metavar="NAME", help=f"The times that the steps visit: {', '.join(get_args(Schedule))}.")
+    ] = "model",
+    shift: Annotated[
+        float | None, typer.Option(help="Of a --schedule other than model: above 1 spends more steps near noise.", show_default=False)
+    ] = None,
+    guidance_rule: Annotated[
+        Guidance, typer.Option(metavar="NAME", help=f"{', '.join(get_args(Guidance))}; the last needs --reference.")
+    ] = "cfg",
+    guidance_rescale: Annotated[float, typer.Option(help="Share, 0 to 1, by which guidance's contrast is taken back; 0.7 is usual.")] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="First and last t at which there is guidance: 0 is noise, 1 the picture.", show_default=False),
+    ] = None,
+    zero_init: Annotated[int, typer.Option(help="So many first steps stand still, as with CFG-Zero*.")] = 0,
+    noise: Annotated[float, typer.Option(help="Strength of the noise of euler_maruyama and stochastic_heun.")] = 1.0,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of a weaker model of this kind, which autoguidance steers away from.", show_default=False)
+    ] = None,
     negative: Annotated[
         str | None, typer.Option(help="What to steer away from (needs guidance above 1). Default: no prompt at all.", show_default=False)
     ] = None,
@@ -103,6 +119,13 @@ def generate(
         check_at_most({"--grid of pictures,": (count, MOST_AT_ONCE)})
     if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
         raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
+    sampler = Sampler(
+        steps, guidance, solver, schedule, shift, guidance_rule, guidance_rescale, guidance_interval, zero_init, noise
+    )
+    if (reference is None) == (guidance_rule == "autoguidance"):
+        raise InputError("--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
+    if solver == "dormand_prince":
+        batch = 1  # its steps suit the mean of a batch
     if seed is not None and not 0 <= seed <= LAST_SEED - (count - 1):
         raise InputError(f"--seed {seed} is out of range: {count} pictures need a seed from 0 to {LAST_SEED - (count - 1)}")
     if negative is not None:
@@ -130,6 +153,7 @@ def generate(
         pipe = load(folder, kind, verify)
         add_adapters(pipe, adapters, verify)
         choose_attention(pipe, attention, chosen)
+        weaker = None if reference is None else load(model_folder(reference, "--reference"), kind, verify, "--reference").transformer
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         check_size(width, height, pipe.size_multiple, pipe.max_side)
         for line in pipe.prompt_warnings(list(dict.fromkeys([*texts, negative or ""]))):
@@ -143,6 +167,8 @@ def generate(
             "negative_prompt": negative or "",
             "steps": steps,
             "guidance": guidance,
+            **sampler.unusual(),
+            **({"reference": str(reference)} if reference else {}),
             "width": width,
             "height": height,
             "model": str(model) if model else "bundled",
@@ -158,9 +184,12 @@ def generate(
 
         bar.update(task, description="drawing", total=count * steps)
         move(pipe, chosen)
+        arguments = {"negative_prompt": negative or None, "height": height, "width": width, **asdict(sampler)}
+        if weaker is not None:
+            arguments["reference"] = weaker.to(chosen)
         for start in range(0, count, batch):
             part = [(texts[index // number], seed + index) for index in range(start, min(start + batch, count))]
-            images = draw(pipe, part, settings, bar, task)
+            images = draw(pipe, part, arguments, lambda pictures: bar.advance(task, pictures))
             bar.update(task, completed=(start + len(part)) * steps)
             with uninterrupted():  # what is drawn is saved, and told
                 for (text, picture_seed), image in zip(part, images, strict=True):
@@ -202,175 +231,3 @@ class Failures:
             raise self.first
         if self.first is not None:
             raise InputError(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")
-
-
-def load(folder: Path, dtype: str, verify: bool = False) -> "LatentFMPipeline":
-    """The pipeline in `folder`, on the CPU; with `verify` once every byte is what was saved. Raises InputError when it cannot be read."""
-    import torch
-
-    from latentfm.files import reading
-    from latentfm.pipeline import LatentFMPipeline
-
-    with reading(f"--model {shown(folder)}", "its copy may be incomplete or damaged"):
-        pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = False) -> None:
-    """Merges LoRA adapters into the network's weights. Raises InputError for one that is none, or of another network."""
-    from latentfm.files import reading
-
-    names = [f"adapter_{number}" for number in range(len(paths))]
-    for name, path in zip(names, paths, strict=True):
-        try:
-            with reading(path, "it does not fit this model"):
-                pipe.load_lora_weights(path, adapter_name=name, verify=verify)
-        except InputError as error:
-            raise InputError(f"--lora {shown(path)}: {error}") from error
-    if paths:
-        pipe.set_adapters(names)
-        pipe.fuse_lora(adapter_names=names)
-        pipe.unload_lora_weights()
-
-
-def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device") -> None:
-    """Has the backend `name` compute the attention. Raises InputError when it is not installed or cannot work on `device`."""
-    from latentfm.models.backends import check_backend
-
-    config = pipe.transformer.config
-    check_backend(name, config.num_attention_heads, config.attention_head_dim, device, pipe.transformer.dtype)
-    pipe.transformer.set_attention(name)
-
-
-def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
-    """Puts the model on `device`; InputError when it does not fit."""
-    import torch
-
-    try:
-        pipe.to(device)
-        pipe.transformer.fuse_qkv_projections()
-        pipe.vae.enable_slicing()  # decoding a whole batch at once is the peak of memory, and no faster
-    except torch.OutOfMemoryError:
-        raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
-
-
-def draw(
-    pipe: "LatentFMPipeline", part: list[tuple[str, int]], settings: dict, bar: "Progress", task: int
-) -> "list[Image.Image | InputError]":
-    """The pictures of `part`, a list of (prompt, seed): one batch. Each picture's noise comes from its own seed, drawn on the CPU.
-
-    In the place of a picture that cannot be drawn stands why: its latents are no numbers, or the memory does not suffice for it alone.
-    """
-    import torch
-
-    lost: set[int] = set()
-
-    def after_step(pipe: "LatentFMPipeline", step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        bar.advance(task, len(part))
-        if step < settings["steps"] - 1:
-            return {}
-        finite = torch.isfinite(tensors["latents"]).flatten(1).all(dim=1)
-        lost.update(row for row, good in enumerate(finite.tolist()) if not good)
-        return {"latents": torch.where(finite.view(-1, 1, 1, 1), tensors["latents"], 0.0)}  # so that the others are decoded
-
-    try:
-        images = pipe(
-            prompt=[text for text, _ in part],
-            negative_prompt=settings["negative_prompt"] or None,
-            height=settings["height"],
-            width=settings["width"],
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance"],
-            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
-            output_type="pil",
-            callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=["latents"],
-        ).images
-    except (InputError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, InputError) and not is_lack_of_memory(error):
-            raise
-        problem = error if isinstance(error, InputError) else InputError("out of memory with one picture at a time: use a smaller --size")
-    else:
-        way_out = "use --dtype float32" if settings["dtype"] != "float32" else "try a lower --guidance; else its weights are damaged"
-        no_numbers = InputError(f"the model's latents are not finite numbers in {settings['dtype']}: {way_out}")
-        return [no_numbers if row in lost else image for row, image in enumerate(images)]
-    if len(part) == 1:
-        return [problem]
-    half = len(part) // 2  # out here the error no longer holds on to what had been allocated; a batch changes no picture
-    return [picture for few in (part[:half], part[half:]) for picture in draw(pipe, few, settings, bar, task)]
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """Whether an exception tells that memory did not suffice; torch has no class of its own for the CPU's."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def contact_sheet(images: "list[Image.Image]", pictures: list[tuple[str, int]], number: int, prompts: int) -> "Image.Image":
-    """The contact sheet of (prompt, seed) pictures, labelled by prompt; by seed when all prompts are the same.
-
-    A row a prompt where its `number` pictures fit one, and all pictures of all prompts are there.
-    """
-    from latentfm.pictures import grid
-
-    if prompts == 1:
-        return grid(images, labels=[f"seed {seed}" for _, seed in pictures])
-    columns = number if 1 < number <= 12 and len(images) == number * prompts else None
-    return grid(images, columns=columns, labels=[text or "(empty prompt)" for text, _ in pictures])
-
-
-def save(image: "Image.Image", folder: Path, stem: str, settings: dict) -> Path:
-    """The path of the saved picture. Raises InputError when the disk refuses it."""
-    from latentfm.pictures import save_png
-
-    try:
-        return save_png(image, folder, stem, settings)
-    except OSError as error:
-        raise InputError(f"cannot write a picture into {folder}: {error.strerror or error}; the finished ones are kept") from error
-
-
-def slug(prompt: str) -> str:
-    """The prompt as part of a file name: words joined by hyphens, at most 80 bytes."""
-    words = re.sub(r"[\W_]+", "-", prompt[:1000].lower()).strip("-")
-    try:
-        os.fsencode(words)
-    except UnicodeEncodeError:  # a file system of another encoding
-        words = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
-    return words.encode()[:80].decode(errors="ignore").strip("-") or ("picture" if prompt.strip() else "empty-prompt")
-
-
-def fingerprint(folder: Path) -> str:
-    """12 hex digits that tell models apart: a hash over the files' names, sizes and evenly spaced pieces of their contents.
-
-    Reads at most 256 kB of each file, so it is instant for any model. Retrained weights differ nearly everywhere, hence in it.
-    """
-    from latentfm.files import open_file, read_json, reading
-    from latentfm.models.folder import COMPONENT
-    from latentfm.models.stored import names_in
-
-    hashed = hashlib.sha256()
-    index = read_json(folder / "model_index.json")
-    components = sorted(name for name in index if COMPONENT.fullmatch(name) and (folder / name).is_dir())
-    names = ["model_index.json", *(f"{part}/{name}" for part in components for name in names_in(folder / part))]
-    for name in names:
-        if (folder / name).is_dir():
-            continue
-        with reading(folder / name), open_file(folder / name) as content:
-            size = os.fstat(content.fileno()).st_size
-            hashed.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
-            if size <= PIECES * PIECE_BYTES:
-                hashed.update(content.read())
-                continue
-            for piece in range(PIECES):
-                content.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
-                hashed.update(content.read(PIECE_BYTES))
-    return hashed.hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    """The versions of latentfm, torch and diffusers, by name; imports none of them."""
-    from latentfm import __version__
-
-    return {"latentfm": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "diffusers")}}

@@ -134,7 +134,7 @@ def root(
 ) -> None:
     """Pictures from words: train and sample latent flow-matching models in the Stable Diffusion 3 style."""
     if version:
-        from latentfm.cli.generate import versions
+        from latentfm.drawing import versions
 
         print(f"latentfm {versions()['latentfm']}")
         raise typer.Exit()

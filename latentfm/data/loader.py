@@ -6,7 +6,6 @@ process's share ahead.
 """
 
 import gc
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,23 +25,13 @@ from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable, bounds_of, choose
 from latentfm.errors import InputError
+from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
+from latentfm.randomness import generator, seed_of, uniform
 
-ENCODERS = ("clip_1", "clip_2", "t5")
 AHEAD = 4  # batches that each loader process reads ahead
 
 Request = tuple[Sequence[Member], int]  # the members of a micro-batch, and how many T5 tokens it has
-
-
-def generator_for(seed: int, epoch: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on exactly these three."""
-    return torch.Generator().manual_seed(generator_seed(seed, epoch, name))
-
-
-def generator_seed(seed: int, epoch: int, name: str) -> int:
-    """The seed of `generator_for`, below 2^63."""
-    digest = hashlib.blake2b(f"{seed}\0{epoch}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -134,37 +123,42 @@ class Draws:
     def make(self, table: SampleTable, members: Sequence[Member], shape: tuple[int, int, int]) -> tuple[Batch, list[int], list[bool]]:
         """(a batch without pictures and prompts, the number of each one's caption, whether each is flipped) for latents of `shape`.
 
-        The order of a member's draws makes runs repeatable: seven uniform numbers (caption, flip, joint dropout, dropout of
-        three encoders, t), the VAE's noise, eps, and last the kept tokens, so that routing changes none of the others.
+        A member's draws are those of `randomness` for its purposes, its epoch, and its id and turn.
         """
-        count = len(members)
-        uniform, vae_noise, eps = torch.empty(count, 7), torch.empty(count, *shape), torch.empty(count, *shape)
         ids = [table.ids[index] for _, index, _ in members]
-        generator, kept = torch.Generator(), []
-        for row, ((epoch, _, turn), name) in enumerate(zip(members, ids, strict=True)):
-            generator.manual_seed(generator_seed(self.seed, epoch, f"{name}\0{turn}" if turn else name))
-            torch.rand(7, generator=generator, out=uniform[row])
-            torch.randn(shape, generator=generator, out=vae_noise[row])
-            torch.randn(shape, generator=generator, out=eps[row])
-            if self.routing:
-                kept.append(self.routing.draw(*shape[1:], generator))
-        joint = uniform[:, 2] < self.dropout.joint
+        places = [(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
+        vae_noise, eps = self.normal("vae_noise", places, shape), self.normal("eps", places, shape)
+        routed = [self.routing.draw(*shape[1:], generator(self.seed, "routing", *place)) for place in places] if self.routing else []
+        joint = self.uniform("dropout", places) < self.dropout.joint
+        each = {kind.parts[0]: self.uniform(f"dropout/{kind.parts[0]}", places) < self.dropout.each for kind in ENCODERS}
         prior = table.prior[[index for _, index, _ in members]]
         batch = Batch(
             moments=None,
             parts=None,
-            dropped={name: joint | (uniform[:, 3 + i] < self.dropout.each) for i, name in enumerate(ENCODERS)},
-            u=uniform[:, 6].clone(),
+            dropped={name: joint | alone for name, alone in each.items()},
+            u=self.uniform("t", places),
             vae_noise=vae_noise,
             eps=eps,
             t5_length=0,
             ids=ids,
-            kept=torch.stack(kept) if self.routing else None,
+            kept=torch.stack(routed) if self.routing else None,
             prior=torch.from_numpy(prior) if prior.any() else None,
         )
-        captions = [table.caption(index, u) for (_, index, _), u in zip(members, uniform[:, 0].tolist(), strict=True)]
-        flipped = (uniform[:, 1] < 0.5).tolist() if self.flip else [False] * count
+        chosen = self.uniform("caption", places).tolist()
+        captions = [table.caption(index, u) for (_, index, _), u in zip(members, chosen, strict=True)]
+        flipped = (self.uniform("flip", places) < 0.5).tolist() if self.flip else [False] * len(members)
         return batch, captions, flipped
+
+    def uniform(self, purpose: str, places: Sequence[tuple[int, str]]) -> Tensor:
+        """[N] float32 in [0, 1), one at each (epoch, id)."""
+        return torch.tensor([uniform(self.seed, purpose, *place) for place in places])
+
+    def normal(self, purpose: str, places: Sequence[tuple[int, str]], shape: tuple[int, int, int]) -> Tensor:
+        """[N, *shape] float32, standard normal."""
+        found, source = torch.empty(len(places), *shape), torch.Generator()
+        for row, place in zip(found, places, strict=True):
+            torch.randn(shape, generator=source.manual_seed(seed_of(self.seed, purpose, *place)), out=row)
+        return found
 
 
 class CachedReader(TorchDataset):

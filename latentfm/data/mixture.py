@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from latentfm.data.sources.base import Sample
+from latentfm.randomness import permutation
 
 
 def exact(rate: float) -> Fraction:
@@ -23,11 +24,12 @@ def exact(rate: float) -> Fraction:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The samples of one source and one bucket: their indices [n], their rate, and the seed of their rounds."""
+    """The samples of one source and one bucket: their indices [n], their rate, and the run's seed."""
 
     indices: np.ndarray
     rate: Fraction
-    seed: tuple[int, ...]
+    seed: int = 0
+    source: str = ""
     bucket: int = 0
 
     def before(self, epoch: int) -> int:
@@ -52,7 +54,7 @@ class Group:
 
     def round(self, number: int) -> np.ndarray:
         """The order in which round `number` draws the group."""
-        return np.random.default_rng((*self.seed, number)).permutation(len(self.indices))
+        return permutation(len(self.indices), self.seed, "mixture", self.source, self.bucket, number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +87,7 @@ class Mixture:
             for (name, source), rate in zip(names.items(), rates, strict=True):
                 indices = np.flatnonzero((labels == bucket) & (sources == source)).astype(np.int32)
                 if len(indices):
-                    text = name.encode()
-                    groups.append(Group(indices, rate, (seed, 11, len(text), *text, bucket), bucket))
+                    groups.append(Group(indices, rate, seed, name, bucket))
         return cls(tuple(groups))
 
     @classmethod
@@ -94,7 +95,7 @@ class Mixture:
         """`count` samples, each once an epoch; those in a bucket below 0 never."""
         labels = np.zeros(count, dtype=np.int32) if buckets is None else np.asarray(buckets, dtype=np.int32)
         found = [(bucket, np.flatnonzero(labels == bucket).astype(np.int32)) for bucket in np.unique(labels[labels >= 0]).tolist()]
-        return cls(tuple(Group(indices, Fraction(1), (), bucket) for bucket, indices in found))
+        return cls(tuple(Group(indices, Fraction(1), bucket=bucket) for bucket, indices in found))
 
     @property
     def buckets(self) -> list[int]:

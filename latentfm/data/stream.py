@@ -14,6 +14,7 @@ import numpy as np
 
 from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
+from latentfm.randomness import permutation, uniform
 
 Member = tuple[int, int, int]  # (epoch, sample index, how many times it was drawn before in this epoch)
 
@@ -94,7 +95,7 @@ class Stream:
             sorted_buckets, sorted_numbers = np.concatenate(buckets), np.concatenate(numbers)
             order = np.arange(len(sorted_buckets))
             if len(buckets) > 1:
-                order = np.random.default_rng((self.seed, 17, epoch)).permutation(len(order))
+                order = permutation(len(order), self.seed, "buckets", epoch)
             shuffled = sorted_buckets[order]
             in_order = np.empty_like(sorted_numbers)
             in_order[np.argsort(shuffled, kind="stable")] = sorted_numbers  # the j-th of a bucket is its j-th batch
@@ -105,8 +106,7 @@ class Stream:
         """(sample index, turn) of a bucket's draws of an epoch, shuffled: two arrays of int32."""
         if ("order", bucket, epoch) not in self._kept:
             indices, turns = self.mixture.draws(epoch, bucket)
-            seed = (self.seed, epoch) if len(self.mixture.buckets) == 1 else (self.seed, 13, epoch, bucket)
-            order = np.random.default_rng(seed).permutation(len(indices))
+            order = permutation(len(indices), self.seed, "order", epoch, bucket)
             self.keep("order", bucket, epoch, value=(indices[order], turns[order]))
         return self._kept["order", bucket, epoch]
 
@@ -121,7 +121,7 @@ class Stream:
         """One key of `shares` for the whole step, drawn with those probabilities from (seed, step)."""
         keys = sorted(shares)
         weights = np.array([shares[key] for key in keys], dtype=float)
-        draw = np.random.default_rng((self.seed, 7, step)).random()
+        draw = uniform(self.seed, "t5_length", step)
         return keys[min(int(np.searchsorted(np.cumsum(weights / weights.sum()), draw, side="right")), len(keys) - 1)]
 
     def state(self, step: int) -> dict[str, int]:

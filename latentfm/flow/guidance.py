@@ -231,6 +231,38 @@ def zero_before(field: Field, start: float) -> Field:
     return zeroed
 
 
+def adaptive_projected_velocity(
+    conditional: Tensor,
+    unconditional: Tensor,
+    x: Tensor,
+    t: Tensor,
+    scale: float,
+    parallel: float = 0.0,
+    radius: float = math.inf,
+    schedule: Schedule = _COND_OT,
+) -> Tensor:
+    """Returns the velocity of adaptive projected guidance without momentum (`adaptive_projected`), given the two velocities at (x, t).
+
+    Momentum is a matter of a sampler's steps and not of (x, t). At t = 1, where the two denoisers are x whatever the velocities, this is
+    the conditional velocity.
+
+    Args:
+        conditional, unconditional: velocities, [B, ...], floating point.
+        x, t: the state, of that shape, and the time, a scalar or [B].
+        scale, parallel, radius: see `adaptive_projected`.
+        schedule: alpha and beta; linear (CondOT) by default.
+
+    Raises:
+        ValueError: see `adaptive_projected`.
+    """
+    denoiser = convert(conditional, x, t, "velocity", "denoiser", schedule)
+    weaker = convert(unconditional, x, t, "velocity", "denoiser", schedule)
+    moved = adaptive_projected(denoiser, weaker, scale, parallel, radius).denoiser - denoiser
+    # u = (alpha' - alpha beta' / beta) D + (beta' / beta) x, eq. 20: the change alone, so that u_c is not converted and back
+    at = schedule(t if t.ndim == 0 else expand_like(t, x))
+    return conditional + (at.d_alpha - at.alpha * at.d_beta / at.beta.clamp(min=SMALLEST_DIVISOR)) * moved
+
+
 def adaptive_projected_field(
     conditional: Field,
     unconditional: Field,
@@ -239,22 +271,8 @@ def adaptive_projected_field(
     radius: float = math.inf,
     schedule: Schedule = _COND_OT,
 ) -> Field:
-    """Returns the velocity field of adaptive projected guidance without momentum (`adaptive_projected`) of two velocity fields.
-
-    Momentum is a matter of a sampler's steps and not of (x, t), and so of no field. At t = 1, where the two denoisers are x
-    whatever the velocities, this is the conditional field.
-    """
-
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        velocity = conditional(x, t)
-        denoiser = convert(velocity, x, t, "velocity", "denoiser", schedule)
-        weaker = convert(unconditional(x, t), x, t, "velocity", "denoiser", schedule)
-        moved = adaptive_projected(denoiser, weaker, scale, parallel, radius).denoiser - denoiser
-        # u = (alpha' - alpha beta' / beta) D + (beta' / beta) x, eq. 20: the change alone, so that u_c is not converted and back
-        at = schedule(t)
-        return velocity + (at.d_alpha - at.alpha * at.d_beta / at.beta.clamp(min=SMALLEST_DIVISOR)) * moved
-
-    return guided
+    """Returns the field of `adaptive_projected_velocity` of two velocity fields."""
+    return lambda x, t: adaptive_projected_velocity(conditional(x, t), unconditional(x, t), x, t, scale, parallel, radius, schedule)
 
 
 def classifier_field(
@@ -276,6 +294,17 @@ def classifier_field(
         return classifier(field(x, t), gradient, t, scale, schedule)
 
     return guided
+
+
+# rule(v_strong, v_weak, x, t, scale): the guided velocity at (x, t). What the two are is `classifier_free`'s or `autoguidance`'s matter.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+RULES: dict[str, Rule] = {
+    "cfg": lambda conditional, unconditional, x, t, scale: classifier_free(conditional, unconditional, scale),
+    "cfg_zero_star": lambda conditional, unconditional, x, t, scale: cfg_zero_star(conditional, unconditional, scale),
+    "apg": adaptive_projected_velocity,
+    "autoguidance": lambda main, reference, x, t, scale: autoguidance(main, reference, scale),
+}
 
 
 def _pair(name: str, value: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:

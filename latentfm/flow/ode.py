@@ -252,6 +252,18 @@ def integrate_adaptive(
     return Integrated(x=path[-1], evaluations=calls)
 
 
+@dataclass(frozen=True)
+class DormandPrince(OneStep):
+    """Each interval of a grid by `integrate_adaptive`: as many evaluations as the tolerance needs, at times that it chooses."""
+
+    rtol: float = 1e-4
+    atol: float = 1e-4
+
+    def step(self, field: Field, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """Returns the state at t_next, given x at t, to the tolerances; see `integrate_adaptive` for its errors."""
+        return integrate_adaptive(field, x, float(t), float(t_next), self.rtol, self.atol).x
+
+
 def _state_and_velocity(field: Field, x: Tensor) -> tuple[Tensor, Field]:
     """x in the dtype of the state, float32 at least, and the field with its answers checked and in that dtype."""
     if not x.is_floating_point():

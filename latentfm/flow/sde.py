@@ -157,6 +157,7 @@ def integrate_sde(
     scheme: Scheme = _EULER_MARUYAMA,
     schedule: Schedule = _COND_OT,
     on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    host_times: bool = False,
 ) -> Tensor:
     """Returns a draw of the state at the last time of the grid, given the state x at its first (notes, Alg. 2 and Thm 17).
 
@@ -174,7 +175,7 @@ def integrate_sde(
             copied at each step, for which the host waits.
         scheme: the method of each noisy step.
         schedule: the path that the field belongs to; linear (CondOT) by default.
-        on_step: see `ode.integrate`.
+        on_step, host_times: see `ode.integrate`.
 
     Raises:
         ValueError: the grid is decreasing, leaves [0, 1] or is not as `ode.integrate` takes it; a noisy step is too long to be stable
@@ -183,7 +184,7 @@ def integrate_sde(
     noisy = _noisy_intervals(grid, diffusion, schedule)
     if isinstance(generator, Sequence) and len(generator) != len(x):
         raise ValueError(f"there must be one generator for each sample, got {len(generator)} for {len(x)} samples")
-    return integrate(field, x, grid, _Walk(diffusion, generator, scheme, schedule, noisy), on_step)
+    return integrate(field, x, grid, _Walk(diffusion, generator, scheme, schedule, noisy), on_step, host_times)
 
 
 @dataclass(frozen=True)

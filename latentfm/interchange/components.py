@@ -13,13 +13,13 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from safetensors import SafetensorError
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from latentfm.errors import InputError
 from latentfm.files import reading
 from latentfm.interchange.networks import all_finite, text_config
 from latentfm.interchange.weights import CLASSES, load_part, open_component
-from latentfm.models.folder import MOST_T5_TOKENS, PARTS, TEXT, read_config, read_index
+from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, T5, TEXT
+from latentfm.models.folder import MOST_T5_TOKENS, PARTS, read_config, read_index
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import read_header, weight_files
 from latentfm.models.text import NULL_FILE, NullCondition, PromptEncoder, PromptParts
@@ -94,10 +94,11 @@ def check_times(scheduler: SchedulerMixin) -> None:
 
 def load_text_encoders(folder: Path, joint_dim: int, pooled_dim: int, dtype: torch.dtype = torch.float32) -> PromptEncoder:
     """Whichever of text_encoder{,_2,_3} and its tokenizer a pipeline folder holds, as one, in evaluation mode."""
-    encoders = [load_component(folder, name, CLASSES[name][1], dtype) if (folder / name).is_dir() else None for name in TEXT]
+    encoders = [
+        load_component(folder, kind.name, kind.family.model, dtype) if (folder / kind.name).is_dir() else None for kind in ENCODERS
+    ]
     tokenizers = [
-        load_tokenizer(folder / name.replace("text_encoder", "tokenizer")) if encoder is not None else None
-        for name, encoder in zip(TEXT, encoders, strict=True)
+        load_tokenizer(folder / kind.tokenizer) if encoder is not None else None for kind, encoder in zip(ENCODERS, encoders, strict=True)
     ]
     return PromptEncoder(tokenizers, encoders, joint_dim, pooled_dim)
 
@@ -122,8 +123,7 @@ def load_quantised(
             own = text_config(name, config)
             if saved is not None:
                 own.quantization_config = dict(saved)
-            kind = T5EncoderModel if name == "text_encoder_3" else CLIPTextModelWithProjection
-            network = kind.from_pretrained(place, config=own, dtype=dtype, **more)
+            network = getattr(transformers, BY_NAME[name].family.model).from_pretrained(place, config=own, dtype=dtype, **more)
         else:
             network = (MMDiT if name == "transformer" else AutoencoderKL).from_pretrained(place, torch_dtype=dtype, **more)
     for key, value in network.state_dict().items():
@@ -167,8 +167,8 @@ def refused(path: Path, key: str) -> InputError:
 def check_together(parts: Mapping[str, Any], where: Path) -> None:
     """Raises InputError when components of one folder were not made for each other: the widths where they meet differ."""
     sizes = {name: part.config for name, part in parts.items() if name in PARTS and part is not None}
-    network, vae, t5 = (sizes.get(name) for name in ("transformer", "vae", "text_encoder_3"))
-    clips = [sizes[name].projection_dim for name in TEXT[:2] if name in sizes]
+    network, vae, t5 = (sizes.get(name) for name in ("transformer", "vae", next(e.name for e in ENCODERS if e.family is T5)))
+    clips = [sizes[encoder.name].projection_dim for encoder in ENCODERS if encoder.family is CLIP and encoder.name in sizes]
     meetings = []
     if network is not None:
         meetings += [("the transformer's latent channels", network.in_channels, "the VAE's", vae.latent_channels)] if vae else []

@@ -3,25 +3,14 @@
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, T5Config
 
+from latentfm.models.encoders import BY_NAME
 from latentfm.models.mmdit import MMDiT
-
-# What of a text encoder's configuration decides what it computes. Nothing else of it is read: other settings choose an implementation of
-# attention, which may be code on the hub, the form of the output, or files elsewhere
-CLIP_SETTINGS = (
-    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor",
-    "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
-T5_SETTINGS = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads", "relative_attention_num_buckets",
-    "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon", "initializer_factor", "feed_forward_proj", "dense_act_fn",
-    "is_gated_act", "pad_token_id", "eos_token_id", "decoder_start_token_id", "tie_word_embeddings",
-)  # fmt: skip
 
 
 def empty(name: str, config: dict[str, Any]) -> nn.Module:
@@ -31,9 +20,7 @@ def empty(name: str, config: dict[str, Any]) -> nn.Module:
             return MMDiT.from_config(config)
         if name == "vae":
             return AutoencoderKL.from_config(config)
-        if name == "text_encoder_3":
-            return T5EncoderModel(text_config(name, config))
-        return CLIPTextModelWithProjection(text_config(name, config))
+        return getattr(transformers, BY_NAME[name].family.model)(text_config(name, config))
 
 
 def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
@@ -41,9 +28,9 @@ def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
 
     Raises ValueError for settings of another type.
     """
-    kind, settings = (T5Config, T5_SETTINGS) if name == "text_encoder_3" else (CLIPTextConfig, CLIP_SETTINGS)
+    family = BY_NAME[name].family
     try:
-        made = kind.from_dict({key: config[key] for key in settings if key in config})
+        made = getattr(transformers, family.config).from_dict({key: config[key] for key in family.settings if key in config})
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
     if isinstance(made, CLIPTextConfig) and type(made.eos_token_id) is not int:

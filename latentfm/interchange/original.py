@@ -11,14 +11,13 @@ from typing import Any
 
 from latentfm.errors import InputError
 from latentfm.interchange.tensors import Tensors, join
+from latentfm.models.encoders import ENCODERS
 
 # The prefix of each component in a single file, the first being the one written
 PREFIXES = {
     "transformer": ("model.diffusion_model.", "diffusion_model.", "transformer.", ""),
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("text_encoders.clip_l.transformer.",),
-    "text_encoder_2": ("text_encoders.clip_g.transformer.",),
-    "text_encoder_3": ("text_encoders.t5xxl.transformer.",),
+    **{encoder.name: (encoder.prefix,) for encoder in ENCODERS},
 }
 # What programs save beside the weights, and nothing reads
 IDLE = ("logit_scale", "position_ids", "model_sampling.sigmas", "encoder.embed_tokens.weight")

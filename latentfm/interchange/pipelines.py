@@ -18,7 +18,8 @@ from latentfm.files import follow_umask, reading, reason
 from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
 from latentfm.interchange.lora import ADAPTER_FILE, Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
-from latentfm.models.folder import INFO_FILE, PARTS, TEXT, check_folder, read_info, refuse_pickle, write_stock_names
+from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
+from latentfm.models.folder import INFO_FILE, PARTS, check_folder, read_info, refuse_pickle, write_stock_names
 from latentfm.models.manifest import renew_entry, write_manifest
 from latentfm.words import listed, shown
 
@@ -65,13 +66,13 @@ class PipelineFiles(SD3LoraLoaderMixin):
         if lost := [name for name in ("transformer", "vae", "scheduler") if name not in loaded]:
             raise InputError(f"{shown(folder)} has no {' and no '.join(lost)}; give one, or another folder")
         for name in (name for name in TEXT if name in index and loaded[name] is not None):
-            if (tokenizer := name.replace("text_encoder", "tokenizer")) not in loaded:
+            if (tokenizer := BY_NAME[name].tokenizer) not in loaded:
                 raise InputError(f"{shown(folder)} has a {name} and no {tokenizer}; its copy is not complete")
         check_together({name: part for name, part in loaded.items() if name not in given}, folder)
         pipe = cls(**loaded)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         pipe.info = read_info(folder)
-        replaced = [number for number, name in enumerate(TEXT) if {name, name.replace("text_encoder", "tokenizer")} & given.keys()]
+        replaced = [number for number, encoder in enumerate(ENCODERS) if {encoder.name, encoder.tokenizer} & given.keys()]
         pipe.null = read_null(folder, pipe.prompt_encoder, replaced)
         return pipe if device is None else pipe.to(device)
 

@@ -19,7 +19,8 @@ from latentfm.interchange.networks import all_finite, empty
 from latentfm.interchange.open_clip import clip_tokenizer
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
 from latentfm.interchange.tensors import Held, Stored, Tensors, read_file, read_folder, target_dtype
-from latentfm.models.folder import PARTS, TEXT, check_folder, read_config, read_info, refuse_pickle, wrong_info, wrong_setting
+from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, T5, TEXT
+from latentfm.models.folder import PARTS, check_folder, read_config, read_info, refuse_pickle, wrong_info, wrong_setting
 from latentfm.models.manifest import check_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
@@ -29,17 +30,12 @@ from latentfm.words import count, listed, shown
 CLASSES = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-    "text_encoder_3": ("transformers", "T5EncoderModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "tokenizer_2": ("transformers", "CLIPTokenizer"),
-    "tokenizer_3": ("transformers", "T5Tokenizer"),
+    **{encoder.name: ("transformers", encoder.family.model) for encoder in ENCODERS},
+    **{encoder.tokenizer: ("transformers", encoder.family.tokenizer) for encoder in ENCODERS},
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
 KEY = "latentfm"  # in a single file's metadata: the configurations, which weights alone do not tell whole
 SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
-ACTS = {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}
 CLIP_VOCABULARY = 49408
 WIDEST_CLIP = 8192
 
@@ -207,7 +203,7 @@ def renamed(name: str, tensors: Tensors, in_original: bool) -> Tensors:
         tensors = original.transformer_to_diffusers(tensors)
     if name == "vae" and not any(key.startswith("encoder.down_blocks.") for key in tensors):
         tensors = original.vae_to_diffusers(tensors)
-    if name == "text_encoder_3" and "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
+    if name in TEXT and BY_NAME[name].family is T5 and "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
         tensors = tensors | {"shared.weight": tensors["encoder.embed_tokens.weight"]}
     return without_idle(tensors)
 
@@ -235,7 +231,7 @@ def config_for(name: str, tensors: Tensors, like: Weights | None) -> dict[str, A
         return original.transformer_config(tensors)
     if name == "vae":
         return original.vae_config(tensors)
-    return original.t5_config(tensors) if name == "text_encoder_3" else original.clip_config(tensors, ACTS[name])
+    return original.t5_config(tensors) if BY_NAME[name].family is T5 else original.clip_config(tensors, BY_NAME[name].act)
 
 
 def problems(name: str, part: Part) -> str:
@@ -296,7 +292,7 @@ def load_part(name: str, part: Part, dtype: torch.dtype) -> nn.Module:
     network.load_state_dict(state, strict=False, assign=True)  # tied names are left out; the rest `problems` has checked
     if name in TEXT:
         network.tie_weights()
-    if name in ACTS:  # a CLIP: the one buffer here that is not saved
+    if name in TEXT and BY_NAME[name].family is CLIP:  # the one buffer here that is not saved
         network.text_model.embeddings.position_ids = torch.arange(network.config.max_position_embeddings)[None]
     return network.eval()
 
@@ -332,15 +328,15 @@ def completed(weights: Weights, base: Weights | None) -> Weights:
     if missing := [name for name in ("transformer", "vae") if name not in parts]:
         raise InputError(f"{shown(weights.path)} has no {' and no '.join(missing)}; give a pipeline folder to take the rest from")
     notes, tokenizers = list(weights.notes), {}
-    for name in TEXT:
-        tokenizer = name.replace("text_encoder", "tokenizer")
+    for name, encoder in BY_NAME.items():
+        tokenizer = encoder.tokenizer
         if name not in parts:
             continue
         if folder := weights.tokenizers.get(tokenizer) or base.tokenizers.get(tokenizer):
             tokenizers[tokenizer] = folder
-        elif name == "text_encoder_3":
+        elif encoder.family is T5:
             del parts[name]
-            notes.append("T5 is left out: its tokenizer is not in the file; give a pipeline folder with a tokenizer_3 to keep it")
+            notes.append(f"T5 is left out: its tokenizer is not in the file; give a pipeline folder with a {tokenizer} to keep it")
         elif parts[name].config["vocab_size"] != CLIP_VOCABULARY:
             what = f"a {name} with a vocabulary of its own and no tokenizer"
             raise InputError(f"{shown(weights.path)} has {what}; give the pipeline it is of")

@@ -12,7 +12,8 @@ from latentfm.files import check_regular
 from latentfm.interchange import original
 from latentfm.interchange.tensors import Tensors, write_file, write_shards
 from latentfm.interchange.weights import CLASSES, KEY, Part, Weights, empty, tokenizer_of
-from latentfm.models.folder import INFO_FILE, TEXT, write_stock_names
+from latentfm.models.encoders import BY_NAME, TEXT
+from latentfm.models.folder import INFO_FILE, write_stock_names
 from latentfm.models.manifest import write_manifest
 from latentfm.models.stored import is_pickle, names_in
 from latentfm.models.text import NULL_FILE
@@ -69,7 +70,7 @@ def write_pipeline(
         metadata = carried(weights.metadata) if name == "transformer" else {"format": "pt"}
         write_component(folder / name, name, part, metadata, dtype, most, advance)
         if name in TEXT:
-            tokenizer = name.replace("text_encoder", "tokenizer")
+            tokenizer = BY_NAME[name].tokenizer
             if tokenizer in weights.tokenizers:
                 copy_files(weights.tokenizers[tokenizer], folder / tokenizer)
             else:

@@ -7,7 +7,8 @@ from latentfm.bundled import bundled_model
 from latentfm.errors import InputError, nearest
 from latentfm.files import reading
 from latentfm.models.cost import SD3_ENCODERS, SD3_VAE, Decoder, Network
-from latentfm.models.folder import TEXT, read_config, read_info, t5_length
+from latentfm.models.encoders import TEXT
+from latentfm.models.folder import read_config, read_info, t5_length
 from latentfm.models.manifest import check_manifest
 from latentfm.models.presets import PRESETS
 from latentfm.models.stored import stored_numbers

@@ -8,13 +8,13 @@ from typing import Any
 
 from latentfm.errors import InputError
 from latentfm.files import read_json
+from latentfm.models.encoders import TEXT
 from latentfm.models.manifest import check_manifest
 from latentfm.models.stored import is_pickle, pickle_refused, read_header, weight_files
 from latentfm.words import shown
 
 INFO_FILE, INDEX_FILE = "latentfm.json", "model_index.json"
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT = PARTS[2:]
+PARTS = ("transformer", "vae", *TEXT)
 LIBRARIES = ("diffusers", "transformers")  # what a component's class may be of; nothing else is imported because a file names it
 COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # a component's name, which is its folder's, and a class's
 

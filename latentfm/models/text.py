@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from latentfm.errors import InputError
 from latentfm.files import read_bytes, reading, whole_or_nothing
+from latentfm.models.encoders import CLIP, ENCODERS, T5, TextEncoder
 from latentfm.models.manifest import MANIFEST, renew_entry
 from latentfm.models.prints import encoder_print
 from latentfm.models.stored import header_of
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 NULL_FILE = "null_condition.safetensors"
 MOST_BYTES = 2**30  # of that file: twice eight thousand tokens of T5-XXL's width are a quarter
 PRINTS = "encoders"  # in that file's metadata: the prints of the encoders it belongs to, by T5 length
-ENCODER_OF = {"clip_1": 0, "pooled_1": 0, "clip_2": 1, "pooled_2": 1, "t5": 2}
+ENCODER_OF = {part: index for index, kind in enumerate(ENCODERS) for part in kind.parts}
+NOBODY = (None,) * len(ENCODERS)  # prints of encoders that cannot be known
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,9 @@ class PromptParts:
 
     def drop(self, dropped: dict[str, Tensor], null: "PromptParts") -> "PromptParts":
         """Parts whose encoder's row is marked in `dropped` ("clip_1", "clip_2", "t5": bool [B]) become `null`'s ([1, ...])."""
-        encoder = {"pooled_1": "clip_1", "pooled_2": "clip_2"}
 
         def chosen(name: str, value: Tensor) -> Tensor:
-            mask = dropped[encoder.get(name, name)].to(value.device)
+            mask = dropped[ENCODERS[ENCODER_OF[name]].parts[0]].to(value.device)
             return torch.where(mask.view(-1, *[1] * (value.ndim - 1)), getattr(null, name).to(value), value)
 
         return PromptParts(**{name: chosen(name, value) for name, value in self.items()})
@@ -116,9 +118,18 @@ class PromptEncoder:
     def __init__(self, tokenizers: Sequence, encoders: Sequence, joint_dim: int, pooled_dim: int):
         self.tokenizers, self.encoders = tuple(tokenizers), tuple(encoders)
         self.joint_dim, self.pooled_dim = joint_dim, pooled_dim
-        first = next((t for t, e in zip(self.tokenizers[:2], self.encoders[:2], strict=True) if e is not None), None)
-        positions = [e.config.max_position_embeddings for e in self.encoders[:2] if e is not None]
-        self.clip_length = int(min(first.model_max_length, *positions)) if first is not None else 77  # as said, and as can be read
+        clips = [(t, e) for kind, t, e in self.rows() if kind.family is CLIP and e is not None]
+        said = [tokenizer.model_max_length for tokenizer, _ in clips[:1] if tokenizer is not None]
+        read = [encoder.config.max_position_embeddings for _, encoder in clips]
+        self.clip_length = int(min(said + read)) if said else 77
+
+    def rows(self) -> list[tuple[TextEncoder, Any, Any]]:
+        """(which it is, tokenizer, encoder) of each."""
+        return list(zip(ENCODERS, self.tokenizers, self.encoders, strict=True))
+
+    def lengths(self, t5_length: int) -> tuple[int, ...]:
+        """The number of tokens that each reads, padding included."""
+        return tuple(self.clip_length if kind.family is CLIP else t5_length for kind in ENCODERS)
 
     def to(self, device: torch.device) -> "PromptEncoder":
         for encoder in self.encoders:
@@ -130,13 +141,13 @@ class PromptEncoder:
         """Token ids [B, length] of encoder `index`, padded; a text too long is cut, and the cut part is logged."""
         tokenizer = self.tokenizers[index]
         if tokenizer is None:
-            raise InputError(f"{encoder_name(index)} has no tokenizer; load its tokenizer too, or leave both out")
+            raise InputError(f"{ENCODERS[index]} has no tokenizer; load its tokenizer too, or leave both out")
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         encoder = self.encoders[index]
         if encoder is not None and int(ids.max()) >= (size := encoder.config.vocab_size):
-            raise InputError(f"the tokenizer of {encoder_name(index)} has tokens beyond its vocabulary of {size:,}: they are not a pair")
+            raise InputError(f"the tokenizer of {ENCODERS[index]} has tokens beyond its vocabulary of {size:,}: they are not a pair")
         for text, lost in self.lost_text(index, texts, length) if self.tells_cuts else ():
-            logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, encoder_name(index), shortened(text), shortened(lost))
+            logger.warning("prompt cut at %d tokens for %s: %r loses %r", length, ENCODERS[index], shortened(text), shortened(lost))
         return ids
 
     def lost_text(self, index: int, texts: list[str], length: int) -> list[tuple[str, str]]:
@@ -158,29 +169,22 @@ class PromptEncoder:
         answer in evaluation mode, whatever mode they are in.
         """
         with evaluating(*self.encoders):
-            return self.answers(prompts, t5_length, prompts_2 or prompts, prompts_3 or prompts)
+            return self.answers((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length)
 
-    def answers(self, prompts: list[str], t5_length: int, prompts_2: list[str], prompts_3: list[str]) -> PromptParts:
-        """What `encode` returns, from the encoders as they are."""
+    def answers(self, prompts: Sequence[list[str]], t5_length: int) -> PromptParts:
+        """What `encode` returns, from the encoders as they are, each given its own prompts."""
         found: dict[str, Tensor] = {}
-        for index, texts in enumerate((prompts, prompts_2)):
-            encoder = self.encoders[index]
+        for index, (kind, _, encoder) in enumerate(self.rows()):
             if encoder is None:
                 continue
-            ids = self.tokenize(index, texts, self.clip_length).to(encoder.device)
-            out = encoder(ids, output_hidden_states=True)
-            found[f"clip_{index + 1}"], found[f"pooled_{index + 1}"] = out.hidden_states[-2], out[0]
-        if self.encoders[2] is not None:
-            ids = self.tokenize(2, prompts_3, t5_length).to(self.encoders[2].device)
-            found["t5"] = self.encoders[2](ids)[0]
-        else:
+            ids = self.tokenize(index, prompts[index], self.lengths(t5_length)[index]).to(encoder.device)
+            out = encoder(ids, output_hidden_states=kind.family is CLIP)
+            states = (out.hidden_states[-2], out[0]) if kind.family is CLIP else (out[0],)
+            found |= dict(zip(kind.parts, states, strict=True))
+        if "t5" not in found:
             like = next(iter(found.values()), torch.zeros(0))
-            found["t5"] = like.new_zeros(len(prompts), t5_length, self.joint_dim)
+            found["t5"] = like.new_zeros(len(prompts[0]), t5_length, self.joint_dim)
         return PromptParts(**found)
-
-
-def encoder_name(index: int) -> str:
-    return ("text_encoder (CLIP)", "text_encoder_2 (CLIP)", "text_encoder_3 (T5)")[index]
 
 
 class NullCondition:
@@ -206,7 +210,7 @@ class NullCondition:
 
     def is_bare(self) -> bool:
         """Whether nobody told which encoders the parts belong to."""
-        return self.encoder is None and all(prints == (None,) * 3 for prints in self.prints.values())
+        return self.encoder is None and all(prints == NOBODY for prints in self.prints.values())
 
     def kept(self, lengths: Iterable[int], device: torch.device | None = None) -> "NullCondition":
         """The parts of these lengths, which from now on stand by themselves: a training reads them at every step, its encoders frozen.
@@ -230,7 +234,7 @@ class NullCondition:
                     "is loaded to make it; use one of those lengths or load the text encoders"
                 )
             return saved
-        now, before = encoder_prints(self.encoder, t5_length), self.prints.get(t5_length, (None,) * 3)
+        now, before = encoder_prints(self.encoder, t5_length), self.prints.get(t5_length, NOBODY)
         same = [was is not None and was == now[index] for index, was in enumerate(before)]
         if saved is None or not all(same):
             made = dict(self.encoder.encode([""], t5_length).items())
@@ -275,8 +279,8 @@ class NullCondition:
                 return found
             found = cls(None, saved)
             found.encoder, found.prints = encoder, {length: tuple(written[str(length)]) for length in saved}
-            if any(len(prints) != 3 for prints in found.prints.values()):
-                raise ValueError(f"its {PRINTS} are not those of three encoders")
+            if any(len(prints) != len(ENCODERS) for prints in found.prints.values()):
+                raise ValueError(f"its {PRINTS} are not those of {len(ENCODERS)} encoders")
             return found
 
 
@@ -291,11 +295,12 @@ def checked(name: str, length: int, value: Tensor) -> Tensor:
 def encoder_prints(encoder: PromptEncoder | None, t5_length: int) -> tuple[str | None, ...]:
     """A print of each of the three encoders and of how it reads the empty prompt, see `prints.encoder_print`."""
     if encoder is None:
-        return (None,) * 3
-    lengths = (encoder.clip_length, encoder.clip_length, t5_length)
+        return NOBODY
+    lengths = encoder.lengths(t5_length)
     ids = [encoder.tokenize(i, [""], lengths[i]) if e is not None else None for i, e in enumerate(encoder.encoders)]
-    prints = [encoder_print(e, i) for e, i in zip(encoder.encoders, ids, strict=True)]
-    return (*prints[:2], prints[2] if prints[2] != "absent" else f"absent, {encoder.joint_dim} wide")
+    prints = [(kind, encoder_print(e, i)) for (kind, _, e), i in zip(encoder.rows(), ids, strict=True)]
+    absent = f"absent, {encoder.joint_dim} wide"  # zeros that wide stand for T5
+    return tuple(absent if kind.family is T5 and mark == "absent" else mark for kind, mark in prints)
 
 
 @contextmanager

@@ -5,12 +5,10 @@ from typing import Any
 
 from latentfm.errors import InputError
 from latentfm.files import JSON_BYTES, check_regular, read_json, reading
+from latentfm.models.encoders import ENCODERS, Family
 from latentfm.models.stored import names_in
 from latentfm.words import shown
 
-VOCABULARIES = {  # the files that a tokenizer's vocabulary may lie in, one set or the other
-    "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")), "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
-}  # fmt: skip
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model",
     "chat_template.jinja",
@@ -19,17 +17,13 @@ MOST_TOKENS = 2**20  # a vocabulary; T5's has 32,100
 ELSEWHERE = ("init_inputs", "gguf_file", "tokenizer_object", "fast_tokenizer_files")  # settings that name code, or other files
 
 
-def class_of(name: str) -> str:
-    """The class of a pipeline's tokenizer, by its name: CLIP's for the first two, T5's for the third."""
-    return "T5Tokenizer" if name == "tokenizer_3" else "CLIPTokenizer"
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`, which is named tokenizer, tokenizer_2 or tokenizer_3. Raises InputError when it is damaged."""
     import transformers
 
-    kind = getattr(transformers, class_of(folder.name))
-    check_files(folder, kind.__name__)
+    family = next(encoder.family for encoder in ENCODERS if encoder.tokenizer == folder.name)
+    kind = getattr(transformers, family.tokenizer)
+    check_files(folder, family)
     places = {key: str(folder / name) for key, name in kind.vocab_files_names.items() if (folder / name).is_file()}
     with reading(folder, "copy the folder again"):
         try:
@@ -45,13 +39,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def check_files(folder: Path, kind: str) -> None:
-    """Raises InputError unless `folder` holds a vocabulary for a tokenizer of class `kind`, in files that may be opened."""
+def check_files(folder: Path, family: Family) -> None:
+    """Raises InputError unless `folder` holds a vocabulary for a tokenizer of this family, in files that may be opened."""
     if not folder.is_dir():
         raise InputError(f"{shown(folder)} is missing, and the text encoder beside it cannot read without; its copy is not complete")
     names = [name for name in names_in(folder) if name in FILES]
-    if not any(set(needed) <= set(names) for needed in VOCABULARIES[kind]):
-        ways = " nor ".join(" with ".join(needed) for needed in VOCABULARIES[kind])
+    if not any(set(needed) <= set(names) for needed in family.vocabularies):
+        ways = " nor ".join(" with ".join(needed) for needed in family.vocabularies)
         raise InputError(f"{shown(folder)} has neither {ways}; its copy is not complete")
     with reading(folder, "copy the folder again"):
         found = {name: read_json(folder / name) for name in names if name.endswith(".json")}

@@ -40,6 +40,11 @@ def timesteps(t: Tensor) -> Tensor:
     return 1000.0 * (1.0 - t.float())
 
 
+def times(sigmas: Tensor) -> Tensor:
+    """The times t = 1 - sigma of SD3's noise levels, float32."""
+    return 1.0 - sigmas.float()
+
+
 def on_device(time: Tensor, device: torch.device) -> Tensor:
     """`time` on `device`; a scalar of the CPU is written there as a number, since a copy of it would make the host wait."""
     if time.ndim or time.device.type == device.type or time.device.type != "cpu":

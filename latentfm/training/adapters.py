@@ -16,6 +16,7 @@ from latentfm.config import AdapterOptions, TrainOptions
 from latentfm.errors import InputError, nearest
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
+from latentfm.randomness import seed_of
 from latentfm.training.optimizers.registry import package
 from latentfm.training.precision import compute_dtype
 
@@ -161,7 +162,7 @@ def add_adapter(network: MMDiT, options: AdapterOptions, modules: list[str], see
         use_dora=options.kind == "dora",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed_of(seed, "adapter"))
         network.add_adapter(config)
     for parameter in network.parameters():
         if parameter.requires_grad:  # peft makes it in the base's precision
@@ -254,5 +255,4 @@ def seed_dropout(options: TrainOptions, step: int, micro_batch: int) -> None:
     A resumed run then drops what it would have dropped. Other numbers of processes or of accumulation are other draws.
     """
     if options.adapter is not None and options.adapter.dropout:
-        place = hashlib.sha256(f"dropout/{options.seed}/{step}/{micro_batch}".encode()).digest()
-        torch.manual_seed(int.from_bytes(place[:8], "little") >> 1)
+        torch.manual_seed(seed_of(options.seed, "adapter dropout", step, micro_batch))

@@ -23,9 +23,10 @@ from latentfm.models.folder import PARTS, check_folder, read_config, read_info, 
 from latentfm.models.memory import Shard
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
+from latentfm.optimizers import OPTIMIZERS
 from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
 from latentfm.training.checkpoint import storage
-from latentfm.training.optimizers.registry import NOT_SPLIT, check_optimizer, missing
+from latentfm.training.optimizers.registry import check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
 from latentfm.words import count, shown
 
@@ -283,8 +284,9 @@ def check_batch(config: RunConfig, processes: int) -> None:
 
 def check_launch(config: RunConfig, launch: Launch) -> None:
     """The processes work together in a way that is supported."""
-    if launch.sharding != "none" and (optimizer := config.train.optimizer) in NOT_SPLIT:
-        raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take adamw, paged_adamw or lion")
+    if launch.sharding != "none" and not OPTIMIZERS[optimizer := config.train.optimizer].split:
+        others = " or ".join(name for name, kind in OPTIMIZERS.items() if kind.split)
+        raise InputError(f"train.optimizer={optimizer} looks at whole parameters, FSDP splits them; take {others}")
     if launch.sharding != "none" and config.train.adapter and config.train.adapter.base != "as_weights":
         raise InputError(f"train.adapter.base={config.train.adapter.base} is not split over processes by FSDP; take DDP, or leave it out")
 

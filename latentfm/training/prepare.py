@@ -25,7 +25,8 @@ from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models import vae as vae_room
-from latentfm.models.text import PromptEncoder, encoder_name
+from latentfm.models.encoders import ENCODERS
+from latentfm.models.text import PromptEncoder
 from latentfm.training.distributed.processes import find_by_one
 from latentfm.training.models import Models
 from latentfm.training.pictures import Pictures, unchanged
@@ -325,7 +326,7 @@ def tell_what_is_cut(encoder: PromptEncoder, items: Sequence[tuple[str, int]]) -
             ids = encoder.tokenizers[index](part, verbose=False).input_ids
             long += [caption for caption, row in zip(part, ids, strict=True) if len(row) > limit]
         cut |= set(long)
-        found += [f"{len(long):,} by {encoder_name(index)} after {limit} tokens"] if long else []
+        found += [f"{len(long):,} by {ENCODERS[index]} after {limit} tokens"] if long else []
     if cut:
         number = len({caption for caption, _ in items})
         logger.warning(

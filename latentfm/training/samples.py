@@ -1,6 +1,7 @@
 """Pictures drawn while training, from the averaged weights, for fixed prompts and seeds."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, PromptParts, assemble
 from latentfm.pipeline import LatentFMPipeline
+from latentfm.sampling import Sampler
 from latentfm.training.distributed.processes import raise_on_all_ranks
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.models import Models
@@ -84,7 +86,7 @@ class SamplePictures:
                 numbered = [pair for indices, images, _ in gathered for pair in zip(indices, images, strict=True)]
                 images = [image for _, image in sorted(numbered, key=lambda pair: pair[0])]
                 options = self.options
-                settings = {"seed": options.seed, "steps": options.steps, "guidance": options.guidance}
+                settings = {"seed": options.seed, "steps": options.steps, "guidance": options.guidance, **Sampler.of(options).unusual()}
                 path = write_step(self.folder, step, images, self.prompts, settings)
         return path
 
@@ -100,8 +102,7 @@ class SamplePictures:
                 latents = pipe(
                     prompt_embeds=self.condition.embeds[indices], pooled_prompt_embeds=self.condition.pooled[indices],
                     negative_prompt_embeds=self.negative.embeds[indices], negative_pooled_prompt_embeds=self.negative.pooled[indices],
-                    width=self.size[0], height=self.size[1], num_inference_steps=self.options.steps,
-                    guidance_scale=self.options.guidance,
+                    width=self.size[0], height=self.size[1], **asdict(Sampler.of(self.options)),
                     generator=[torch.Generator().manual_seed(self.options.seed + index) for index in indices], output_type="latent",
                 ).images  # fmt: skip
                 with torch.autocast(latents.device.type, enabled=False):

@@ -39,10 +39,10 @@ prepare() { # packages for Python KIT_PYTHON (3.12), x86-64 Linux, CUDA KIT_CUDA
 import sys
 from pathlib import Path
 
-sys.path.insert(0, "scripts")
-import emoji_data
+sys.path.insert(0, "scripts/emoji")
+import icons
 
-emoji_data.fetch(Path(sys.argv[1]))
+icons.fetch(Path(sys.argv[1]))
 PYTHON
     (cd "$work/npm" && tar -c {noto,fluent,twemoji}/{icons,chars,package}.json emojibase/package.json emojibase/en/data.json) \
         | xz -T0 -6 > "$kit/emoji.tar.xz"

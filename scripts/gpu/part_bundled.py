@@ -1,4 +1,4 @@
-"""The bundled model's network, trained on a GPU: scripts/build_emoji.py's stages with the frozen models of the bundled pipeline.
+"""The bundled model's network, trained on a GPU: scripts/emoji/build.py's stages with the frozen models of the bundled pipeline.
 
     bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
     python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the weights together again, and says where they belong
@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -22,7 +23,8 @@ from typing import Any
 
 from cells import DEVICE, SHRUNK, Cells
 
-import build_emoji  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
+import build  # noqa: E402, isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(os.environ.get("KIT_EMOJI", tempfile.gettempdir() + ("/latentfm-emoji-shrunk" if SHRUNK else "/latentfm-emoji")))
@@ -47,13 +49,13 @@ def prepared() -> dict[str, Any]:
         with tarfile.open(ICONS) as archive:
             archive.extractall(WORK / "npm", filter="data")
     if SHRUNK:  # a few of them
-        few = build_emoji.emoji_data.catalogue(WORK / "npm")
+        few = build.icons.catalogue(WORK / "npm")
         few = [icon for icon in few if not icon.held_out][:24] + [icon for icon in few if icon.held_out][:2]
-        build_emoji.emoji_data.catalogue = lambda folder: few
-    build_emoji.render(WORK)
-    build_emoji.captions(WORK)
+        build.icons.catalogue = lambda folder: few
+    build.render(WORK)
+    build.captions(WORK)
     if not (WORK / "base" / "model_index.json").exists():
-        build_emoji.base_of(ROOT / "assets" / "emoji", WORK)
+        build.base_of(ROOT / "assets" / "emoji", WORK)
     return {"pictures": len(list((WORK / "pictures" / "train").glob("*.png")))}
 
 
@@ -61,7 +63,7 @@ def trained(deadline: float) -> dict[str, Any]:
     """Trains until the run is done or the time is up, saved either way; what it reached."""
     done = WORK / "mmdit" / "model" / "model_index.json"
     if not done.exists():
-        with subprocess.Popen(build_emoji.training_command(WORK, *RUN), cwd=ROOT) as process:
+        with subprocess.Popen(build.training_command(WORK, *RUN), cwd=ROOT) as process:
             while process.poll() is None:
                 time.sleep(0.5)
                 if time.time() > deadline - SECONDS_TO_SAVE:
@@ -108,7 +110,7 @@ def main() -> None:
     parser.add_argument("--join", type=Path, metavar="DIR", help="put the weights together from the pieces in DIR")
     given = parser.parse_args()
     if given.join:
-        print(f"{join(given.join)}: belongs into assets/emoji/transformer; then measure it with scripts/eval_emoji.py")
+        print(f"{join(given.join)}: belongs into assets/emoji/transformer; then measure it with scripts/emoji/measure.py")
         return
     cells = Cells("bundled")
     for name in ("data", "training", "weights"):  # each goes on by itself

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import latentfm
 from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
-from latentfm.cli.generate import fingerprint, slug
 from latentfm.cli.main import app
+from latentfm.drawing import fingerprint, slug, versions
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 
@@ -76,7 +76,7 @@ def test_a_picture_can_be_made_again_from_its_own_settings(draw, tiny_folder):
         "prompt": "the moon", "negative_prompt": "a dog", "seed": 7, "steps": 3, "guidance": 4.5, "width": 24, "height": 40,
         "model": str(tiny_folder), "model_fingerprint": fingerprint(tiny_folder), "device": "cpu", "dtype": "float32",
         "attention": "auto",
-        **generate_module.versions(),
+        **versions(),
     }  # fmt: skip
     again = draw(
         settings["prompt"], "--seed", settings["seed"], "--guidance", settings["guidance"], "--negative", settings["negative_prompt"],
@@ -84,6 +84,35 @@ def test_a_picture_can_be_made_again_from_its_own_settings(draw, tiny_folder):
     )  # fmt: skip
     assert len(again) == 1
     assert abs(pixels(again[0]) - pixels(path)).max() <= 1
+
+
+def test_solver_schedule_and_rule_reach_the_pipeline_by_name(draw, tiny_folder):
+    import torch
+
+    options = ("--solver", "heun", "--schedule", "karras", "--shift", 2, "--guidance-rule", "apg", "--guidance-interval", 0.1, 0.9)
+    path = draw("a cat", "--seed", 3, *options, "--guidance-rescale", 0.5, "--zero-init", 1)[0]
+    pipe = latentfm.LatentFMPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "a cat", num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator().manual_seed(3), solver="heun", schedule="karras",
+        shift=2.0, guidance="apg", guidance_interval=(0.1, 0.9), guidance_rescale=0.5, zero_init=1,
+    ).images[0]  # fmt: skip
+    assert abs(pixels(path) - np.asarray(expected).astype(int)).max() <= 1
+    settings = {
+        "guidance": 3.0, "solver": "heun", "schedule": "karras", "shift": 2.0, "guidance_rule": "apg", "guidance_interval": [0.1, 0.9],
+        "guidance_rescale": 0.5, "zero_init": 1,
+    }  # fmt: skip
+    assert settings.items() <= read_settings(path).items()
+    assert abs(pixels(path) - pixels(draw("a cat", "--seed", 3, "--out", "plain")[0])).max() > 5
+
+
+def test_a_weaker_model_guides(draw, run, tiny_folder):
+    path = draw("a cat", "--seed", 3, "--guidance-rule", "autoguidance", "--reference", tiny_folder)[0]
+    assert abs(pixels(path) - pixels(draw("a cat", "--seed", 3, "--guidance", 1, "--out", "plain")[0])).max() <= 1  # by itself: not at all
+    assert read_settings(path)["reference"] == str(tiny_folder)
+    refused(run("generate", "a cat", "--guidance-rule", "autoguidance"), "--reference")
+    refused(run("generate", "a cat", "--guidance-rule", "autoguidance", "--reference", "nowhere"), "--reference nowhere does not exist")
+    refused(run("generate", "a cat", "--shift", 2), "needs a schedule of its own")
 
 
 def test_every_option_reaches_the_pipeline(draw, tiny_folder):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from latentfm.data.cache import Cache, key_of
-from latentfm.data.loader import AHEAD, Batch, CachedReader, Draws, Dropout, Loader, Routing, generator_for
+from latentfm.data.loader import AHEAD, Batch, CachedReader, Draws, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Sample, Share
 from latentfm.data.stream import Stream
@@ -169,13 +169,6 @@ def test_a_samples_draws_survive_changes_to_the_other_samples(reader):
     assert not torch.equal(one(reader(seed=4), 0, 1)["eps"], one(small, 0, 1)["eps"])
 
 
-def test_generators_differ_in_each_of_their_three_parts():
-    names = [(0, 1, "a"), (1, 0, "a"), (0, 1, "b"), (1, 11, "a"), (11, 1, "a"), (1, 1, "1a"), (0, 1, "a\0")]
-    first = {generator_for(*name).initial_seed() for name in names}
-    assert len(first) == len(names)
-    assert generator_for(5, 6, "ü.png").initial_seed() == generator_for(5, 6, "ü.png").initial_seed() < 2**63
-
-
 def many_draws(data, epochs=600):
     return [one(data, epoch, index) for epoch in range(epochs) for index in range(len(data.samples))]
 
@@ -288,26 +281,34 @@ def test_tokens_are_counted_in_patches(keep, patch, size, counts):
 
 @pytest.mark.parametrize("routing", [None, Routing(0.5, 1)])
 @pytest.mark.parametrize("side", [2, 5])
-def test_the_draws_are_these_numbers_in_this_order(reader, routing, side):
-    """Written out with a generator of its own for each sample: another order would change every run that is resumed."""
+def test_the_draws_are_these_numbers(reader, routing, side):
+    """Written out with a generator of its own for each sample and purpose: other numbers would change every run that is resumed."""
     data = reader(count=5, captions=3, seed=11, dropout=Dropout(0.3, 0.4), flip=True, routing=routing, side=side)
     members = [(0, 3, 0), (2, 1, 0), (2, 1, 1), (7, 4, 2), (-1, 0, 0)]
     batch = data[members, 6]
     for row, (epoch, index, turn) in enumerate(members):
         name = f"{index:03d}.png"
-        text = f"11\0{epoch}\0{name}" + (f"\0{turn}" if turn else "")
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        generator = torch.Generator().manual_seed(seed)
-        u = torch.rand(7, generator=generator)
-        noise, eps = torch.randn(2, side, side, generator=generator), torch.randn(2, side, side, generator=generator)
-        assert batch.ids[row] == name and batch.u[row] == u[6]
-        assert torch.equal(batch.vae_noise[row], noise) and torch.equal(batch.eps[row], eps)
-        assert batch.parts.t5[row].unique().item() == int(u[0].item() * 3)
-        assert batch.moments[row].unique().item() == index + 0.5 * bool(u[1] < 0.5)
-        assert [bool(batch.dropped[n][row]) for n in ENCODERS] == [bool(u[2] < 0.3 or u[3 + i] < 0.4) for i in range(3)]
+        place = name + (f"\0{turn}" if turn else "")
+
+        def seed(purpose):
+            text = "".join(f"{len(part)}:{part}" for part in ("11", purpose, str(epoch), place))  # noqa: B023
+            return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+        def normal(purpose):
+            return torch.randn(2, side, side, generator=torch.Generator().manual_seed(seed(purpose)))  # noqa: B023
+
+        def u(purpose):
+            return (seed(purpose) >> 39) / 2**24  # noqa: B023
+
+        assert batch.ids[row] == name and batch.u[row] == u("t")
+        assert torch.equal(batch.vae_noise[row], normal("vae_noise")) and torch.equal(batch.eps[row], normal("eps"))
+        assert batch.parts.t5[row].unique().item() == int(u("caption") * 3)
+        assert batch.moments[row].unique().item() == index + 0.5 * bool(u("flip") < 0.5)
+        names = ("clip_1", "clip_2", "t5")
+        assert [bool(batch.dropped[n][row]) for n in names] == [bool(u("dropout") < 0.3 or u(f"dropout/{n}") < 0.4) for n in names]
         if routing:
-            tokens = side * side
-            assert batch.kept[row].tolist() == sorted(torch.randperm(tokens, generator=generator)[: round(tokens / 2)].tolist())
+            tokens, drawn = side * side, torch.Generator().manual_seed(seed("routing"))
+            assert batch.kept[row].tolist() == sorted(torch.randperm(tokens, generator=drawn)[: round(tokens / 2)].tolist())
 
 
 def test_masks_stay_with_their_pictures_and_their_sides(reader):

@@ -115,7 +115,7 @@ def test_a_source_of_others_size_changes_no_draw_of_its_neighbour():
 
 
 def test_millions_of_draws_are_two_small_arrays_and_late_epochs_cost_no_more():
-    mixture = Mixture((Group(np.arange(400_000, dtype=np.int32), Fraction(5, 2), (1,)),))
+    mixture = Mixture((Group(np.arange(400_000, dtype=np.int32), Fraction(5, 2), 1),))
     tracemalloc.start()
     for epoch in (0, 1001):
         indices, turns = mixture.draws(epoch, 0)

@@ -229,7 +229,7 @@ def test_converting_holds_a_fraction_of_the_file_in_memory_and_loading_one_copy(
     copying, casting, loading = map(int, done.stdout.split())
     print(f"file {size / 1e6:.0f} MB; peak raised by {copying / 1e6:.0f} copying, {casting / 1e6:.0f} casting, {loading / 1e6:.0f} loading")
     assert copying < 4 * CHUNK and casting < 6 * CHUNK and max(copying, casting) < size / 2
-    assert size * 0.9 < loading < size + 4 * CHUNK
+    assert size * 0.75 < loading < size + 4 * CHUNK  # what the process had freed before is used again
 
 
 def test_rows_written_into_several_files_are_one_tensor(tmp_path):

@@ -16,7 +16,6 @@ import sys
 import time
 from contextlib import ExitStack
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -24,6 +23,7 @@ from faults import files_no_larger_than
 
 from latentfm.data.cache_file import read_shard
 from latentfm.errors import InputError
+from latentfm.randomness import permutation
 from latentfm.training.checkpoint import storage
 from latentfm.training.records import run_log
 
@@ -342,7 +342,7 @@ def test_a_disk_that_is_full_stops_neither_of_two_processes_that_share_the_weigh
 def test_a_latent_that_is_not_finite_in_one_process_ends_both_by_its_name(tmp_path, start, launch, own_cache):
     trainer = start(tmp_path / "unused", f"data.cache={own_cache}")
     data = trainer.data
-    sample = data.samples[np.random.default_rng((0, 0)).permutation(10)[5]]  # the second of the second step
+    sample = data.samples[permutation(10, 0, "order", 0, 0)[5]]  # the second of the second step
     key = data.image_key(sample, False)
     moments = data.cache.read(key)["moments"]
     moments[0, 3, 3] = float("nan")

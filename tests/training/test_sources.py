@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +18,6 @@ from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
 from latentfm.training.checkpoint import storage
 from latentfm.training.step import cfm_losses
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def png(picture):
@@ -294,8 +291,7 @@ def test_two_processes_train_as_one(tmp_path, run, options, pictures, make_pictu
     )
     more = [*sources, "data.prior_weight=0.5", "train.batch_size=8", "train.steps=4"]
     one, two = run(tmp_path / "one", *more), tmp_path / "two"
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from torture_resume import Started
+    from torture import Started
 
     started = Started(options(two, *more, "data.workers=1"), False, tmp_path / "log", processes=2)
     assert started.finish(300) == 0, started.log.read_text()[-3000:]

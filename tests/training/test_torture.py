@@ -1,22 +1,18 @@
-"""A training killed again and again is the training left alone; scripts/torture_resume.py does the same at more moments."""
+"""A training killed again and again is the training left alone; tests/torture.py does the same at more moments."""
 
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    import torture_resume
+    import torture
 
-    return torture_resume
+    return torture
 
 
 def test_a_run_killed_at_random_moments_is_the_run_left_alone(script, tmp_path):

@@ -16,8 +16,8 @@ from faults import files_no_larger_than
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentfm.data.loader import generator_for
 from latentfm.errors import InputError
+from latentfm.randomness import generator, permutation, uniform
 from latentfm.training.checkpoint import export, storage
 from latentfm.training.records.run_log import differences
 from latentfm.training.step import cfm_losses
@@ -94,16 +94,17 @@ def test_a_run_is_algorithm_5_written_out_with_diffusers_own_models(tmp_path, ru
         loss = 0.0
         for position in range(step * batch, (step + 1) * batch):
             epoch, place = divmod(position, count)
-            index = np.random.default_rng((seed, epoch)).permutation(count)[place]
-            draws = generator_for(seed, epoch, f"{index:02d}.png")
-            u = torch.rand(7, generator=draws)  # caption, flip, joint dropout, dropout of each encoder, t
-            noise, eps = torch.randn(4, 8, 8, generator=draws), torch.randn(4, 8, 8, generator=draws)
+            index = permutation(count, seed, "order", epoch, 0)[place]
+            name = f"{index:02d}.png"
+            noise, eps = (torch.randn(4, 8, 8, generator=generator(seed, what, epoch, name)) for what in ("vae_noise", "eps"))
             with torch.no_grad():
                 pixels = torch.from_numpy(np.array(Image.open(data / f"{index:02d}.png"))).permute(2, 0, 1) / 127.5 - 1
                 posterior = pipe.vae.encode(pixels[None]).latent_dist
                 z = (posterior.mean[0] + posterior.std[0] * noise - 0.0609) * 1.5305
                 (embeds, pooled), (null, null_pooled) = encoded(captions[index]), encoded("")
-            drop = [bool(u[2] < 0.3 or u[3 + i] < 0.3) for i in range(3)]
+            purposes = ("dropout/clip_1", "dropout/clip_2", "dropout/t5")
+            joint = uniform(seed, "dropout", epoch, name) < 0.3
+            drop = [joint or uniform(seed, purpose, epoch, name) < 0.3 for purpose in purposes]
             dropped_something += any(drop)
             for drop_it, rows, columns, part in zip(
                 drop, (slice(16), slice(16), slice(16, None)), (slice(16), slice(16, 40), slice(None)), (slice(16), slice(16, 40), None)
@@ -112,7 +113,7 @@ def test_a_run_is_algorithm_5_written_out_with_diffusers_own_models(tmp_path, ru
                     embeds[rows, columns] = null[rows, columns]
                     if part is not None:
                         pooled[part] = null_pooled[part]
-            sigma = torch.sigmoid(torch.special.ndtri(u[6]))
+            sigma = torch.sigmoid(torch.special.ndtri(torch.tensor(uniform(seed, "t", epoch, name))))
             t = 1 - 2 * sigma / (1 + sigma)
             x_t = t * z + (1 - t) * eps
             answer = network(x_t[None], embeds[None], pooled[None], 1000 * (1 - t)[None]).sample[0]
@@ -539,7 +540,7 @@ def test_a_sample_that_is_not_finite_stops_the_run_by_name_and_touches_nothing(t
     more = ["train.batch_size=2", "train.steps=5", "output.checkpoint_every=1", "train.dropout=0"]
     clean = run(tmp_path / "clean", *more, f"data.cache={tmp_path / 'cache'}", "train.steps=2", "train.decay=constant")
     trainer = start(tmp_path / "unused", *more, f"data.cache={tmp_path / 'cache'}", "train.decay=constant")
-    order = np.random.default_rng((0, 0)).permutation(10)
+    order = permutation(10, 0, "order", 0, 0)
     sample = trainer.data.samples[order[5]]  # the second of the third step
     key = trainer.data.image_key(sample, False)
     moments = trainer.data.cache.read(key)["moments"]

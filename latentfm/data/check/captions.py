@@ -10,7 +10,8 @@ import numpy as np
 
 from latentfm.data.sources.base import Sample
 from latentfm.errors import InputError
-from latentfm.models.text import PromptEncoder, encoder_name
+from latentfm.models.encoders import CLIP, ENCODERS
+from latentfm.models.text import PromptEncoder
 from latentfm.models.tokenizers import load_tokenizer
 from latentfm.words import shown
 
@@ -29,9 +30,10 @@ def load_tokenizers(folder: Path) -> PromptEncoder:
 
 def limits_of(encoder: PromptEncoder, t5_lengths: Sequence[int]) -> list[tuple[int, int]]:
     """(encoder, tokens it reads) of the tokenizers there are; T5 once for each of the run's lengths."""
-    clip_length = next((tokenizer.model_max_length for tokenizer in encoder.tokenizers[:2] if tokenizer), 77)
-    limits = [(0, clip_length), (1, clip_length), *((2, length) for length in sorted(t5_lengths))]
-    return [(index, length) for index, length in limits if encoder.tokenizers[index]]
+    pairs = [(kind, tokenizer) for kind, tokenizer in zip(ENCODERS, encoder.tokenizers, strict=True)]
+    clip_length = next((tokenizer.model_max_length for kind, tokenizer in pairs if kind.family is CLIP and tokenizer), 77)
+    lengths = [[clip_length] if kind.family is CLIP else sorted(t5_lengths) for kind, _ in pairs]
+    return [(index, length) for index, (_, tokenizer) in enumerate(pairs) if tokenizer for length in lengths[index]]
 
 
 def first_users(samples: Sequence[Sample]) -> dict[str, int]:
@@ -68,7 +70,7 @@ def token_report(
         worst = heapq.nlargest(SHOWN, over.tolist(), key=lambda place, mine=mine: (mine[place], -place))
         lost = dict(encoder.lost_text(index, [captions[place] for place in worst], limit)) if worst else {}
         rows.append({
-            "encoder": encoder_name(index), "limit": limit, "captions": len(captions),
+            "encoder": str(ENCODERS[index]), "limit": limit, "captions": len(captions),
             "lengths": {
                 "min": int(mine.min()), "median": float(np.median(mine)), "mean": round(float(mine.mean()), 1),
                 "p95": float(np.quantile(mine, 0.95, method="higher")), "max": int(mine.max()),

@@ -1,6 +1,5 @@
 """AdamW for bfloat16 weights, and the bound on a gradient."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from latentfm.models.memory import OPTIMIZER_CHUNK
+from latentfm.randomness import generator
 
 CPU_CHUNK, GPU_CHUNK = 1 << 20, OPTIMIZER_CHUNK  # elements whose float32 copies exist at one time: a CPU's cache, a GPU's launches
 
@@ -57,8 +57,8 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for number, (group, pieces) in enumerate(self.chunks()):
             step = int(self.state[pieces[0][0]]["step"])
-            generator = generator_at(self.seed, step, number, pieces[0][0].device)
-            self.move(group, step, pieces, generator)
+            source = generator(self.seed, "rounding", step, number, device=pieces[0][0].device)
+            self.move(group, step, pieces, source)
         return loss
 
     def chunks(self) -> Iterator[tuple[dict[str, Any], list[tuple[nn.Parameter, slice]]]]:
@@ -146,12 +146,6 @@ def round_stochastically_(x: Tensor, generator: torch.Generator) -> Tensor:
     draws = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
     x.view(torch.int32).add_(1 << 15).add_(draws).bitwise_and_(-1 << 16)
     return x.add_(lost)
-
-
-def generator_at(seed: int, step: int, number: int, device: torch.device) -> torch.Generator:
-    """A generator on `device` that depends on exactly these: the run's seed, the optimizer step and the chunk's number."""
-    digest = hashlib.blake2b(f"rounding\0{seed}\0{step}\0{number}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def masters_of(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:

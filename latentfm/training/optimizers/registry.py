@@ -11,18 +11,9 @@ from torch import Tensor, nn
 
 from latentfm.config import TrainOptions
 from latentfm.errors import InputError
+from latentfm.optimizers import OPTIMIZERS
 from latentfm.training.optimizers.adamw import AdamW
 
-PACKAGES = {  # of the optimizers that PyTorch has not
-    "adamw8bit": "bitsandbytes", "paged_adamw": "bitsandbytes", "paged_adamw8bit": "bitsandbytes",
-    "prodigy": "prodigyopt", "lion": "lion_pytorch",
-}  # fmt: skip
-# what looks at more of a parameter than its single numbers, its rows, its norm, blocks of 256: not for parameters split over processes
-NOT_SPLIT = ("adamw8bit", "paged_adamw8bit", "adafactor", "prodigy")
-LEAST_PRODIGY_RATE = 0.1  # below it somebody gave another optimizer's rate
-# Adafactor's smallest variance, whose square float32 still holds (a LoRA's first gradients are 0), and the smallest scale of a weight:
-# with 1 an update is the rate itself, as AdamW's, and not a share of the weight's size, which at the start of a LoRA is nothing
-ADAFACTOR_EPS = (1e-18, 1.0)
 TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # bitsandbytes' quantisation tables: the same for all, in no checkpoint
 GROUP = "group."  # begins the names of what an optimizer knows of a whole group of parameters
 
@@ -37,21 +28,21 @@ def package(name: str, option: str) -> Any:
 
 def missing(name: str, option: str) -> InputError:
     """What to say where `option` needs the package `name` and it is not installed."""
-    return InputError(f"{option} needs {name.replace('_', '-')}, which is not installed: pip install 'latentfm[optimizers]'")
+    return InputError(f"{option} needs {name.split('.')[0].replace('_', '-')}, which is not installed: pip install 'latentfm[optimizers]'")
 
 
 def check_optimizer(options: TrainOptions) -> None:
     """Raises InputError where train.optimizer is not installed, or cannot use what other options ask of it. Imports nothing."""
     name = options.optimizer
-    if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-        raise missing(PACKAGES[name], f"train.optimizer={name}")
-    if name == "prodigy" and options.learning_rate < LEAST_PRODIGY_RATE:
+    kind = OPTIMIZERS[name]
+    if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+        raise missing(kind.package, f"train.optimizer={name}")
+    if options.learning_rate < kind.least_rate:
         raise InputError(
-            f"prodigy finds its own rate and multiplies it by train.learning_rate, which is {options.learning_rate:g}; set it to 1"
+            f"{name} finds its own rate and multiplies it by train.learning_rate, which is {options.learning_rate:g}; set it to 1"
         )
-    default = TrainOptions.model_fields["betas"].default
-    if name == "adafactor" and options.betas != default:
-        raise InputError(f"adafactor keeps no momentum and takes no train.betas, got {list(options.betas)}; leave them out")
+    if not kind.betas and options.betas != TrainOptions.model_fields["betas"].default:
+        raise InputError(f"{name} keeps no momentum and takes no train.betas, got {list(options.betas)}; leave them out")
     if name != "adamw" and options.moments != "float32":
         raise InputError(f"train.moments={options.moments} is for train.optimizer=adamw, not {name}; leave it out")
     if options.master_weights and options.adapter:
@@ -61,12 +52,8 @@ def check_optimizer(options: TrainOptions) -> None:
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
     """The optimizer of train.optimizer over those of the named `parameters` that take a gradient; biases and norms are not decayed.
 
-    adamw: torch's fused AdamW, or, for bfloat16 weights, one that rounds them stochastically or keeps masters, which begin as the
-    parameters are here. adamw8bit (Dettmers et al. 2022): moments in 8 bits a number, in
-    blocks of 256, for parameters of 4,096 numbers or more. paged_adamw, paged_adamw8bit: their state moves out of a GPU whose memory is
-    full; without a GPU they are bitsandbytes' AdamW and adamw8bit. adafactor (Shazeer and Stern 2018): second moments of rows and columns
-    alone, no first ones; torch's class, its rate the rate itself. prodigy (Mishchenko and Defazio 2023): learning_rate times a rate it
-    finds. lion (Chen et al. 2023): steps of equal size in every weight. Raises InputError as check_optimizer does.
+    The classes are those of latentfm.optimizers, but for adamw with bfloat16 weights: one that rounds them stochastically or keeps masters,
+    which begin as the parameters are here. Raises InputError as check_optimizer does.
     """
     check_optimizer(options)
     trainable = [p for p in parameters.values() if p.requires_grad]
@@ -75,22 +62,15 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # a LoRA has matrices alone
-    name, rate, betas = options.optimizer, options.learning_rate, options.betas
-    if name == "adamw":
-        narrow = options.weights == "bfloat16" and options.adapter is None  # an adapter's own weights are float32 always
-        if not narrow and options.moments == "float32":
-            return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    name, rate = options.optimizer, options.learning_rate
+    narrow = options.weights == "bfloat16" and options.adapter is None  # an adapter's own weights are float32 always
+    if name == "adamw" and (narrow or options.moments != "float32"):
         moments = getattr(torch, options.moments)
-        return AdamW(groups, rate, betas, master_weights=options.master_weights, moments=moments, seed=options.seed)
-    if name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=rate, eps=ADAFACTOR_EPS)
-    library = package(PACKAGES[name], f"train.optimizer={name}")
-    if name == "prodigy":  # as its authors advise for a rate that warms up
-        return library.Prodigy(groups, lr=rate, betas=betas, use_bias_correction=True, safeguard_warmup=True)
-    if name == "lion":
-        return library.Lion(groups, lr=rate, betas=betas)
-    kinds = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
-    return getattr(library.optim, kinds[name])(groups, lr=rate, betas=betas)
+        return AdamW(groups, rate, options.betas, master_weights=options.master_weights, moments=moments, seed=options.seed)
+    kind = OPTIMIZERS[name]
+    module, target = kind.target.split(":")
+    made = getattr(package(module, f"train.optimizer={name}"), target)
+    return made(groups, lr=rate, **({"betas": options.betas} if kind.betas else {}), **kind.keywords)
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from latentfm.training.checkpoint import storage
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPTS = ROOT / "scripts"
 HELD_OUT = ["validation.held_out=2", "validation.every=2"]
 ADAPTER = ["train.adapter={rank: 2}", "train.learning_rate=1e-2"]
 
@@ -34,9 +33,8 @@ def slow(*values):
 
 @pytest.fixture
 def launch(options, tmp_path, monkeypatch):
-    """launch(processes, out, *overrides, mode="DDP", resume=False) -> the started training, see scripts/torture_resume.py."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from torture_resume import Started
+    """launch(processes, out, *overrides, mode="DDP", resume=False) -> the started training, see tests/torture.py."""
+    from torture import Started
 
     under_way = []
 

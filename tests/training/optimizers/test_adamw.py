@@ -160,8 +160,6 @@ def test_the_random_bits_are_a_function_of_seed_step_and_place(moments):
     other, _ = after_steps(partial(make, seed=6), torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    places = [(0, 1, 1), (1, 0, 1), (0, 11, 1), (0, 1, 11), (0, 1, 2)]
-    assert len({optim.generator_at(*place, torch.device("cpu")).initial_seed() for place in places}) == 5
 
 
 @pytest.mark.parametrize("settings", [{}, {"master_weights": True}, {"moments": torch.bfloat16}])

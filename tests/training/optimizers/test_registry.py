@@ -11,14 +11,13 @@ from models.twins import inputs, twins
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentfm.config import OPTIMIZERS, TrainOptions
+from latentfm.config import TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.mmdit import MMDiT
+from latentfm.optimizers import OPTIMIZERS
 from latentfm.training.adapters import choose_trainable
 from latentfm.training.optimizers.adamw import AdamW
 from latentfm.training.optimizers.registry import (
-    ADAFACTOR_EPS,
-    PACKAGES,
     check_optimizer,
     learning_rate,
     make_optimizer,
@@ -239,7 +238,7 @@ def test_adafactor_is_transformers_at_a_rate_of_its_own():
     start = [torch.zeros(7, 4), 0.1 * torch.randn(6, 9, generator=generator), 0.1 * torch.randn(11, generator=generator)]
     ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
     optimizers = [
-        torch.optim.Adafactor(ours, lr=0.01, eps=ADAFACTOR_EPS),
+        torch.optim.Adafactor(ours, lr=0.01, eps=OPTIMIZERS["adafactor"].keywords["eps"]),
         Adafactor(theirs, lr=0.01, scale_parameter=False, relative_step=False, warmup_init=False),
     ]
     for step in range(6):
@@ -278,10 +277,10 @@ def test_what_an_optimizer_cannot_use_is_refused(settings, says):
         make_optimizer(dict(Net().named_parameters()), TrainOptions(**settings))
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind.package])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(name, monkeypatch):
     options = options_of(name)
     check_optimizer(options)
-    monkeypatch.setitem(sys.modules, PACKAGES[name], None)  # what an import of a package that is not there finds
+    monkeypatch.setitem(sys.modules, OPTIMIZERS[name].target.split(":")[0], None)  # what an import of a package that is not there finds
     with pytest.raises(InputError, match=rf"train.optimizer={name} needs .* not installed: pip install 'latentfm\[optimizers\]'"):
         make_optimizer(dict(Net().named_parameters()), options)

@@ -1,7 +1,7 @@
-"""Measure the bundled model: retrieval of its pictures, VAE PSNR, and a contact sheet. Needs the renders of build_emoji.py.
+"""Measure the bundled model: retrieval of its pictures, VAE PSNR, and a contact sheet. Needs the renders of build.py.
 
-    python scripts/build_emoji.py --work build/emoji fetch render captions
-    python scripts/eval_emoji.py --work build/emoji                     # about 10 minutes on two CPU cores
+    python scripts/emoji/build.py --work build/emoji fetch render captions
+    python scripts/emoji/measure.py --work build/emoji                     # about 10 minutes on two CPU cores
 
 Of 300 training captions, and of every held-out (style, concept) pair asked for by its name and style with three seeds: the share
 whose generated picture's nearest render of the same style, by pixels at 24 x 24, is its own concept; at guidance 3 and 1. Of the
@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
+from autoencoder import psnr
 from PIL import Image
 
 from latentfm import LatentFMPipeline, bundled_model
 from latentfm.data.images import open_rgb, to_tensor
 from latentfm.evaluation.retrieval import ranks
 from latentfm.pictures import grid
-from latentfm.training.vae_trainer import psnr
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """The VAE trainer: it learns, resumes exactly, and its measures are what they say."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latentfm.training.vae_trainer import VAETraining, batch_at, latent_statistics, load_pictures, psnr, train_vae
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "emoji"))
+from autoencoder import VAETraining, batch_at, latent_statistics, load_pictures, psnr, train_vae
 
 OPTIONS = VAETraining(
     size=16, steps=12, batch_size=4, warmup=2, mixed_precision="no", checkpoint_every=4, ema_decay=0.5, learning_rate=3e-3
@@ -54,7 +56,7 @@ def test_it_learns_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None
         return batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentfm.training.vae_trainer.batch_at", stopping_after(6))
+        patch.setattr("autoencoder.batch_at", stopping_after(6))
         with pytest.raises(Stopped):
             train_vae(tiny_vae(), folder, tmp_path / "broken", OPTIONS)
     resumed = train_vae(tiny_vae(), folder, tmp_path / "broken", OPTIONS)

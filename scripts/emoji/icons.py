@@ -1,4 +1,4 @@
-"""The bundled model's data: three open emoji sets, rendered and captioned. Used by build_emoji.py.
+"""The bundled model's data: three open emoji sets, rendered and captioned. Used by build.py.
 
 Sets (npm): @iconify-json/noto (Apache-2.0), @iconify-json/fluent-emoji-flat (MIT), @iconify-json/twemoji (CC BY 4.0);
 names and synonyms: emojibase-data (MIT). People and flags are left out.

@@ -1,4 +1,4 @@
-"""The bundled model's text encoders: tokenizers and three small encoders, trained on the captions. Used by build_emoji.py.
+"""The bundled model's text encoders: tokenizers and three small encoders, trained on the captions. Used by build.py.
 
 - text_encoder: transformers' CLIPModel, with its contrastive loss.
 - text_encoder_2: an open_clip CLIP, with open_clip's ClipLoss; its text tower is saved as transformers' class.

@@ -1,8 +1,8 @@
 """Kills a training at random moments, resumes it each time, and compares it with the same training left alone.
 
-    python scripts/torture_resume.py                         # 20 kills, one process: a minute on two cores
-    python scripts/torture_resume.py --processes             # then 1 -> 2 -> 4 processes by DDP, FSDP2 and a mixture: a minute more
-    python scripts/torture_resume.py --points 100 --seed 7   # other moments
+    python tests/torture.py                         # 20 kills, one process: a minute on two cores
+    python tests/torture.py --processes             # then 1 -> 2 -> 4 processes by DDP, FSDP2 and a mixture: a minute more
+    python tests/torture.py --points 100 --seed 7   # other moments
 
 The training is real and tiny: two buckets, several captions a picture, two T5 lengths, flips, dropout, validation, pictures. SIGKILL hits
 all its processes at once: while the cache is filled, while a run starts, inside a step, inside a save, just after its rename, inside a

@@ -1,13 +1,13 @@
 """Build the bundled model from nothing: three emoji sets in, assets/emoji out.
 
     pip install -e ".[test]"                                   # brings resvg_py; npm is needed too, for the fetch
-    python scripts/build_emoji.py --work build/emoji           # every stage in order; hours on two CPU cores
-    python scripts/build_emoji.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
+    python scripts/emoji/build.py --work build/emoji           # every stage in order; hours on two CPU cores
+    python scripts/emoji/build.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
     bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
 Stages: fetch (npm packages) -> render (PNG at 64 and 96 px) -> captions -> vae -> text (three encoders) -> base (those as a
 pipeline folder without network) -> mmdit (`latentfm train --config configs/emoji.yaml`) -> export (half precision, into assets/).
-`python scripts/eval_emoji.py` then measures the result. Seeds are fixed; a stage that is done is not done again.
+`python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again.
 """
 
 import argparse
@@ -20,18 +20,18 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import emoji_data
-import emoji_text
+import encoders
+import icons
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("fetch", "render", "captions", "vae", "text", "base", "mmdit", "export")
 VAE = {
     "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128), "layers_per_block": 1, "latent_channels": 12,
     "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": emoji_data.SIZE,
+    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": icons.SIZE,
 }  # fmt: skip
 TEXT_STEPS = {"clip": 1000, "open_clip": 1000, "t5": 4000}
-SHORT, LONG = emoji_text.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
+SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
 def pictures_of(folder: Path):
@@ -45,23 +45,22 @@ def pictures_of(folder: Path):
 
 
 def fetch(work: Path) -> None:
-    emoji_data.fetch(work / "npm")
+    icons.fetch(work / "npm")
 
 
 def render(work: Path) -> None:
-    emoji_data.write_pictures(emoji_data.catalogue(work / "npm"), work / "pictures")
+    icons.write_pictures(icons.catalogue(work / "npm"), work / "pictures")
 
 
 def captions(work: Path) -> None:
-    emoji_data.write_captions(emoji_data.catalogue(work / "npm"), work / "pictures")
+    icons.write_captions(icons.catalogue(work / "npm"), work / "pictures")
 
 
 def vae(work: Path) -> None:
     """Train the VAE (held-out PSNR is printed), find its shift and scale, save it in half precision."""
     import torch
+    from autoencoder import VAETraining, latent_statistics, train_vae
     from diffusers import AutoencoderKL
-
-    from latentfm.training.vae_trainer import VAETraining, latent_statistics, train_vae
 
     if (work / "vae" / "model" / "config.json").exists():
         return
@@ -89,13 +88,13 @@ def text_encoder(work: Path, name: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    pairs, out, steps = emoji_text.Pairs(work / "pictures" / "train"), work / "text", TEXT_STEPS[name]
+    pairs, out, steps = encoders.Pairs(work / "pictures" / "train"), work / "text", TEXT_STEPS[name]
     if name == "clip":
-        emoji_text.train_clip(pairs, out, steps, batch=256, seed=1)
+        encoders.train_clip(pairs, out, steps, batch=256, seed=1)
     elif name == "open_clip":
-        emoji_text.train_open_clip(pairs, out, steps, batch=256, seed=2)
+        encoders.train_open_clip(pairs, out, steps, batch=256, seed=2)
     else:
-        emoji_text.train_t5(pairs, latents_of(pairs.pictures, work / "vae" / "model"), out, steps, batch=128, seed=3)
+        encoders.train_t5(pairs, latents_of(pairs.pictures, work / "vae" / "model"), out, steps, batch=128, seed=3)
 
 
 def text(work: Path) -> None:
@@ -137,7 +136,7 @@ def base(work: Path) -> None:
         index[f"tokenizer{suffix}"] = ["transformers", tokenizer]
     index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    widths = emoji_text.T5_WIDTH, sum(emoji_text.CLIP_WIDTHS)
+    widths = encoders.T5_WIDTH, sum(encoders.CLIP_WIDTHS)
     null = NullCondition(load_text_encoders(folder, *widths))
     for length in (SHORT, LONG):
         null.parts(length)
