@@ -17,7 +17,7 @@ from latentfm.errors import InputError, nearest
 from latentfm.models.cost import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
 from latentfm.randomness import seed_of
-from latentfm.training.optimizers.registry import package
+from latentfm.training.optimizers.factory import package
 from latentfm.training.precision import compute_dtype
 
 BLOCKS = "transformer_blocks."

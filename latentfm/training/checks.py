@@ -26,7 +26,7 @@ from latentfm.models.presets import PRESETS
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.training.adapters import adapted_modules, ends_with, parse_blocks
 from latentfm.training.checkpoint import storage
-from latentfm.training.optimizers.registry import check_optimizer, missing
+from latentfm.training.optimizers.factory import check_optimizer, missing
 from latentfm.training.step import density, routed_blocks
 from latentfm.words import count, shown
 

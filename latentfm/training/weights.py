@@ -17,7 +17,7 @@ from latentfm.training.distributed.processes import broadcast_from_main, raise_o
 from latentfm.training.distributed.shards import LocalShards, fully_sharded, is_fsdp, resharded
 from latentfm.training.models import Models
 from latentfm.training.optimizers.ema import EMA
-from latentfm.training.optimizers.registry import learning_rate, make_optimizer
+from latentfm.training.optimizers.factory import learning_rate, make_optimizer
 
 
 class TrainedWeights:

@@ -6,7 +6,7 @@ from latentfm.errors import InputError
 from latentfm.interchange.tensors import Tensors
 from latentfm.training.distributed.shards import Chunk, LocalShards
 from latentfm.training.optimizers.ema import EMA
-from latentfm.training.optimizers.registry import optimizer_state, restore_optimizer_state
+from latentfm.training.optimizers.state import optimizer_state, restore_optimizer_state
 from latentfm.words import listed
 
 
