@@ -113,6 +113,16 @@ class TokenRouting(Section):
     first: int = Field(2, description="first routed block; negative numbers count from the end, -1 is the last")
     last: int = Field(-3, description="last routed block; after it all tokens are together again")
 
+    def blocks(self, layers: int) -> tuple[int, int]:
+        """(first, last) routed block, both counted from 0, of a network of `layers` blocks. Raises InputError when they do not fit."""
+        first, last = (block + layers if block < 0 else block for block in (self.first, self.last))
+        if not 0 <= first <= last < layers:
+            raise InputError(
+                f"train.token_routing from block {self.first} to {self.last} does not fit this network of {layers} blocks; "
+                f"choose 0 <= first <= last <= {layers - 1}, or negative numbers counted from the end"
+            )
+        return first, last
+
 
 class AdapterOptions(Section):
     """Train a small addition to frozen weights instead of the weights (peft)."""

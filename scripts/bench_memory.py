@@ -1,4 +1,4 @@
-"""The memory a training step takes, as models/memory.py says and as the process shows it, for MMDiT and diffusers' network beside it.
+"""The memory a training step takes, as planning/memory.py says and as the process shows it, for MMDiT and diffusers' network beside it.
 
     python scripts/bench_memory.py                # ten minutes on two cores, 4 GB
     python scripts/bench_memory.py --only wide    # the cases whose name has this in it
@@ -47,17 +47,17 @@ def configuration(case: dict) -> dict:
 
 
 def predicted(case: dict) -> tuple[str, int]:
-    """(the moment, its bytes) that models/memory.py expects to be the highest."""
-    from latentfm.models.cost import Network, parameters, position_table
-    from latentfm.models.memory import Training, forward_memory, highest, training_moments
+    """(the phase, its bytes) that planning/memory.py expects to be the fullest."""
+    from latentfm.planning.cost import Network, parameters, position_table
+    from latentfm.planning.memory import Training, forward_memory, fullest, training_phases
 
     net, known = Network.of(configuration(case)), {"image", "text", "batch", "precision", "rank", "checkpointing"}
     run = Training(**{name: value for name, value in case.items() if name in known}, cpu=True)
     if case.get("draw"):
         stored = sum(parameters(net).values()) + position_table(net)
         return "forward pass", run.width * stored + forward_memory(net, run.image, run.text, run.batch, run.width, cpu=True)
-    moment = highest(training_moments(net, run))
-    return moment.name, moment.total
+    phase = fullest(training_phases(net, run))
+    return phase.name, phase.total
 
 
 def memory(field: str) -> int:
@@ -96,7 +96,7 @@ def make_network(case: dict, peer: bool):
     from diffusers import SD3Transformer2DModel
     from peft import LoraConfig
 
-    from latentfm.models.cost import LORA_TARGETS
+    from latentfm.models.linears import LORA_TARGETS
     from latentfm.models.mmdit import MMDiT
 
     network = (SD3Transformer2DModel if peer else MMDiT)(**configuration(case))

@@ -17,11 +17,11 @@ from latentfm.interchange.components import load_text_encoders, read_null
 from latentfm.interchange.lora import open_adapter, write_peft
 from latentfm.interchange.weights import completed, load_part, load_transformer, open_weights
 from latentfm.interchange.writers import write_component, write_single
-from latentfm.models.described import read_model
 from latentfm.models.folder import check_folder
 from latentfm.models.manifest import check_manifest, write_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.tokenizers import load_tokenizer
+from latentfm.planning.model import read_model
 
 PROMPT = {"prompt": "a red apple", "num_inference_steps": 1, "height": 16, "width": 16, "max_sequence_length": 8, "output_type": "latent"}
 

@@ -105,3 +105,11 @@ def tiny_pipeline(folder: Path, seed: int = 0, with_t5: bool = True, clip_length
     )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder
+
+
+def data_plan(options, folder: Path, lengths=(8,)):
+    """What these options of a run's data come to with a pipeline folder's model; prompts of these lengths."""
+    from latentfm.planning.model import read_model
+    from latentfm.planning.run import plan_data
+
+    return plan_data(options.model_copy(update={"t5_lengths": dict.fromkeys(lengths, 1.0)}), read_model(folder), 1)[1]

@@ -62,7 +62,7 @@ def fill(run: "RunConfig") -> None:
 
     from latentfm.data.sources import summary
     from latentfm.errors import InputError
-    from latentfm.models.folder import t5_length
+    from latentfm.planning.run import plan_run
     from latentfm.training.models import load_models
     from latentfm.training.prepare import CachedDataset
     from latentfm.training.sources import open_dataset
@@ -74,9 +74,8 @@ def fill(run: "RunConfig") -> None:
     dataset = open_dataset(run.data)
     if rank == 0:
         print(summary(dataset), flush=True)
-    models = load_models(run.model, weights=False)
-    lengths = sorted(run.data.t5_lengths or {t5_length(models.info): 1.0})
-    data = CachedDataset(dataset, models, run.data, lengths)
+    models, plan = load_models(run.model, weights=False), plan_run(run)
+    data = CachedDataset(dataset, models, run.data, plan.data)
     models.frozen_to(device_of(int(os.environ.get("LOCAL_RANK", 0))))
     before = data.keys_there()
     began = time.monotonic()

@@ -1,42 +1,25 @@
 """`latentfm convert`: SD3 weights and LoRA adapters from one form on disk into another, never in memory whole."""
 
 import re
-import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
 from latentfm.errors import InputError
-from latentfm.models.encoders import TEXT
-from latentfm.words import count, shown
+from latentfm.words import shown
 
 if TYPE_CHECKING:
-    import torch
-
-    from latentfm.interchange.lora import Adapter
-    from latentfm.interchange.tensors import Tensors
-    from latentfm.interchange.weights import Weights
+    from latentfm.interchange.conversion import Conversion
 
 DTYPES = ("float16", "bfloat16", "float32")
 NAMINGS = ("original", "diffusers")
-GROUPS = {"transformer": ("transformer",), "vae": ("vae",), "text": TEXT}
+GROUPS = ("transformer", "vae", "text")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SHARD_SIZE = "10GB"
-
-
-class Plan(NamedTuple):
-    """A conversion that has been checked: its title, the lines of its table, its bytes, and write(path, advance)."""
-
-    title: str
-    rows: list[list[str]]
-    size: int
-    write: Callable[[Path, Callable[[int], None]], None]
 
 
 def convert(
@@ -94,6 +77,7 @@ def convert(
     quiet_libraries()
     import torch
 
+    from latentfm.interchange.conversion import adapter_conversion, check_space, model_conversion
     from latentfm.interchange.lora import is_adapter
 
     kind = getattr(torch, dtype) if dtype else None
@@ -101,9 +85,11 @@ def convert(
         if pipeline or parts or naming or max_shard_size or sample_size:
             apply = "--dtype, --transformer-only, --verify and --overwrite apply to it"
             raise InputError(f"{shown(source)} is a LoRA: of the options only {apply}")
-        plan = plan_adapter(source, target, transformer_only, kind, verify)
+        plan = adapter_conversion(source, target, transformer_only, kind, verify)
     else:
-        plan = plan_model(source, target, pipeline, transformer_only, wanted, naming or "original", sample_size, kind, most, verify)
+        plan = model_conversion(source, target, pipeline, transformer_only, wanted, naming or "original", sample_size, kind, most, verify)
+    for note in plan.notes:
+        say(f"note: {note}")
     check_space(target, plan.size)
     run(target, plan)
     show_table(plan)
@@ -114,7 +100,7 @@ def check_options(
     target: Path, pipeline: Path | None, transformer_only: bool, parts: str | None, naming: str | None, max_shard_size: str | None
 ) -> None:
     """Raises InputError for an option that the kind of `target` gives nothing to do."""
-    if is_file_name(target):
+    if target.suffix == ".safetensors":
         given = {"--max-shard-size": max_shard_size}
         way_out = "OUT is a single file, which its name ending in .safetensors says"
     else:
@@ -130,17 +116,13 @@ def check_options(
         raise InputError("--naming diffusers is for a transformer alone; for more parts use the original naming, or a folder")
 
 
-def is_file_name(target: Path) -> bool:
-    return target.suffix == ".safetensors"
-
-
 def wanted_groups(text: str | None) -> list[str] | None:
     """The groups of "transformer,vae,text"; None stays None. Raises InputError."""
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
-        check_name("--with", name, tuple(GROUPS))
+        check_name("--with", name, GROUPS)
     return names
 
 
@@ -168,139 +150,11 @@ def check_places(source: Path, target: Path, pipeline: Path | None, overwrite: b
     if not overwrite:
         raise InputError(f"OUT {shown(target)} exists; give another name, or --overwrite to replace it")
     known = any((target / name).is_file() for name in ("model_index.json", "config.json", "adapter_config.json"))
-    if target.is_dir() != (not is_file_name(target)) or (target.is_dir() and not known):
+    if target.is_dir() != (not (target.suffix == ".safetensors")) or (target.is_dir() and not known):
         raise InputError(f"OUT {shown(target)} is nothing that this command writes, so it is not overwritten; give another name")
 
 
-def check_space(target: Path, size: int) -> None:
-    """Raises InputError when the disk of `target` has less than `size` bytes free."""
-    place = next(place for place in target.resolve().parents if place.exists())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        has = f"{shown(place)} has {in_units(free)} free"
-        raise InputError(f"OUT {shown(target)} takes {in_units(size)}, and {has}; make room, or give another place")
-
-
-def plan_adapter(source: Path, target: Path, transformer_only: bool, dtype: "torch.dtype | None", verify: bool) -> Plan:
-    """The conversion of a LoRA. Raises InputError when it would change or lose something."""
-    from latentfm.interchange.lora import open_adapter, write_diffusers, write_peft
-    from latentfm.interchange.lora_names import ENCODERS
-    from latentfm.interchange.tensors import written_bytes
-
-    adapter = open_adapter(source, verify)
-    if is_file_name(target) == source.is_file():
-        way_out = "a folder for peft" if source.is_file() else "a name ending in .safetensors for diffusers"
-        raise InputError(f"{shown(source)} is a {adapter.kind} already; give as OUT {way_out}")
-    if adapter.left_out and not transformer_only:
-        raise InputError(
-            f"{shown(source)} adapts the text encoders too ({count(adapter.left_out, 'tensor')}: {', '.join(ENCODERS)}), and a peft folder "
-            "holds one model's adapter; --transformer-only leaves them out"
-        )
-    to, write = ("diffusers LoRA file", write_diffusers) if is_file_name(target) else ("peft adapter folder", write_peft)
-    rows = [row("transformer", adapter.tensors, dtype, adapter.kind, to)]
-    size = written_bytes(adapter.tensors, dtype)
-    return Plan(lora_title(adapter), rows, size, lambda path, advance: write(path, adapter, dtype, advance))
-
-
-def lora_title(adapter: "Adapter") -> str:
-    config = adapter.config
-    kind = "DoRA" if config.get("use_dora") else "LoRA"
-    return f"{kind} of rank {config.get('r')}{' and others' if config.get('rank_pattern') else ''}, alpha {config.get('lora_alpha')}"
-
-
-def plan_model(
-    source: Path, target: Path, pipeline: Path | None, transformer_only: bool, wanted: list[str] | None, naming: str,
-    sample_size: int | None, dtype: "torch.dtype | None", most: int, verify: bool,
-) -> Plan:  # fmt: skip
-    """The conversion of a model. Raises InputError when something is missing or wrong."""
-    from latentfm.interchange.tensors import written_bytes
-    from latentfm.interchange.weights import architecture, completed, open_weights
-    from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
-    from latentfm.models.folder import PARTS
-    from latentfm.models.manifest import write_manifest
-
-    alone = transformer_only or naming == "diffusers"
-    chosen = GROUPS["transformer"] if alone else tuple(name for group in wanted or GROUPS for name in GROUPS[group])
-    base = open_weights(pipeline, verify=verify) if pipeline else None
-    if base and base.kind != "pipeline folder":
-        raise InputError(f"--pipeline {shown(pipeline)} is a {base.kind}; give a pipeline folder, with a model_index.json")
-    weights = open_weights(source, chosen, base, sample_size, verify and source.is_dir())
-    own = set(weights.parts)
-    if is_file_name(target) or transformer_only:
-        found = {name: part for name in PARTS if name in chosen and (part := weights.parts.get(name) or (base and base.parts.get(name)))}
-        scheduler = weights.scheduler or (base.scheduler if base else None)
-        weights = replace(weights, parts=found, scheduler=scheduler, info=weights.info or (base.info if base else {}))
-        if lost := [group for group in wanted or ["transformer"] if not any(name in weights.parts for name in GROUPS[group])]:
-            raise InputError(f"--with {lost[0]}: {shown(source)} has none; --pipeline names a folder to take it from")
-    else:
-        weights = completed(weights, base)
-
-    def write(path: Path, advance: Callable[[int], None]) -> None:
-        if is_file_name(target):
-            write_single(path, weights, naming, dtype, advance)
-        elif transformer_only:
-            write_component(path, "transformer", weights.parts["transformer"], carried(weights.metadata), dtype, most, advance)
-            write_manifest(path)
-        else:
-            write_pipeline(path, weights, dtype, most, advance)
-
-    for note in [*weights.notes, *lossy_notes(weights, is_file_name(target))]:
-        say(f"note: {note}")
-    rows = [
-        row(name, part.tensors, dtype, place(name, weights if name in own else base), place_in(target, name, naming, transformer_only))
-        for name, part in weights.parts.items()
-    ]
-    network = weights.parts.get("transformer")
-    title = architecture(network.config) if network else "without a transformer"
-    return Plan(title, rows, sum(written_bytes(part.tensors, dtype) for part in weights.parts.values()), write)
-
-
-def lossy_notes(weights: "Weights", single: bool) -> list[str]:
-    """What a single file does not carry to other programs, a line each."""
-    import torch
-
-    if not single or "text_encoder" not in weights.parts:
-        return []
-    projection = weights.parts["text_encoder"].tensors["text_projection.weight"].load(torch.float32)
-    if projection.shape[0] == projection.shape[1] and torch.equal(projection, torch.eye(len(projection))):
-        return []
-    return ["the first CLIP has a projection of its own, which other programs ignore in SD3's naming; latentfm reads it back"]
-
-
-def place(name: str, weights: "Weights") -> str:
-    """Where a component lies in `weights`."""
-    if weights.kind.startswith("single file"):
-        return weights.kind
-    return f"{weights.path.name}/{name}" if weights.kind == "pipeline folder" else weights.path.name
-
-
-def place_in(target: Path, name: str, naming: str, transformer_only: bool) -> str:
-    """Where a component is written."""
-    if is_file_name(target):
-        return f"single file ({naming} naming)"
-    return target.name if transformer_only else f"{target.name}/{name}"
-
-
-def row(name: str, tensors: "Tensors", dtype: "torch.dtype | None", source: str, target: str) -> list[str]:
-    """A line of the table: part, tensors, parameters, dtype, bytes, from, to."""
-    from latentfm.interchange.tensors import target_dtype, written_bytes
-
-    before, after = (
-        "+".join(sorted({str(kind(stored)).removeprefix("torch.") for stored in tensors.values()}))
-        for kind in (lambda stored: stored.dtype, lambda stored: target_dtype(stored, dtype))
-    )
-    kinds = before if before == after else f"{before} -> {after}"
-    parameters = sum(stored.numel for stored in tensors.values())
-    return [name, f"{len(tensors):,}", f"{parameters:,}", kinds, in_units(written_bytes(tensors, dtype)), source, target]
-
-
-def in_units(size: float) -> str:
-    """Bytes in words: "4.34 GB"."""
-    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "")
-    return f"{size / UNITS[unit]:.2f} {unit}" if unit else f"{size} bytes"
-
-
-def run(target: Path, plan: Plan) -> None:
+def run(target: Path, plan: "Conversion") -> None:
     """Writes `target`, whole or not at all, with a bar that counts megabytes."""
     from latentfm.files import whole_or_nothing
 
@@ -316,7 +170,7 @@ def run(target: Path, plan: Plan) -> None:
         plan.write(partial, advance)
 
 
-def show_table(plan: Plan) -> None:
+def show_table(plan: "Conversion") -> None:
     """Prints the summary on stderr."""
     from rich.console import Console
     from rich.markup import escape

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +16,6 @@ from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
-    from latentfm.data.check.findings import Plan
-    from latentfm.data.sources import Sample
 
 app = typer.Typer(help="Look at a dataset as a run will see it.", invoke_without_command=True)
 NAMES_SHOWN, ROWS_SHOWN, LONGEST = 5, 6, 120
@@ -79,8 +77,10 @@ def check(
     target = out if out is not None else None if as_json else Path("data-check.html")
     if target is not None:
         check_target(target, overwrite)
+    from latentfm.planning.run import plan_run
+
     folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
-    plan = plan_of(run, folder)
+    plan = plan_run(run).data
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries
 
@@ -90,6 +90,7 @@ def check(
     from latentfm.data.check.findings import contact_sheet
     from latentfm.data.check.page import page
     from latentfm.training.sources import open_dataset
+    from latentfm.training.validation import split_held_out
 
     encoder, dataset = load_tokenizers(folder), open_dataset(run.data)
     with progress_bar() as bar:
@@ -98,7 +99,8 @@ def check(
             task = bar.add_task(what, total=total)
             return lambda count: bar.advance(task, count)
 
-        report = examine(dataset, plan, encoder, start, held_out_of(run))
+        number, seed = run.validation.held_out, run.train.seed
+        report = examine(dataset, plan, encoder, start, lambda samples: split_held_out(samples, number, seed)[1])
         if target is not None:
             sheet = contact_sheet(dataset.samples, report, plan, pictures, start("cropping", min(pictures, report.findings["used"])))
     findings = report.findings
@@ -133,35 +135,6 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
         raise InputError("nothing to check: give a path, or a configuration with --config")
     overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
-
-
-def plan_of(run: "RunConfig", folder: Path) -> "Plan":
-    """What the options and the pipeline folder make of pictures; no weight is read. Raises InputError for a size that does not fit."""
-    from latentfm.data.buckets import Buckets, base_shape
-    from latentfm.data.check.findings import Plan
-    from latentfm.models.folder import read_config, read_info, t5_length
-    from latentfm.models.presets import PRESETS
-
-    if run.model.preset is not None and run.model.preset not in PRESETS:
-        raise InputError(f"no preset '{run.model.preset}'; there are {', '.join(PRESETS)}")
-    network = PRESETS[run.model.preset] if run.model.preset else read_config(folder / "transformer" / "config.json")
-    factor = 2 ** (len(read_config(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-    multiple = factor * network["patch_size"]
-    largest = network["pos_embed_max_size"] * multiple
-    width, height = base_shape(run.data.size, network["sample_size"] * factor, multiple, largest)
-    shapes = Buckets.make(width, height, multiple, run.data.buckets, run.data.max_aspect, largest)
-    lengths = tuple(sorted(run.data.t5_lengths or [t5_length(read_info(folder))]))
-    return Plan(shapes, factor, run.data.max_crop, run.train.batch_size, lengths)
-
-
-def held_out_of(run: "RunConfig") -> "Callable[[Sequence[Sample]], Sequence[int]]":
-    """What says which samples the run keeps for its validation."""
-    if not run.validation.held_out:
-        return lambda samples: ()
-
-    from latentfm.training.validation import split_held_out
-
-    return lambda samples: split_held_out(samples, run.validation.held_out, run.train.seed)[1]
 
 
 def check_target(target: Path, overwrite: bool) -> None:

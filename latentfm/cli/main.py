@@ -110,10 +110,10 @@ app.command(
 )(with_homes(convert))
 app.command(
     epilog="Examples\n\n"
-    "latentfm plan --preset sd3-medium --batch 64 --gpus 8\n\n"
-    "latentfm plan --preset sd3.5-large --mode lora --weights bfloat16 --checkpointing 0.5 --gpu 4090 --batch 1\n\n"
-    "latentfm plan --model runs/mine/model --resolution 512x768 --steps 20000\n\n"
-    "latentfm plan --preset sd3.5-medium --mode generate --batch 4 --steps 40 --guidance 4.5"
+    "latentfm plan --preset sd3-medium train.batch_size=64 --gpus 8\n\n"
+    "latentfm plan --preset sd3.5-large train.adapter.rank=16 train.weights=bfloat16 train.gradient_checkpointing=0.5 --gpu 4090\n\n"
+    "latentfm plan --config configs/sd35-medium-full.yaml --model runs/mine/model --gpus 8 --shard full\n\n"
+    "latentfm plan --preset sd3.5-medium --generate 4 sample.steps=40 sample.guidance=4.5"
 )(with_homes(plan))
 app.command(
     epilog="Examples\n\n"

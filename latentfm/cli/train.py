@@ -29,8 +29,7 @@ def train(
         int | None, typer.Option(help="--dry-run: as if on so many; default: what the launcher says.", show_default=False)
     ] = None,
     shard: Annotated[
-        str | None,
-        typer.Option(help="--dry-run: none (DDP), full (FSDP2), offload (FSDP2, on the CPU); default: the launcher's.", show_default=False),
+        str | None, typer.Option(help="--dry-run: as of `latentfm plan`; default: the launcher's.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="--dry-run: print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -80,27 +79,21 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
     """Prints the dry run of `run`, once over all processes. Raises InputError for what is wrong with it."""
     import json
 
-    from latentfm.cli.checks import check_at_least_one, check_name
-    from latentfm.cli.dry_run import show
-    from latentfm.cli.plan import SHARDS
+    from latentfm.cli.plan import chosen_gpu, chosen_parallelism
+    from latentfm.cli.plan_tables import show_dry_run
     from latentfm.cli.terminal import progress_bar
-    from latentfm.models.gpus import GPUS
-    from latentfm.training.checks import Launch
-    from latentfm.training.dry_run import Device, dry_run
+    from latentfm.planning.devices import Device
+    from latentfm.planning.run import Parallelism
+    from latentfm.training.dry_run import dry_run
 
-    launch = Launch.here()
-    if gpu is not None:
-        check_name("--gpu", gpu.lower(), tuple(GPUS))
-    if gpus is not None:
-        check_at_least_one({"--gpus": gpus})
-        launch = Launch(gpus)
-    if shard is not None:
-        check_name("--shard", shard, SHARDS)
-        launch = Launch(launch.processes, launch.machines, 1 if shard == "none" else launch.processes, shard == "offload")
+    parallelism = Parallelism.here()
+    if gpus is not None or shard is not None:
+        processes, machines = (parallelism.processes, parallelism.machines) if gpus is None else (gpus, 1)
+        parallelism = chosen_parallelism(processes, shard or "none", machines)
     with progress_bar() as bar:
         task = bar.add_task("reading the headers of pictures", total=None)
         found = dry_run(
-            run, resume, launch, None if gpu is None else Device.of(GPUS[gpu.lower()]),
+            run, resume, parallelism, None if gpu is None else Device.of(chosen_gpu(gpu)),
             lambda done, of: bar.update(task, completed=done, total=of),
         )  # fmt: skip
     if int(os.environ.get("RANK", 0)):
@@ -108,7 +101,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        show(found)
+        show_dry_run(found)
 
 
 def option_table() -> str:

@@ -4,6 +4,7 @@ Every picture has a bucket, none is dropped, and all pictures of a batch have on
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,6 +75,11 @@ class Buckets:
             share = np.maximum(share, mine)
         return best
 
+    def crops(self, sizes: np.ndarray, buckets: np.ndarray) -> np.ndarray:
+        """The share of each picture of sizes [N, 2] that its bucket, of buckets [N], crops away, float64 [N]."""
+        across, down = (np.asarray(sizes, dtype=np.int64).reshape(-1, 2) * np.array(self.shapes)[buckets][:, ::-1]).T
+        return 1 - np.minimum(across, down) / np.maximum(across, down)
+
     def crop(self, width: int, height: int) -> float:
         """The share, in [0, 1), of a picture of width x height pixels that is cropped away in its bucket."""
         return 1 - kept(width, height, *self.shapes[self.of(width, height)])
@@ -82,6 +88,26 @@ class Buckets:
         """The factor by which a picture's sides are scaled to cover its bucket: above 1 it is enlarged, and looks soft."""
         shape = self.shapes[self.of(width, height)]
         return max(shape[0] / width, shape[1] / height)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What a run makes of its pictures and captions. `factor` pixels a side are one latent; t5_lengths: tokens -> share of the steps."""
+
+    buckets: Buckets
+    factor: int
+    max_crop: float
+    batch_size: int
+    t5_lengths: Mapping[int, float]
+
+    def place(self, sizes: Sequence[tuple[int, int]] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(bucket, share that it crops away, whether the picture is trained on) of each picture of sizes [N, 2] (width, height).
+
+        A picture that would lose more than max_crop is left out.
+        """
+        buckets = self.buckets.of_all(sizes)
+        lost = self.buckets.crops(sizes, buckets)
+        return buckets, lost, lost <= self.max_crop
 
 
 def base_shape(size: int | tuple[int, int] | None, own: int, multiple: int, largest: int) -> tuple[int, int]:

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentfm.errors import InputError
+from latentfm.errors import InputError, nearest
 from latentfm.files import read_json
-from latentfm.models.encoders import TEXT
+from latentfm.models.encoders import ENCODERS, T5, TEXT
 from latentfm.models.manifest import check_manifest
+from latentfm.models.presets import PRESETS
 from latentfm.models.stored import is_pickle, pickle_refused, read_header, weight_files
 from latentfm.words import shown
 
@@ -66,6 +67,26 @@ def wrong_setting(key: str, value: Any) -> str:
         if (key == "scaling_factor" and value == 0) or (key == "shift" and value <= 0):
             return "which is no number to scale with"
     return ""
+
+
+def network_settings(folder: Path, preset: str | None) -> dict[str, Any]:
+    """The arguments of a pipeline folder's network: its own, or a preset's with the widths of the folder's VAE and text encoders.
+
+    Raises InputError for an unknown preset and for a configuration that cannot be read.
+    """
+    if preset is None:
+        return read_config(folder / "transformer" / "config.json")
+    if preset not in PRESETS:
+        raise InputError(f"no preset '{preset}'{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+    channels = read_config(folder / "vae" / "config.json")["latent_channels"]
+    changes = {"in_channels": channels, "out_channels": channels}
+    for encoder in ENCODERS:
+        path = folder / encoder.name / "config.json"
+        if path.is_file() and encoder.family is T5:
+            changes["joint_attention_dim"] = read_config(path)["d_model"]
+        elif path.is_file():
+            changes["pooled_projection_dim"] = changes.get("pooled_projection_dim", 0) + read_config(path)["projection_dim"]
+    return PRESETS[preset] | changes
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +12,14 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from latentfm.config import AdapterOptions, TrainOptions
-from latentfm.errors import InputError, nearest
-from latentfm.models.cost import LORA_TARGETS
+from latentfm.errors import InputError
+from latentfm.models.linears import BLOCKS, adapted_linears, parse_blocks
 from latentfm.models.mmdit import MMDiT
 from latentfm.randomness import seed_of
 from latentfm.training.optimizers.factory import package
 from latentfm.training.precision import compute_dtype
 
-BLOCKS = "transformer_blocks."
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
-RANGE = re.compile(r"(-?\d+)(?:(-)(-?\d+)?)?")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-PRESETS = {  # endings of the modules of a block; every linear ends with nothing
-    "attention": LORA_TARGETS, "feed_forward": FEED_FORWARD, "modulation": ("norm1.linear", "norm1_context.linear"), "all_linear": ("",),
-}  # fmt: skip
 NF4_BLOCKS = (64, 32)  # numbers that share a scale: QLoRA's 64, and what a row of another width still divides into
 OUTLIERS = 6.0  # LLM.int8's threshold (Dettmers et al. 2022): columns of activations beyond it are not multiplied in 8 bits
 
@@ -52,7 +45,7 @@ def choose_trainable(network: MMDiT, options: TrainOptions, device: torch.device
     chosen = range(layers) if options.blocks is None else parse_blocks(options.blocks, layers)
     where = "" if options.blocks is None else f" of {len(chosen)} of {layers} blocks"
     if adapter is not None:
-        modules = adapted_modules(network, adapter.targets, chosen)
+        modules = adapted_linears([name for name, _ in linears_of_blocks(network)], adapter.targets, chosen)
         check_base(network, adapter, device)
         base = base_fingerprint(network)
         network.requires_grad_(False)
@@ -90,68 +83,9 @@ def check_base(network: nn.Module, options: AdapterOptions, device: torch.device
         raise InputError("train.adapter.kind=dora on base=int8 does not run on a CPU; use nf4 or as_weights there, or lora")
 
 
-def parse_blocks(text: str, layers: int) -> list[int]:
-    """The blocks that `text` names, in order, counted from 0: "3", "0-5,20-", "-4-" (the last four), "0--2" (all but the last).
-
-    Numbers below 0 count from the end. Raises InputError for what is no such list, or names a block that is not among `layers`.
-    """
-    blocks: set[int] = set()
-    for part in text.replace(" ", "").split(","):
-        found = RANGE.fullmatch(part)
-        if found is None:
-            raise InputError(f"train.blocks '{text}' should look like 3, 0-5, 20- or -4-, several with commas; '{part}' does not")
-        first = int(found[1])
-        last = first if found[2] is None else -1 if found[3] is None else int(found[3])
-        first, last = (number + layers if number < 0 else number for number in (first, last))
-        if not 0 <= first <= last < layers:
-            raise InputError(
-                f"train.blocks '{part}' does not fit this network of {layers} blocks: they are 0 to {layers - 1}, "
-                f"or counted from the end -{layers} to -1, the smaller first"
-            )
-        blocks |= set(range(first, last + 1))
-    return sorted(blocks)
-
-
-def adapted_modules(network: nn.Module, targets: str | list[str], blocks: Iterable[int]) -> list[str]:
-    """The names of the linears of `blocks` that a preset of PRESETS, or a list of endings of names, stands for.
-
-    Raises InputError for an unknown preset, and for an ending that no linear of these blocks has, each with the nearest there is.
-    """
-    chosen = set(blocks)
-    linears = [name for name, _ in linears_of_blocks(network) if int(name.split(".")[1]) in chosen]
-    if isinstance(targets, str):
-        if targets not in PRESETS:
-            raise InputError(
-                f"train.adapter.targets '{targets}' is no preset{nearest(targets, PRESETS)}; there are {', '.join(PRESETS)}, "
-                "or give a list of names, as in [attn.to_q]"
-            )
-        return [name for name in linears if any(ends_with(name, ending) for ending in PRESETS[targets])]
-    if not targets:
-        raise InputError(f"train.adapter.targets names no module; there are the presets {', '.join(PRESETS)}")
-    for ending in targets:
-        if not any(ending and ends_with(name, ending) for name in linears):
-            tails = {tail for name in linears for tail in endings(name)}
-            raise InputError(
-                f"train.adapter.targets: no linear of the trained blocks is called '{ending}'{nearest(ending, tails)}; "
-                f"a block has {', '.join(dict.fromkeys(name.split('.', 2)[2] for name in linears))}"
-            )
-    return [name for name in linears if any(ends_with(name, ending) for ending in targets)]
-
-
 def linears_of_blocks(network: nn.Module) -> list[tuple[str, nn.Linear]]:
     """(name, linear) of all the blocks' linears, in the network's order."""
     return [(name, module) for name, module in network.named_modules() if name.startswith(BLOCKS) and isinstance(module, nn.Linear)]
-
-
-def ends_with(name: str, ending: str) -> bool:
-    """Whether the last parts of a module's dotted name are `ending`."""
-    return not ending or name == ending or name.endswith(f".{ending}")
-
-
-def endings(name: str) -> list[str]:
-    """The endings of a module's name below its block: attn.to_out.0, to_out.0."""
-    parts = name.split(".")[2:]
-    return [".".join(parts[start:]) for start in range(len(parts)) if not parts[start].isdigit()]
 
 
 def add_adapter(network: MMDiT, options: AdapterOptions, modules: list[str], seed: int) -> None:

@@ -10,14 +10,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentfm.bundled import bundled_model
-from latentfm.config import DataOptions, ModelOptions
-from latentfm.data.buckets import base_shape
+from latentfm.config import ModelOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.interchange.components import load_component, load_text_encoders, read_null
 from latentfm.interchange.weights import empty
-from latentfm.models import vae as vae_room
-from latentfm.models.folder import check_folder, read_config, read_info
+from latentfm.models.folder import check_folder, network_settings, read_info
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NullCondition, PromptEncoder
 from latentfm.words import shown
@@ -33,11 +31,6 @@ class Models:
     encoder: PromptEncoder
     null: NullCondition
     info: dict[str, Any]  # the folder's latentfm.json
-
-    @property
-    def multiple(self) -> int:
-        """Picture sides must be multiples of this."""
-        return vae_room.downsampling(self.vae) * self.network.config.patch_size
 
     def frozen_to(self, device: torch.device) -> None:
         """Moves the VAE and the text encoders."""
@@ -66,41 +59,17 @@ def load_models(options: ModelOptions, weights: bool = True) -> Models:
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     vae = load_component(folder, "vae", "AutoencoderKL", torch.float32)
-    dtype = getattr(torch, options.text_encoders)
-    if options.preset is None:
-        if weights:
-            network = load_component(folder, "transformer", "SD3Transformer2DModel", torch.float32)
-        else:
-            network = empty("transformer", read_config(folder / "transformer" / "config.json"))
-        widths = (network.config.joint_attention_dim, network.config.pooled_projection_dim)
-        encoder = load_text_encoders(folder, *widths, dtype)
+    settings = network_settings(folder, options.preset)
+    if not weights:
+        network = empty("transformer", settings)
+    elif options.preset is None:
+        network = load_component(folder, "transformer", "SD3Transformer2DModel", torch.float32)
     else:
-        encoder = load_text_encoders(folder, 4096, 2048, dtype)
-        network = new_network(options.preset, vae, encoder, weights)
-        encoder.joint_dim, encoder.pooled_dim = network.config.joint_attention_dim, network.config.pooled_projection_dim
+        network = MMDiT(**settings)
+        network.initialize()
+    widths = network.config.joint_attention_dim, network.config.pooled_projection_dim
+    encoder = load_text_encoders(folder, *widths, getattr(torch, options.text_encoders))
     for frozen in (vae, *encoder.encoders):
         if frozen is not None:
             frozen.requires_grad_(False)
     return Models(folder, network, vae, encoder, read_null(folder, encoder), read_info(folder))
-
-
-def new_network(preset: str, vae: AutoencoderKL, encoder: PromptEncoder, weights: bool) -> MMDiT:
-    """A network of `preset` with the widths of the frozen models; without `weights` on the meta device."""
-    widths = [e.config.projection_dim for e in encoder.encoders[:2] if e is not None]
-    t5 = encoder.encoders[2]
-    changes = {"in_channels": vae.config.latent_channels, "out_channels": vae.config.latent_channels}
-    changes |= {"pooled_projection_dim": sum(widths)} if widths else {}
-    changes |= {"joint_attention_dim": t5.config.d_model} if t5 is not None else {}
-    with torch.device("cpu" if weights else "meta"):
-        return MMDiT.from_preset(preset, **changes)
-
-
-def picture_size(options: DataOptions, models: Models) -> tuple[int, int]:
-    """(width, height) in pixels of the training pictures, the base of their buckets. Raises InputError for sides that do not fit."""
-    own = models.network.config.sample_size * vae_room.downsampling(models.vae)
-    return base_shape(options.size, own, models.multiple, largest_side(models))
-
-
-def largest_side(models: Models) -> int:
-    """The most pixels a side the network has positions for."""
-    return models.network.config.pos_embed_max_size * models.multiple

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentfm.config import DataOptions
+from latentfm.data.buckets import DataPlan
 from latentfm.data.cache import key_of
 from latentfm.data.images import decoders
 from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
@@ -78,7 +79,7 @@ def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor] | None]:
 
 
 def dataset_of(
-    dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = find_by_one
+    dataset: Dataset, models: Models, options: DataOptions, plan: DataPlan, share: Callable[..., list] = find_by_one
 ) -> CachedDataset:
     """The dataset of a run: out of the cache, or with data.online encoded at every step; `share` as in `Pictures`."""
-    return (OnlineDataset if options.online else CachedDataset)(dataset, models, options, lengths, share)
+    return (OnlineDataset if options.online else CachedDataset)(dataset, models, options, plan, share)

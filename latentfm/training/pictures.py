@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from latentfm.config import DataOptions
-from latentfm.data.buckets import Buckets
+from latentfm.data.buckets import DataPlan
 from latentfm.data.cache import ahead, key_of
 from latentfm.data.images import Transform, UnreadableImage, contents, digest, load_mask, opened_rgb, upright_size
 from latentfm.data.sources import Dataset, Place, Sample
 from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
-from latentfm.models import vae as vae_room
 from latentfm.training.distributed.processes import find_by_one
-from latentfm.training.models import Models, largest_side, picture_size
 from latentfm.words import count, shown
 
 
@@ -24,14 +22,12 @@ class Pictures:
     """A dataset's pictures in their shapes. `samples` are the usable ones, in order; `bucket_of` has each one's number in `buckets`.
 
     `share` has the pictures read by all processes of a training, each its share, as `parallel.shared` does.
-    Raises InputError for a size or buckets that do not fit the network, and when there is no picture that can be used.
+    Raises InputError when there is no picture that can be used.
     """
 
-    def __init__(self, dataset: Dataset, models: Models, options: DataOptions, share: Callable[..., list] = find_by_one):
-        width, height = picture_size(options, models)
-        self.dataset, self.options = dataset, options
-        self.buckets = Buckets.make(width, height, models.multiple, options.buckets, options.max_aspect, largest_side(models))
-        self.factor = vae_room.downsampling(models.vae)
+    def __init__(self, dataset: Dataset, plan: DataPlan, options: DataOptions, share: Callable[..., list] = find_by_one):
+        self.dataset, self.plan, self.options = dataset, plan, options
+        self.buckets, self.factor = plan.buckets, plan.factor
         self.flips = (False, True) if options.flip else (False,)
         self.transforms = [[Transform(height=h, width=w, flip=flip) for flip in self.flips] for w, h in self.buckets.shapes]
         self.threads = 1 if any(isinstance(sample.path, Place) for sample in dataset.samples) else min(8, os.cpu_count() or 1)
@@ -48,17 +44,14 @@ class Pictures:
         masked = [sample for sample in samples if sample.mask]
         masks = share(lambda own: list(ahead(lambda sample: digest(sample.mask), own, self.threads, 64)), masked, "masks")
         self.mask_digests = {sample.id: value for sample, value in zip(masked, masks, strict=True)}
-        self.bucket_by_id: dict[str, int] = {}
-        most = self.options.max_crop
-        for sample, (_, size) in zip(samples, found, strict=True):
-            # without sizes there is one shape; what has no size is never read
-            self.bucket_by_id[sample.id] = self.buckets.of(*size) if isinstance(size, tuple | list) else 0
-            if isinstance(size, str):
-                self.unreadable[sample.id] = size
-            elif size is not None and (crop := self.buckets.crop(*size)) > most:
-                width, height = size
+        self.bucket_by_id = {sample.id: 0 for sample in samples}  # without sizes there is one shape; what has no size is never read
+        self.unreadable |= {sample.id: size for sample, (_, size) in zip(samples, found, strict=True) if isinstance(size, str)}
+        measured = [(sample, size) for sample, (_, size) in zip(samples, found, strict=True) if isinstance(size, tuple | list)]
+        for (sample, (width, height)), bucket, lost, used in zip(measured, *self.plan.place([size for _, size in measured]), strict=True):
+            self.bucket_by_id[sample.id] = int(bucket)
+            if not used:
                 where = f"{shown(sample.path)} ({width} x {height})"
-                self.cropped[sample.id] = f"{where} would lose {crop:.0%} to the crop, data.max_crop is {most:.0%}"
+                self.cropped[sample.id] = f"{where} would lose {lost:.0%} to the crop, data.max_crop is {self.plan.max_crop:.0%}"
         self.keep(sample for sample in samples if sample.id not in self.unreadable and sample.id not in self.cropped)
 
     def keep(self, samples: Iterable[Sample]) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from latentfm.config import RunConfig, TrainOptions
+from latentfm.config import TrainOptions
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -18,16 +18,8 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "xpu"
 
 
-def with_precision(config: RunConfig, bfloat16: bool) -> RunConfig:
-    """`config` with a precision in the place of train.mixed_precision=auto: bf16 if the device has it."""
-    if config.train.mixed_precision != "auto":
-        return config
-    train = config.train.model_copy(update={"mixed_precision": "bf16" if bfloat16 else "no"})
-    return config.model_copy(update={"train": train})
-
-
 def compute_dtype(options: TrainOptions) -> torch.dtype:
-    """What the network's linears compute in; of options with a precision."""
+    """What the network's linears compute in; of options whose precision is chosen (planning.run.with_precision)."""
     return torch.bfloat16 if options.weights == "bfloat16" or options.mixed_precision == "bf16" else torch.float32
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latentfm.config import DataOptions
+from latentfm.data.buckets import DataPlan
 from latentfm.data.cache import Cache, fingerprint, key_of, tokenizer_fingerprint
 from latentfm.data.check.captions import limits_of
 from latentfm.data.entries import Entries
@@ -66,9 +67,9 @@ class CachedDataset(Pictures):
     """
 
     def __init__(
-        self, dataset: Dataset, models: Models, options: DataOptions, lengths: Sequence[int], share: Callable[..., list] = find_by_one
+        self, dataset: Dataset, models: Models, options: DataOptions, plan: DataPlan, share: Callable[..., list] = find_by_one
     ):
-        self.models, self.lengths = models, tuple(lengths)
+        self.models, self.lengths = models, tuple(sorted(plan.t5_lengths))
         # earlier versions kept "unreadable" in place of a picture's moments, even where it was the memory that lacked
         self.cache = Cache(expanded(options.cache), outdated="unreadable")
         self.made: dict[str, list[str]] = {}  # the keys that this process made, by kind
@@ -77,7 +78,7 @@ class CachedDataset(Pictures):
             str(models.encoder.joint_dim),  # the width of the zeros that stand for an absent T5
             *(fingerprint(e) for e in models.encoder.encoders), *(tokenizer_fingerprint(t) for t in models.encoder.tokenizers)
         )  # fmt: skip
-        super().__init__(dataset, models, options, share)
+        super().__init__(dataset, plan, options, share)
         if max(width * height for width, height in self.buckets.shapes) > LARGE:
             models.vae.enable_slicing()  # one by one: at 1024 px the encoder takes 2.5 GiB a picture
 

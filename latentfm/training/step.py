@@ -63,7 +63,7 @@ def losses_at(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, o
     condition = assemble(parts.map(Tensor.float), *condition_widths(network))
     route = None
     if batch.kept is not None:
-        route = TokenRoute(batch.kept, *routed_blocks(objective.routing, network_config(network).num_layers))
+        route = TokenRoute(batch.kept, *objective.routing.blocks(network_config(network).num_layers))
     return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity, batch.mask)
 
 
@@ -82,14 +82,3 @@ def condition_widths(network: nn.Module) -> tuple[int, int]:
 def network_config(network: nn.Module) -> Any:
     """The configuration of a network, wrapped for many processes or not."""
     return getattr(network, "module", network).config
-
-
-def routed_blocks(options: TokenRouting, layers: int) -> tuple[int, int]:
-    """(first, last) routed block, both counted from 0, of a network of `layers` blocks. Raises InputError when they do not fit."""
-    first, last = (block + layers if block < 0 else block for block in (options.first, options.last))
-    if not 0 <= first <= last < layers:
-        raise InputError(
-            f"train.token_routing from block {options.first} to {options.last} does not fit this network of {layers} blocks; "
-            f"choose 0 <= first <= last <= {layers - 1}, or negative numbers counted from the end"
-        )
-    return first, last

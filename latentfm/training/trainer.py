@@ -19,10 +19,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy
 
 from latentfm.config import RunConfig
-from latentfm.data.loader import Batch, Dropout, Loader, Routing
+from latentfm.data.loader import Batch, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
@@ -30,6 +29,7 @@ from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models.backends import check_backend
 from latentfm.models.folder import t5_length
+from latentfm.planning.run import with_precision
 from latentfm.training.adapters import seed_dropout
 from latentfm.training.checkpoint import storage
 from latentfm.training.checkpoint.resuming import check_same_run, finished
@@ -38,9 +38,9 @@ from latentfm.training.distributed.launcher import Peers, fewer_than_asked
 from latentfm.training.distributed.processes import broadcast_from_main, find_by_all, raise_on_all_ranks
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.figures import Pace, StepFigures, StepSums
-from latentfm.training.models import load_models, picture_size
+from latentfm.training.models import load_models
 from latentfm.training.online import dataset_of
-from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16, with_precision
+from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.run_log import RunLog, claimed
 from latentfm.training.samples import SamplePictures
@@ -64,8 +64,8 @@ class Trainer:
         config = with_precision(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
-        setup = check(config, resume)
-        self.config, self.out, self.resuming, self.lengths = config, expanded(config.output.folder), resume, setup.lengths
+        self.plan = check(config, resume)
+        self.config, self.out, self.resuming, self.lengths = config, expanded(config.output.folder), resume, self.plan.data.t5_lengths
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
         self.accelerator = accelerator = Accelerator(
@@ -87,7 +87,7 @@ class Trainer:
             self.objective = Objective.of(config.train, self.models.vae)
             self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
             share = partial(find_by_all, accelerator)  # every picture is read once, whatever the number of processes
-            self.data = dataset_of(dataset, self.models, config.data, sorted(self.lengths), share)
+            self.data = dataset_of(dataset, self.models, config.data, self.plan.data, share)
             resources.enter_context(self.progress)
             resources.enter_context(self.claimed())
             resources.enter_context(deterministic(config.train.deterministic))
@@ -97,16 +97,14 @@ class Trainer:
             bucket_of = self.data.bucket_of.copy()
             bucket_of[self.held_out] = -1  # never drawn
             self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
-            routing = config.train.token_routing
-            routing = Routing(routing.keep, self.models.network.config.patch_size) if routing else None
-            self.reader = self.data.reader(seed, self.dropout, routing)
+            self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
             # on the device: from a CPU's memory every step would wait for its copy
             self.models.null = self.models.null.kept({*self.lengths, t5_length(self.models.info)}, accelerator.device)
-            size, samples = picture_size(config.data, self.models), self.out / "samples"
-            self.samples = SamplePictures(config.sample, self.models, self.data.samples, size, samples, accelerator.device)
+            samples = self.out / "samples"
+            self.samples = SamplePictures(config.sample, self.models, self.data.samples, self.plan.size, samples, accelerator.device)
             self.validation = Validation(
                 config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
-                max(self.lengths, key=self.lengths.get), setup.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
+                max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
             ) if self.held_out else None  # fmt: skip
             self.data.release()
             self.weights = TrainedWeights(self.models, config, accelerator, sorted(self.lengths))
@@ -159,9 +157,8 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         """What the run page says of the run beside its options."""
-        device, plugin = self.accelerator.device, getattr(self.accelerator.state, "fsdp_plugin", None)
-        split, offloaded = is_split(self.models.network), isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
-        sharding = ", weights split by FSDP2" * split + ", on the CPU" * (split and offloaded)
+        device = self.accelerator.device
+        sharding = ", weights split by FSDP2" * is_split(self.models.network) + ", on the CPU" * self.plan.parallelism.offload
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
         encoders = sum(e is not None for e in self.models.encoder.encoders)
         return {

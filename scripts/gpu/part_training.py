@@ -134,8 +134,9 @@ def ours(case: Case, same_batch: bool = False, steps: int = STEPS) -> dict[str, 
     from accelerate.state import AcceleratorState, GradientState
 
     from latentfm.config import load_config
-    from latentfm.training.checks import Launch
-    from latentfm.training.dry_run import Device, dry_run
+    from latentfm.planning.devices import Device
+    from latentfm.planning.run import Parallelism
+    from latentfm.training.dry_run import dry_run
     from latentfm.training.trainer import Trainer
 
     times: list[float] = []
@@ -159,7 +160,7 @@ def ours(case: Case, same_batch: bool = False, steps: int = STEPS) -> dict[str, 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=WORK) as out:
         config = load_config(None, options(case, Path(out) / "run"))
-        planned = dry_run(config, launch=Launch(), device=Device.here(Launch()))["memory"]["total"] / 2**30
+        planned = dry_run(config, parallelism=Parallelism(), device=Device.here())["memory"]["total"] / 2**30
         trainer = Timed(config)
         forget_peak()
         with contextlib.suppress(Enough):

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from latentfm.cli import convert as convert_module
-from latentfm.cli.convert import in_units, parse_bytes
+from latentfm.cli.convert import parse_bytes
 from latentfm.cli.main import app
 from latentfm.errors import InputError
+from latentfm.interchange import conversion
+from latentfm.interchange.conversion import in_units
 from latentfm.interchange.weights import open_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -229,7 +230,7 @@ def test_what_is_wrong_with_the_source_is_said(refused, done, tiny_folder, tmp_p
 
 def test_too_little_space_is_said_before_anything_is_written(refused, tiny_folder, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 875_000, 875_000))
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 875_000, 875_000))
     assert "takes 875.34 KB, and" in refused(tiny_folder, "x.safetensors") and "875.00 KB free" in refused(tiny_folder, "x")
 
 

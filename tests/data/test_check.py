@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentfm.data.buckets import Buckets
+from latentfm.data.buckets import Buckets, DataPlan
 from latentfm.data.check.captions import limits_of, load_tokenizers
 from latentfm.data.check.duplicates import exact_groups, near_groups, ones
-from latentfm.data.check.findings import Plan, check, contact_sheet, quotas
+from latentfm.data.check.findings import check, contact_sheet, quotas
 from latentfm.data.check.page import NAMES_SHOWN, page
 from latentfm.data.check.pictures import survey
 from latentfm.data.images import Transform, load
@@ -22,7 +22,7 @@ from latentfm.data.sources import Dataset, Place, Sample, Share, read_folder
 from latentfm.errors import InputError
 from latentfm.interchange.components import load_text_encoders
 
-PLAN = Plan(Buckets.make(64, 64, 8, 5, 2.0, 128), 4, 1.0, 4, (8,))
+PLAN = DataPlan(Buckets.make(64, 64, 8, 5, 2.0, 128), 4, 1.0, 4, {8: 1.0})
 
 
 def picture(seed, width=64, height=64):
@@ -179,7 +179,7 @@ def test_the_bucket_table_is_what_the_buckets_say(tmp_path, encoder):
 def test_pictures_that_lose_too_much_are_left_out_worst_first(tmp_path, encoder):
     for name, size in (("wide.png", (256, 64)), ("wider.png", (400, 64)), ("square.png", (64, 64))):
         put(tmp_path / "p", name, picture(1, *size))
-    plan = Plan(PLAN.buckets, 4, 0.4, 4, (8,))
+    plan = DataPlan(PLAN.buckets, 4, 0.4, 4, {8: 1.0})
     found = findings_of(tmp_path / "p", encoder, plan)
     assert [row["name"] for row in found["left_out"]] == ["wider.png", "wide.png"]
     assert found["left_out"][1]["crop"] == pytest.approx(PLAN.buckets.crop(256, 64), abs=1e-4)
@@ -209,7 +209,7 @@ def test_lengths_and_what_is_cut_are_those_of_the_encoders(tmp_path, encoder, ti
     for i, text in enumerate(texts):
         put(tmp_path / "p", f"{i}.png", picture(i), text)
     put(tmp_path / "p", "4.png", picture(4), "a red apple")
-    found = findings_of(tmp_path / "p", encoder, Plan(PLAN.buckets, 4, 1.0, 4, (8, 256)))
+    found = findings_of(tmp_path / "p", encoder, DataPlan(PLAN.buckets, 4, 1.0, 4, {8: 1.0, 256: 1.0}))
     assert found["captions"] == 5 and found["distinct_captions"] == 4
     whole = load_text_encoders(tiny_folder, 48, 40)
     assert [(row["encoder"], row["limit"]) for row in found["tokens"]] == [

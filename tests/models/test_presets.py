@@ -8,9 +8,9 @@ import torch
 
 from latentfm.errors import InputError
 from latentfm.models import presets
-from latentfm.models.cost import Network, parameters
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.presets import PRESETS
+from latentfm.planning.cost import Network, parameters
 
 SD3 = {
     "patch_size": 2, "in_channels": 16, "out_channels": 16, "sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048,

@@ -16,12 +16,15 @@ from latentfm.config import load_config
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.interchange.weights import load_transformer
-from latentfm.models.cost import parameters
-from latentfm.models.gpus import EFFICIENCY, GIB, GPUS, known_gpu
+from latentfm.planning.cost import parameters
+from latentfm.planning.devices import EFFICIENCY, GIB, GPUS, Device, known_gpu
+from latentfm.planning.memory import training_phases
+from latentfm.planning.run import Parallelism, changed
+from latentfm.planning.training import training_of
 from latentfm.training import dry_run as room
 from latentfm.training.adapters import choose_trainable
-from latentfm.training.checks import Launch, check
-from latentfm.training.dry_run import Device, dry_run
+from latentfm.training.checks import check
+from latentfm.training.dry_run import dry_run
 
 SHAPES = ((32, 32), (64, 32), (32, 64), (90, 30))
 
@@ -73,11 +76,11 @@ def configure(folder, tiny_folder, tmp_path):
 
 @pytest.fixture
 def refused(configure):
-    """refused(*overrides, launch, resume) -> the message with which the dry run refuses them."""
+    """refused(*overrides, parallelism, resume) -> the message with which the dry run refuses them."""
 
-    def refuse(*overrides, launch=None, resume=False):
+    def refuse(*overrides, parallelism=None, resume=False):
         with pytest.raises(InputError) as caught:
-            dry_run(configure(*overrides), resume, launch or Launch())
+            dry_run(configure(*overrides), resume, parallelism or Parallelism())
         return str(caught.value)
 
     return refuse
@@ -112,7 +115,7 @@ def test_pictures_left_out_for_their_crop_are_named(configure):
 
 def test_it_says_how_a_batch_is_split_and_how_often_nothing_is_told(configure):
     config = configure("train.batch_size=24", "train.gradient_accumulation=3", "train.dropout=0.1", "train.dropout_each=0.5")
-    found = dry_run(config, launch=Launch(4))
+    found = dry_run(config, parallelism=Parallelism(4))
     assert found["batch"]["pictures a process at a time"] == 2 and found["batch"]["processes"] == 4
     assert found["P(no condition)"] == pytest.approx(0.1 + 0.9 * 0.5**3)
     assert found["tokens"] == {"image": [16], "text": 16 + 12, "mean text": 16 + 10, "routed": None}
@@ -141,25 +144,25 @@ def test_the_parameters_are_those_that_train(configure, tiny_folder, override):
     choose_trainable(network, config.train)
     wanted = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in network.transformer_blocks]
     whole = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    setup = check(config)
-    assert setup.trained == (*wanted, whole - sum(wanted))
+    plan = check(config)
+    assert plan.trained == (*wanted, whole - sum(wanted))
     counts = dry_run(config)["parameters"]
     assert counts["trained"] == whole
-    base = sum(parameters(setup.model.network).values())
+    base = sum(parameters(plan.model.network).values())
     assert counts["frozen"] == (base if config.train.adapter else base - whole)
 
 
 def test_a_new_network_takes_its_widths_from_the_frozen_models(configure):
-    setup = check(configure("model.preset=small", "data.size=32"))
-    assert setup.model.network.layers == 12 and setup.model.network.text_dim == 48 and setup.model.network.pooled_dim == 40
-    assert setup.model.network.in_channels == setup.model.network.out_channels == 4
+    plan = check(configure("model.preset=small", "data.size=32"))
+    assert plan.model.network.layers == 12 and plan.model.network.text_dim == 48 and plan.model.network.pooled_dim == 40
+    assert plan.model.network.in_channels == plan.model.network.out_channels == 4
 
 
 def test_a_new_network_needs_no_network_in_the_pipeline_folder(configure, tiny_folder, tmp_path):
     whole = check(configure("model.preset=small", "data.size=32"))
     without = shutil.copytree(tiny_folder, tmp_path / "without", ignore=shutil.ignore_patterns("transformer"))
-    setup = check(configure("model.preset=small", "data.size=32", f"model.pipeline={without}"))
-    assert setup.model._replace(name="") == whole.model._replace(name="") and setup.trained == whole.trained
+    plan = check(configure("model.preset=small", "data.size=32", f"model.pipeline={without}"))
+    assert plan.model._replace(name="") == whole.model._replace(name="") and plan.trained == whole.trained
     with pytest.raises(InputError, match="transformer"):
         check(configure(f"model.pipeline={without}"))
 
@@ -167,16 +170,16 @@ def test_a_new_network_needs_no_network_in_the_pipeline_folder(configure, tiny_f
 def test_its_steps_are_the_streams(configure):
     config = configure("data.size=32", "data.buckets=3")
     found = dry_run(config)
-    pictures = room.sized(room.open_dataset(config.data), check(config), lambda done, of: None)
+    pictures = room.read_pictures(room.open_dataset(config.data), check(config), lambda done, of: None)
     stream = Stream(pictures.mixture, 4, config.train.seed)
     assert found["steps"]["in the first epoch"] == stream.steps_in(0)
     assert np.mean([stream.steps_in(epoch) for epoch in range(40)]) == pytest.approx(found["steps"]["an epoch"], rel=0.03)
 
 
 def test_memory_falls_with_every_option_that_should_lower_it(hollow, configure):
-    def total(*overrides, launch=None, at="backward pass"):
+    def total(*overrides, parallelism=None, at="backward pass"):
         config = configure(f"model.pipeline={hollow}", "data.size=512", "sample.prompts=[a]", "train.batch_size=32", *overrides)
-        return dry_run(config, launch=launch or Launch(), device=Device.of(GPUS["h100"]))["memory"]["at"][at]
+        return dry_run(config, parallelism=parallelism or Parallelism(), device=Device.of(GPUS["h100"]))["memory"]["at"][at]
 
     plain = total()
     lower = [
@@ -186,8 +189,8 @@ def test_memory_falls_with_every_option_that_should_lower_it(hollow, configure):
     ]  # fmt: skip
     for overrides in lower:
         assert total(*overrides) < plain, overrides
-    assert total(launch=Launch(8, 1, 8)) < total(launch=Launch(8)) < plain
-    assert total(launch=Launch(8, 1, 8, True)) < total(launch=Launch(8, 1, 8))
+    assert total(parallelism=Parallelism(8, 1, 8)) < total(parallelism=Parallelism(8)) < plain
+    assert total(parallelism=Parallelism(8, 1, 8, offload=True)) < total(parallelism=Parallelism(8, 1, 8))
     assert total("train.optimizer=prodigy", "train.learning_rate=1") > plain
     adapters = (f"train.adapter={{rank: 8, base: {base}}}" for base in ("as_weights", "int8", "nf4"))
     base = [total("train.weights=bfloat16", adapter, at="optimizer step") for adapter in adapters]
@@ -215,8 +218,8 @@ def test_frozen_blocks_before_the_first_that_trains_keep_nothing(configure, tiny
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             network(torch.randn(4, 4, 8, 8), torch.randn(4, 28, 48), torch.randn(4, 40), torch.rand(4))
         parts = dry_run(config, device=Device("CPU", 10**10, None, cpu=True))["memory"]
-        moments = room.training_moments(check(config).model.network, room.training_of(check(config), Device("CPU", 1, None, True), 12))
-        forward = next(moment for moment in moments if moment.name == "end of the forward pass")
+        phases = training_phases(check(config).model.network, training_of(check(config), cpu=True, pictures=12))
+        forward = next(phase for phase in phases if phase.name == "end of the forward pass")
         kept[blocks] = (sum(size for _, size in stored.values()), forward.parts["activations"])
         assert parts["total"] > 0
     assert kept["-1-"][0] < 0.7 * kept["0-"][0] and kept["-1-"][1] < 0.7 * kept["0-"][1]
@@ -226,8 +229,8 @@ def test_frozen_blocks_before_the_first_that_trains_keep_nothing(configure, tiny
 
 def test_the_time_is_operations_over_a_share_of_the_peak(hollow, configure):
     config = configure(f"model.pipeline={hollow}", "data.size=512", "sample.prompts=[a]")
-    one, eight = (dry_run(config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 8})}), launch=Launch(n),
-                          device=Device.of(GPUS["h100"]))["time"] for n in (1, 8))  # fmt: skip
+    h100, wide = Device.of(GPUS["h100"]), changed(config, "train.batch_size", 8)
+    one, eight = (dry_run(wide, parallelism=Parallelism(n), device=h100)["time"] for n in (1, 8))
     assert one["images a second"] == pytest.approx(GPUS["h100"].tflops * 1e12 * EFFICIENCY / one["FLOP a picture"])
     assert eight["images a second"] == pytest.approx(8 * one["images a second"])
     assert one["hours"] == pytest.approx(30 * 8 / one["images a second"] / 3600)
@@ -259,14 +262,14 @@ def test_a_gpu_is_known_by_its_drivers_name():
 
 
 def test_the_launcher_says_how_many_processes_there_are():
-    assert Launch.here({}) == Launch(1, 1, 1)
+    assert Parallelism.here({}) == Parallelism(1, 1, 1)
     ddp = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
-    assert Launch.here(ddp) == Launch(16, 2, 1)
-    assert Launch.here(ddp | {"ACCELERATE_USE_FSDP": "true"}) == Launch(16, 2, 16)
-    offloaded = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
-    assert Launch.here(ddp | offloaded) == Launch(16, 2, 16, offload=True) and Launch.here(offloaded).sharding == "offload"
+    assert Parallelism.here(ddp) == Parallelism(16, 2, 1)
+    assert Parallelism.here(ddp | {"ACCELERATE_USE_FSDP": "true"}) == Parallelism(16, 2, 16)
     hybrid = ddp | {"ACCELERATE_USE_FSDP": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}
-    assert Launch.here(hybrid) == Launch(16, 2, 8)
+    assert Parallelism.here(hybrid) == Parallelism(16, 2, 8)
+    assert Parallelism.here(hybrid | {"FSDP_OFFLOAD_PARAMS": "true"}) == Parallelism(16, 2, 8, offload=True)
+    assert Parallelism.here(ddp | {"FSDP_OFFLOAD_PARAMS": "true"}) == Parallelism(16, 2, 1)
 
 
 def test_nothing_is_written_and_no_weight_is_read(configure, hollow, tmp_path, monkeypatch):
@@ -312,12 +315,12 @@ def test_wrong_options_are_refused_with_the_way_out(refused, configure, tmp_path
 
 
 def test_a_batch_that_does_not_split_is_refused_with_sizes_that_do(refused):
-    message = refused("train.batch_size=20", "train.gradient_accumulation=2", launch=Launch(8))
+    message = refused("train.batch_size=20", "train.gradient_accumulation=2", parallelism=Parallelism(8))
     assert "20 does not divide by 8 processes times gradient_accumulation 2; 16 or 32 does" in message
 
 
 def test_ways_to_work_together_that_are_not_supported_are_refused(refused):
-    assert "adafactor looks at whole parameters" in refused("train.optimizer=adafactor", launch=Launch(2, 1, 2))
+    assert "adafactor looks at whole parameters" in refused("train.optimizer=adafactor", parallelism=Parallelism(2, 1, 2))
 
 
 def test_a_package_that_is_missing_is_named(refused, monkeypatch):
@@ -335,9 +338,9 @@ def test_a_package_that_is_missing_is_named(refused, monkeypatch):
 def test_all_that_is_wrong_is_said_at_once(refused, configure, tmp_path):
     wrong = ("data.size=33", f"data.folder={tmp_path / 'nowhere'}", "train.blocks=9")
     with pytest.raises(InputError) as caught:
-        check(configure(*wrong), launch=Launch(3))
+        check(configure(*wrong), parallelism=Parallelism(3))
     assert str(caught.value).count("there is no folder") == 1 and "4 things are wrong" in str(caught.value)
-    message = refused(*wrong, launch=Launch(3))
+    message = refused(*wrong, parallelism=Parallelism(3))
     assert message.startswith("4 things are wrong: (1) train.batch_size 4 does not divide") and "(4) " in message
     for part in ("there is no folder", "data.size 33", "train.blocks '9'"):
         assert message.count(part) == 1

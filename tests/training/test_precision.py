@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from latentfm.config import load_config
+from latentfm.planning.run import with_precision
 from latentfm.training import precision, trainer
-from latentfm.training.precision import compute_dtype, has_bfloat16, with_precision
+from latentfm.training.precision import compute_dtype, has_bfloat16
 
 
 def configured(*overrides):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from tiny import data_plan
 
 from latentfm.config import DataOptions, ModelOptions
 from latentfm.data.cache import fingerprint, tokenizer_fingerprint
@@ -45,7 +46,7 @@ def pictures(tmp_path):
 
 def cached(pictures, models, lengths=(8,), **options):
     given = DataOptions(folder=str(pictures), cache=str(pictures.parent / "cache"), **options)
-    return CachedDataset(read_folder(pictures), models, given, lengths)
+    return CachedDataset(read_folder(pictures), models, given, data_plan(given, models.folder, lengths))
 
 
 def keys(data):
@@ -102,7 +103,8 @@ def test_nothing_changed_is_a_hit(pictures, models):
     shutil.copytree(pictures, moved)
     (moved / "0.png").rename(moved / "renamed.png")
     (moved / "0.txt").rename(moved / "renamed.txt")
-    again = CachedDataset(read_folder(moved), models, DataOptions(folder=str(moved), cache=str(pictures.parent / "cache")), (8,))
+    given = DataOptions(folder=str(moved), cache=str(pictures.parent / "cache"))
+    again = CachedDataset(read_folder(moved), models, given, data_plan(given, models.folder))
     assert fill(again) == 0  # paths and names are no part of a key
 
 
@@ -360,7 +362,7 @@ def test_what_cannot_be_read_is_left_out_by_name(some_corrupt, models, capsys, o
     before = {path.name: path.read_bytes() for path in some_corrupt.iterdir()}
     for _ in range(2):  # found, and then known from the cache
         given = DataOptions(folder=str(some_corrupt), cache=str(some_corrupt.parent / "cache"), **options)
-        data = dataset_of(read_folder(some_corrupt), models, given, (8,))
+        data = dataset_of(read_folder(some_corrupt), models, given, data_plan(given, models.folder))
         fill(data)
         told = capsys.readouterr().out
         assert "07.png: " in told and "19.png: not a picture in PNG" in told
@@ -459,7 +461,7 @@ def both(folder, models, **options):
     """(what the cached run reads, what the online run encodes) for one batch of all pictures, in turn."""
     for online in (False, True):
         given = DataOptions(folder=str(folder), cache=str(folder.parent / f"cache{online}"), online=online, **options)
-        data = dataset_of(read_folder(folder), models, given, (8,))
+        data = dataset_of(read_folder(folder), models, given, data_plan(given, models.folder))
         fill(data)
         assert isinstance(data, OnlineDataset) == online
         reader = data.reader(3, Dropout(0.2, 0.2), Routing(0.5, 2))
@@ -488,7 +490,7 @@ def test_online_is_the_cached_run_up_to_rounding(some_corrupt, models, dtype, to
 
 def test_online_batches_come_from_loader_processes_too(odd_sizes, models):
     given = DataOptions(folder=str(odd_sizes), cache=str(odd_sizes.parent / "cache"), online=True, buckets=3)
-    data = dataset_of(read_folder(odd_sizes), models, given, (8,))
+    data = dataset_of(read_folder(odd_sizes), models, given, data_plan(given, models.folder))
     fill(data)
     reader = data.reader(0, NO_DROPOUT)
     found = []
@@ -546,7 +548,7 @@ def test_the_text_encoders_leave_the_device_once_cached(pictures, tiny_folder, m
     cached(pictures, models).release()
     assert moved == [CPU]
     given = DataOptions(folder=str(pictures), cache=str(pictures.parent / "cache"), online=True)
-    dataset_of(read_folder(pictures), models, given, (8,)).release()
+    dataset_of(read_folder(pictures), models, given, data_plan(given, models.folder)).release()
     assert len(moved) == 1
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from tiny import data_plan
 
 from latentfm.config import DataOptions, ModelOptions, SourceOptions
 from latentfm.data import images
@@ -40,7 +41,7 @@ def filled(models, tmp_path, pictures):
 
     def fill(**options):
         given = DataOptions(folder=str(pictures), cache=str(tmp_path / "cache"), **options)
-        data = dataset_of(read_folder(pictures), models, given, (8,))
+        data = dataset_of(read_folder(pictures), models, given, data_plan(given, models.folder))
         data.fill(0, 1, Progress(False))
         return data
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentfm.data.buckets import Buckets
+from latentfm.data.buckets import DataPlan
 from latentfm.data.check.captions import empty_captions, shared_captions, token_report
 from latentfm.data.check.duplicates import exact_groups, near_groups
 from latentfm.data.check.pictures import ODD, Survey, survey
@@ -20,17 +20,6 @@ from latentfm.words import shortened
 
 LONGEST = 1000  # characters of a caption on the page
 TINY = 2.0  # a picture whose sides must be scaled up more than this is called tiny
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What of a run's options decides what becomes of its pictures. `factor` pixels a side are one latent."""
-
-    buckets: Buckets
-    factor: int
-    max_crop: float
-    batch_size: int
-    t5_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +45,7 @@ class Report:
 
 def check(
     dataset: Dataset,
-    plan: Plan,
+    plan: DataPlan,
     encoder: PromptEncoder,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
     hold_out: Callable[[Sequence[Sample]], Sequence[int]] = lambda samples: (),
@@ -72,9 +61,8 @@ def check(
     seen = survey(samples, plan.buckets, plan.factor, lambda: advance(1))
     kept = np.flatnonzero(seen.usable)
     bucket_of, lost = np.zeros(len(samples), np.int64), np.zeros(len(samples))
-    bucket_of[kept] = plan.buckets.of_all(seen.sizes[kept])
-    lost[kept] = lost_of(plan.buckets, seen.sizes[kept], bucket_of[kept])
-    used = seen.usable & (lost <= plan.max_crop)
+    used = seen.usable.copy()
+    bucket_of[kept], lost[kept], used[kept] = plan.place(seen.sizes[kept])
     trained = used.copy()
     trained[np.flatnonzero(used)[list(hold_out([samples[index] for index in np.flatnonzero(used)]))]] = False
     captions = {caption for sample in samples for caption in sample.captions}
@@ -121,13 +109,6 @@ def by_reason(problems: Sequence[Problem]) -> list[dict[str, Any]]:
     for problem in problems:
         names.setdefault(problem.reason, []).append(problem.path)
     return [{"reason": reason, "names": found} for reason, found in names.items()]
-
-
-def lost_of(buckets: Buckets, sizes: np.ndarray, bucket_of: np.ndarray) -> np.ndarray:
-    """The share of each picture [N] that its bucket crops away, of sizes [N, 2]."""
-    shapes = np.array(buckets.shapes)[bucket_of]
-    across, down = (sizes.astype(np.int64) * shapes[:, ::-1]).T
-    return 1 - np.minimum(across, down) / np.maximum(across, down)
 
 
 def tokenizations(encoder: PromptEncoder, captions: int) -> int:
@@ -189,7 +170,7 @@ def aspect_histogram(sizes: np.ndarray) -> list[dict[str, Any]]:
 def bucket_table(
     samples: Sequence[Sample],
     seen: Survey,
-    plan: Plan,
+    plan: DataPlan,
     bucket_of: np.ndarray,
     lost: np.ndarray,
     used: np.ndarray,
@@ -228,12 +209,11 @@ def duplicate_names(samples: Sequence[Sample], seen: Survey) -> tuple[list[list[
 
 
 def contact_sheet(
-    samples: Sequence[Sample], report: Report, plan: Plan, count: int, advance: Callable[[int], None] = lambda count: None
+    samples: Sequence[Sample], report: Report, plan: DataPlan, count: int, advance: Callable[[int], None] = lambda count: None
 ) -> list[list[Crop]]:
     """For each bucket some of its pictures as they will be trained, worst crops first: `count` in all, as evenly as the buckets allow."""
     drawn = np.flatnonzero(report.used)
-    bucket_of = plan.buckets.of_all(report.survey.sizes[drawn])
-    lost = lost_of(plan.buckets, report.survey.sizes[drawn], bucket_of)
+    bucket_of, lost, _ = plan.place(report.survey.sizes[drawn])
     order = np.lexsort((drawn, -lost))
     queues = [order[bucket_of[order] == bucket].tolist() for bucket in range(len(plan.buckets.shapes))]
     quota = quotas([len(queue) for queue in queues], count)

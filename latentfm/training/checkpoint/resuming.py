@@ -113,8 +113,7 @@ def way_on(config: RunConfig) -> str:
 def finished(config: RunConfig) -> Path | None:
     """The model of a run that has been trained as far as these options ask; None where there is none, or it is not so far.
 
-    `config` has its precision (`with_precision`). Raises InputError where it was finished with other options: nothing of what is asked
-    would be done.
+    Raises InputError where it was finished with other options: nothing of what is asked would be done.
     """
     out = expanded(config.output.folder)
     model = out / "model"

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentfm.models.memory import OPTIMIZER_CHUNK
 from latentfm.randomness import generator
 
-CPU_CHUNK, GPU_CHUNK = 1 << 20, OPTIMIZER_CHUNK  # elements whose float32 copies exist at one time: a CPU's cache, a GPU's launches
+CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 23  # elements whose float32 copies exist at one time: a CPU's cache, a GPU's launches
 
 
 class AdamW(torch.optim.Optimizer):

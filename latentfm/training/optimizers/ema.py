@@ -6,9 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from latentfm.models.memory import EMA_PART
-
-PART = EMA_PART  # elements whose float32 copies exist at one time
+PART = 1 << 24  # elements whose float32 copies exist at one time
 
 
 class EMA:

@@ -17,8 +17,9 @@ from latentfm.errors import InputError
 from latentfm.interchange.lora import open_adapter
 from latentfm.interchange.tensors import Held
 from latentfm.models.folder import INFO_FILE
+from latentfm.models.linears import parse_blocks
 from latentfm.models.manifest import MANIFEST
-from latentfm.training.adapters import cast_weights, choose_trainable, parse_blocks
+from latentfm.training.adapters import cast_weights, choose_trainable
 from latentfm.training.checkpoint import export
 from latentfm.training.checkpoint.export import own_weights, write_adapter
 from latentfm.training.models import load_models

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from latentfm.errors import InputError
-from latentfm.models.cost import (
-    LORA_TARGETS,
-    SD3_ENCODERS,
-    SD3_VAE,
+from latentfm.models.linears import LORA_TARGETS
+from latentfm.models.mmdit import MMDiT
+from latentfm.planning.cost import (
     Decoder,
     Network,
+    block_linears,
     block_parameters,
     checkpointed,
     forward_flops,
@@ -23,7 +23,7 @@ from latentfm.models.cost import (
     position_table,
     training_flops,
 )
-from latentfm.models.mmdit import MMDiT
+from latentfm.planning.model import SD3_ENCODERS, SD3_VAE
 
 ON_CPU = {  # the attention of CPUs, which torch's own list may lack: as a GPU's
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **__: sdpa_flop_count(q, k, v),
@@ -68,6 +68,8 @@ def test_parameters_by_part_are_the_modules(variant):
     assert sum(found.values()) == sum(p.numel() for p in network.parameters())
     for index, block in enumerate(network.transformer_blocks):
         assert block_parameters(net, index) == sum(p.numel() for p in block.parameters())
+        linears = {name: (m.in_features, m.out_features) for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert block_linears(net, index) == linears
     named = dict(network.named_parameters())
     assert found["modulation"] == sum(p.numel() for name, p in named.items() if "norm1" in name or "norm_out" in name)
     assert found["query-key norms"] == sum(p.numel() for name, p in named.items() if ".norm_" in name)
@@ -125,7 +127,9 @@ def test_the_frozen_models_are_sd3s():
         found["T5-XXL"] = T5EncoderModel(T5Config(
             vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
         ))  # fmt: skip
-    assert {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()} == SD3_ENCODERS
+    assert {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()} == {
+        name: encoder.parameters for name, encoder in SD3_ENCODERS.items()
+    }
     assert sum(p.numel() for p in vae(Decoder()).parameters()) == SD3_VAE
 
 

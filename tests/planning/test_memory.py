@@ -14,19 +14,25 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentfm.models.cost import LORA_TARGETS, Decoder, Network, lora_parameters, parameters
-from latentfm.models.memory import (
+from latentfm import flow
+from latentfm.models import schedule
+from latentfm.models.linears import LORA_TARGETS
+from latentfm.models.mmdit import MMDiT
+from latentfm.planning import memory, sampling, training
+from latentfm.planning.cost import Decoder, Network, lora_parameters, parameters
+from latentfm.planning.memory import (
     Training,
     block_activations,
     block_copies,
-    drawing_moments,
+    drawing_phases,
     end_activations,
     end_copies,
     forward_memory,
-    highest,
-    training_moments,
+    fullest,
+    training_phases,
 )
-from latentfm.models.mmdit import MMDiT
+from latentfm.training import prepare, samples
+from latentfm.training.optimizers import adamw, ema
 from latentfm.training.precision import has_bfloat16
 
 SMALL = {
@@ -207,8 +213,8 @@ NET = Network.of(SMALL | {"num_layers": 8, "num_attention_heads": 12, "qk_norm":
 
 
 def at(name: str, run: Training) -> dict[str, int]:
-    """The parts of the highest of the moments whose name begins so."""
-    return highest([moment for moment in training_moments(NET, run) if moment.name.startswith(name)]).parts
+    """The parts of the fullest of the phases whose name begins so."""
+    return fullest([phase for phase in training_phases(NET, run) if phase.name.startswith(name)]).parts
 
 
 def test_weights_gradients_and_optimizer_are_bytes_a_parameter():
@@ -218,7 +224,7 @@ def test_weights_gradients_and_optimizer_are_bytes_a_parameter():
         RUN: (4, 4, 8, 4),
         replace(RUN, precision="bfloat16"): (2, 2, 8, 4),
         replace(RUN, precision="bfloat16", master=True): (2, 2, 12, 4),
-        replace(RUN, precision="bfloat16", narrow_moments=True, ema=False): (2, 2, 4, 0),
+        replace(RUN, precision="bfloat16", narrow_moments=True): (2, 2, 4, 4),
     }
     names = ("weights", "gradients", "optimizer", "averages (EMA)")
     for run, each in wanted.items():
@@ -229,23 +235,30 @@ def test_weights_gradients_and_optimizer_are_bytes_a_parameter():
 
 
 def test_sharding_divides_what_a_copy_repeats():
-    alone, copied, sharded = (at("optimizer step", run) for run in (RUN, replace(RUN, gpus=4), replace(RUN, gpus=4, shard="full")))
-    assert copied == alone
+    alone, sharded = (at("optimizer step", run) for run in (RUN, replace(RUN, shards=4)))
     for part in ("weights", "gradients", "optimizer", "averages (EMA)"):
         assert sharded[part] == alone[part] // 4
     assert sharded["position table"] == alone["position table"] and "gathered weights" in sharded
-    assert "bfloat16 copies" not in at("backward pass", replace(RUN, gpus=4, shard="full"))
+    assert "bfloat16 copies" not in at("backward pass", replace(RUN, shards=4))
 
 
-def test_offloading_leaves_on_the_gpu_what_computes():
-    offloaded, sharded = (at("optimizer step", replace(RUN, gpus=4, shard=shard)) for shard in ("offload", "full"))
-    away = {"weights", "gradients", "optimizer", "averages (EMA)"}
-    assert offloaded == {part: size for part, size in sharded.items() if part not in away} and "gathered weights" in offloaded
+def test_offloading_leaves_nothing_of_what_is_split_on_the_gpu_between_its_uses():
+    sharded, offloaded = (at("optimizer step", replace(RUN, shards=4, offloaded=off)) for off in (False, True))
+    assert {part for part in sharded if part not in offloaded} == {"weights", "gradients", "optimizer", "averages (EMA)"}
+    assert {part: sharded[part] for part in offloaded} == offloaded and "gathered weights" in offloaded
+
+
+def test_what_the_code_works_on_at_one_time_is_what_is_counted():
+    assert (memory.MODULATIONS, memory.OPTIMIZER_CHUNK, memory.EMA_PART) == (schedule.ROWS, adamw.GPU_CHUNK, ema.PART)
+    counted = training.IMAGES_AT_ONCE, training.LARGE, training.CAPTIONS_AT_ONCE, training.DEFAULT_PROMPTS
+    solvers = {**flow.SOLVERS, "euler_maruyama": flow.EulerMaruyama, "stochastic_heun": flow.StochasticHeun}
+    assert {name: solver.evaluations_per_step for name, solver in solvers.items()} == sampling.EVALUATIONS
+    assert counted == (prepare.IMAGES_AT_ONCE, prepare.LARGE, prepare.CAPTIONS_AT_ONCE, samples.DEFAULT_PROMPTS)
 
 
 def test_checkpointing_saves_more_the_more_blocks_it_takes():
     """But for the first, which is the last block: its activations are there at once again."""
-    peaks = [highest(training_moments(NET, replace(RUN, checkpointing=share / 8))).total for share in range(9)]
+    peaks = [fullest(training_phases(NET, replace(RUN, checkpointing=share / 8))).total for share in range(9)]
     assert peaks[0] == peaks[1] and peaks[1:] == sorted(peaks[1:], reverse=True)
     kept = [at("end of the forward", replace(RUN, checkpointing=share))["activations"] for share in (0.0, 1.0)]
     assert kept[1] < 0.1 * kept[0]
@@ -258,15 +271,15 @@ def test_accumulated_gradients_are_there_in_the_forward_pass():
 
 def test_sample_pictures_and_the_cache_have_moments_of_their_own():
     run = replace(RUN, pictures=8, decoding=10**9, encoders=10**10, frozen=10**8)
-    moments = {moment.name: moment for moment in training_moments(NET, run)}
-    assert moments["filling the cache"].total == 10**10 + 10**8
-    aside = moments["drawing sample pictures"].parts
+    phases = {phase.name: phase for phase in training_phases(NET, run)}
+    assert phases["filling the cache"].total == 10**10 + 10**8
+    aside = phases["drawing sample pictures"].parts
     assert aside["weights put aside"] == 4 * sum(parameters(NET).values()) and aside["working memory"] == 10**9
-    assert "drawing sample pictures" not in {moment.name for moment in training_moments(NET, RUN)}
+    assert "drawing sample pictures" not in {phase.name for phase in training_phases(NET, RUN)}
 
 
 def test_drawing_guided_takes_twice_the_working_memory():
-    once, twice = (drawing_moments(NET, 1024, 333, 2, guided, 28, 2, 10**9, 0)[0].parts for guided in (False, True))
+    once, twice = (drawing_phases(NET, 1024, 333, 2, guided, 28, 2, 10**9, 0)[0].parts for guided in (False, True))
     for part in ("working memory", "modulations of steps ahead"):
         assert twice[part] == 2 * once[part]
     assert once["text encoders and VAE"] == 10**9

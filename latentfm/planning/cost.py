@@ -1,7 +1,7 @@
 """What an MM-DiT costs: its parameters, and the floating-point operations of an image, in closed form. Needs no torch.
 
 N image tokens, L text tokens, S = N + L, D = 64 heads wide in SD3's models. A multiply-add is 2 FLOP; only products of matrices
-are counted, as by torch.utils.flop_counter. models/memory.py has the bytes.
+are counted, as by torch.utils.flop_counter. planning/memory.py has the bytes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,17 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from latentfm.errors import InputError
+from latentfm.models.linears import LORA_TARGETS
 
 TIME_FEATURES = 256  # sines and cosines of the timestep
-# what a LoRA adapts here: query, key, value and output of both streams' joint attention, as diffusers' training script for SD3 has it
-LORA_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
 # the scores are computed a second time in the backward pass, where flash attention has not kept them: 2 products forward, 5 backward
 ATTENTION_BACKWARD = 2.5
-# parameters of the frozen models around SD3's transformers; of T5 the encoder
-SD3_ENCODERS = {"CLIP-L": 123_650_304, "CLIP-G": 694_659_840, "T5-XXL": 4_762_310_656}
-SD3_VAE = 83_819_683
 
 
 @dataclass(frozen=True)
@@ -66,47 +60,68 @@ class Network:
         return 9 if block in self.dual else 6, 2 if self.last(block) else 6
 
 
+def block_linears(net: Network, block: int) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear of one block, by its name within it."""
+    dim, last, (of_image, of_text) = net.dim, net.last(block), net.modulations(block)
+    into, out = (dim, 4 * dim), (4 * dim, dim)
+    attention = [name for name in LORA_TARGETS if not (last and name == "attn.to_add_out")]
+    second = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] if block in net.dual else []
+    feed_forward = {"ff.net.0.proj": into, "ff.net.2": out}
+    feed_forward |= {} if last else {"ff_context.net.0.proj": into, "ff_context.net.2": out}
+    modulation = {"norm1.linear": (dim, of_image * dim), "norm1_context.linear": (dim, of_text * dim)}
+    return modulation | dict.fromkeys([*attention, *second], (dim, dim)) | feed_forward
+
+
+def outer_linears(net: Network) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear before the first block and after the last; the patches' convolution is one."""
+    dim, patch = net.dim, net.patch**2
+    return {
+        "pos_embed.proj": (patch * net.in_channels, dim), "context_embedder": (net.text_dim, dim),
+        "timestep_embedder.linear_1": (TIME_FEATURES, dim), "timestep_embedder.linear_2": (dim, dim),
+        "text_embedder.linear_1": (net.pooled_dim, dim), "text_embedder.linear_2": (dim, dim),
+        "norm_out.linear": (dim, 2 * dim), "proj_out": (dim, patch * net.out_channels),
+    }  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a linear of it is counted with."""
+    if name.startswith("norm"):
+        return "modulation"
+    if name.startswith("attn2."):
+        return "second attention"
+    if name.startswith(("attn.add_", "attn.to_add_out", "ff_context.")):
+        return "text stream"
+    return "image stream" if name.startswith(("attn.", "ff.")) else "embeddings and output"
+
+
 def parameters(net: Network) -> dict[str, int]:
     """Parameters of each part of the network; their sum is the whole. The position table is none of them (position_table)."""
-    return {
-        "image stream": net.layers * stream_parameters(net),
-        "text stream": (net.layers - 1) * stream_parameters(net) + 3 * linear_parameters(net.dim, net.dim),
-        "second attention": len(net.dual) * 4 * linear_parameters(net.dim, net.dim),
-        "modulation": linear_parameters(net.dim, net.dim * (2 + sum(sum(net.modulations(i)) for i in range(net.layers)))),
-        "query-key norms": net.qk_norm * net.head_dim * (4 * net.layers + 2 * len(net.dual)),
-        "embeddings and output": linear_parameters(net.in_channels * net.patch**2, net.dim)
-        + linear_parameters(TIME_FEATURES, net.dim)
-        + linear_parameters(net.pooled_dim, net.dim)
-        + 2 * linear_parameters(net.dim, net.dim)
-        + linear_parameters(net.text_dim, net.dim)
-        + linear_parameters(net.dim, net.patch**2 * net.out_channels),
-    }
+    linears = [linear for block in range(net.layers) for linear in block_linears(net, block).items()]
+    counts = [(part_of(name), numbers(*linear)) for name, linear in [*linears, *outer_linears(net).items()]]
+    norms = sum(norm_parameters(net, block) for block in range(net.layers))
+    return dict.fromkeys(("image stream", "text stream", "second attention", "modulation", "query-key norms"), 0) | by_part(
+        [*counts, ("query-key norms", norms)]
+    )
 
 
-def linear_parameters(inputs: int, outputs: int) -> int:
+def numbers(inputs: int, outputs: int) -> int:
+    """Parameters of a linear."""
     return inputs * outputs + outputs
 
 
-def stream_parameters(net: Network) -> int:
-    """One stream of one block: query, key, value, output, and a feed-forward four times as wide."""
-    dim = net.dim
-    return 4 * linear_parameters(dim, dim) + linear_parameters(dim, 4 * dim) + linear_parameters(4 * dim, dim)
+def norm_parameters(net: Network, block: int) -> int:
+    """Parameters of a block's query-key norms."""
+    return net.qk_norm * net.head_dim * (4 + 2 * (block in net.dual))
 
 
 def block_parameters(net: Network, block: int) -> int:
     """Parameters of one block."""
-    dim, dual = net.dim, block in net.dual
-    text = 3 * linear_parameters(dim, dim) if net.last(block) else stream_parameters(net)
-    norms = net.qk_norm * net.head_dim * (4 + 2 * dual)
-    modulation = linear_parameters(dim, dim * sum(net.modulations(block)))
-    return stream_parameters(net) + text + dual * 4 * linear_parameters(dim, dim) + modulation + norms
+    return norm_parameters(net, block) + sum(numbers(*linear) for linear in block_linears(net, block).values())
 
 
 def block_matrices(net: Network, block: int) -> int:
     """Of a block's parameters, those in matrices: all but biases and query-key norms."""
-    dim, dual = net.dim, block in net.dual
-    linears = 12 + (3 if net.last(block) else 12) + 4 * dual + sum(net.modulations(block))
-    return linears * dim**2
+    return sum(inputs * outputs for inputs, outputs in block_linears(net, block).values())
 
 
 def position_table(net: Network) -> int:
@@ -131,50 +146,54 @@ class Product(NamedTuple):
 
 def block_products(net: Network, block: int, image: int, text: int, rank: int) -> Iterator[Product]:
     """The products of one block for `image` and `text` tokens. The text's queries of the last block are skipped: nothing reads them."""
-    dim, last, moved = net.dim, net.last(block), block > 0
-    for name, tokens in (("image linears", image), ("text linears", text)):
-        read_only = last and name == "text linears"
-        into, out = (2, 0) if read_only else (3, 1)
-        adapter = 2 * tokens * dim * rank
-        yield Product(name, into * 2 * tokens * dim**2, into * adapter, moves=moved)
-        yield Product(name, (out + 8 * out) * 2 * tokens * dim**2, out * adapter)
-    queries = image if last else image + text
-    yield Product("attention", 4 * queries * (image + text) * dim)
+    for name, (inputs, outputs) in block_linears(net, block).items():
+        part, tokens = part_of(name), text if part_of(name) == "text stream" else image
+        if part == "modulation":
+            yield Product(part, 2 * inputs * outputs, moves=False)
+        elif not (net.last(block) and name == "attn.add_q_proj"):
+            after = name.startswith(("ff", "attn.to_out", "attn.to_add_out"))  # this block's own adapters
+            adapter = 2 * tokens * net.dim * rank if name in LORA_TARGETS else 0
+            yield Product(part, 2 * tokens * inputs * outputs, adapter, moves=after or block > 0)
+    queries = image if net.last(block) else image + text
+    yield Product("attention", 4 * queries * (image + text) * net.dim)
     if block in net.dual:
-        yield Product("second attention's linears", 4 * 2 * image * dim**2, moves=moved)
-        yield Product("attention", 4 * image**2 * dim, moves=moved)
-    yield Product("modulation", 2 * dim**2 * sum(net.modulations(block)), moves=False)
+        yield Product("attention", 4 * image**2 * net.dim, moves=block > 0)
 
 
-def end_products(net: Network, image: int, text: int) -> Iterator[Product]:
+def outer_products(net: Network, image: int, text: int) -> Iterator[Product]:
     """The products before the first block and after the last."""
-    dim, part = net.dim, "embeddings and output"
-    yield Product(part, 2 * image * dim * net.patch**2 * net.in_channels, moves=False, first=True)
-    yield Product(part, 2 * text * dim * net.text_dim, moves=False, first=True)
-    yield Product(part, 2 * dim * (TIME_FEATURES + net.pooled_dim), moves=False, first=True)
-    yield Product(part, 2 * 2 * dim**2, moves=False)
-    yield Product("modulation", 2 * 2 * dim**2, moves=False)
-    yield Product(part, 2 * image * dim * net.patch**2 * net.out_channels)
+    tokens = {"pos_embed.proj": image, "proj_out": image, "context_embedder": text}
+    for name, (inputs, outputs) in outer_linears(net).items():
+        first = name in ("pos_embed.proj", "context_embedder") or name.endswith("_1")
+        yield Product(part_of(name), 2 * tokens.get(name, 1) * inputs * outputs, moves=name == "proj_out", first=first)
 
 
 def forward_flops(net: Network, image: int, text: int) -> dict[str, int]:
     """FLOP of one image's forward pass by part, for `image` and `text` tokens."""
     blocks = [product for block in range(net.layers) for product in block_products(net, block, image, text, 0)]
-    return by_part((product.part, product.flops) for product in [*blocks, *end_products(net, image, text)])
+    return by_part((product.part, product.flops) for product in [*blocks, *outer_products(net, image, text)])
 
 
-def training_flops(net: Network, image: int, text: int, rank: int | None = None, checkpointing: float = 0.0) -> dict[str, int]:
+def training_flops(
+    net: Network, image: int, text: int, rank: int | None = None, checkpointing: float = 0.0, first: int = 0,
+    routed: tuple[int, int, int] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """FLOP of one image's forward and backward pass by part, and what is computed again for checkpointed blocks.
 
     rank None trains everything: three times the forward pass (Kaplan et al. 2020, section 2.1), less the gradients of the data,
     more the attention's recomputed scores. With a rank, only adapters of LORA_TARGETS train: frozen weights have no gradient, and nothing
-    has one that no adapter comes before. checkpointing: the share of blocks that is recomputed.
+    has one that no adapter comes before. checkpointing: the share of blocks that is recomputed. first: the first block that trains;
+    where it is not 0 nothing before it, nor around the blocks, does. routed: (first, last, tokens) of blocks that see only so many.
     """
-    blocks = [list(block_products(net, block, image, text, rank or 0)) for block in range(net.layers)]
-    everything = [product for products in [*blocks, end_products(net, image, text)] for product in products]
-    found = by_part((product.part, trained(product, rank)) for product in everything)
-    again = [product for block, products in enumerate(blocks) if checkpointed(block, checkpointing) for product in products]
-    return found | ({"recomputation": sum(p.flops + 2 * p.adapter for p in again)} if again else {})
+    amounts, again = [], 0
+    for block in range(net.layers):
+        tokens = routed[2] if routed and routed[0] <= block <= routed[1] else image
+        products = list(block_products(net, block, tokens, text, rank or 0))
+        amounts += [(product.part, product.flops if block < first else trained(product, rank)) for product in products]
+        again += (block >= first and checkpointed(block, checkpointing)) * sum(p.flops + 2 * p.adapter for p in products)
+    for product in outer_products(net, image, text):  # with all around the blocks frozen, as with an adapter's rank of nothing
+        amounts.append((product.part, trained(product, rank if first == 0 else 0)))
+    return by_part([*amounts, ("recomputation", again)])
 
 
 def trained(product: Product, rank: int | None) -> int:

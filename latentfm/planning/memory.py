@@ -1,4 +1,4 @@
-"""Bytes that training an MM-DiT and drawing with it take, part by part and moment by moment, in closed form. Needs no torch.
+"""Bytes that training an MM-DiT and drawing with it take, part by part and phase by phase, in closed form. Needs no torch.
 
 What a block keeps for its backward pass follows models/block.py line by line, and is tested against autograd's saved tensors for each
 precision on the CPU and on a traced GPU. Left out: the GPU's context and what its allocator cannot use (together about 1 GB).
@@ -7,7 +7,8 @@ precision on the CPU and on a traced GPU. Left out: the GPU's context and what i
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from latentfm.models.cost import (
+from latentfm.optimizers import MOMENTS
+from latentfm.planning.cost import (
     TIME_FEATURES,
     Network,
     block_matrices,
@@ -21,9 +22,9 @@ from latentfm.models.cost import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
-Shard = Literal["none", "full", "offload"]  # DDP; FSDP2; FSDP2 with what it splits on the CPU
-MODULATIONS = 128  # prompts times steps whose modulations models/mmdit.py's Precomputed has at one time
-OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that adamw.py (on a GPU) and ema.py widen at one time
+# how much the code works on at one time, as it says itself, which takes torch to read; tests/planning holds them to it
+MODULATIONS = 128  # prompts times steps whose modulations models/schedule.py has
+OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training's adamw.py (on a GPU) and ema.py widen
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,13 @@ class Training:
     text: int  # tokens
     batch: int  # pictures in one forward pass
     precision: Precision = "autocast"  # autocast: float32 weights, products in bfloat16
-    rank: int | None = None  # of a LoRA on cost.LORA_TARGETS; None trains every parameter
+    rank: int | None = None  # of a LoRA on LORA_TARGETS; None trains every parameter
     checkpointing: float = 0.0  # share of the blocks that is computed again in the backward pass
-    ema: bool = True
     master: bool = False  # float32 masters of bfloat16 weights
     narrow_moments: bool = False  # bfloat16 moments of the optimizer
     accumulated: bool = False  # whether gradients of earlier passes are there in the forward pass
-    gpus: int = 1
-    shard: Shard = "none"  # whether weights, gradients, optimizer and averages are split over the GPUs, and lie on them or on the CPU
+    shards: int = 1  # GPUs that weights, gradients, optimizer and averages are split over (FSDP2)
+    offloaded: bool = False  # what is split is on the CPU between its uses
     frozen: int = 0  # bytes of frozen models on the GPU
     pictures: int = 0  # sample pictures drawn together
     decoding: int = 0  # bytes that decoding them takes
@@ -50,7 +50,7 @@ class Training:
     online: bool = False  # no cache: a batch is encoded in every step
     cpu: bool = False  # the CPU's kernels keep other things than a GPU's
     ema_on_cpu: bool = False
-    state: float | None = None  # bytes of the optimizer's state for each number it moves; None is AdamW's
+    state: float = MOMENTS  # bytes of the optimizer's state for each number it moves, its moments in float32
     trains: tuple[int, ...] | None = None  # numbers that train in each block, then around them; None is all, or a LoRA on LORA_TARGETS
     everywhere: bool = False  # whether adapters lie on more than LORA_TARGETS: what is kept is then counted as if all trained
     wide_adapters: bool = False  # float32 adapters on bfloat16 weights
@@ -68,9 +68,14 @@ class Training:
         return 4 if self.wide_adapters else self.width
 
     @property
+    def optimizer_width(self) -> float:
+        """Bytes of the optimizer's state for a number that trains, its float32 master included."""
+        return self.state / (2 if self.narrow_moments else 1) + 4 * self.master
+
+    @property
     def gathers(self) -> bool:
         """Whether the weights are split, and gathered for each pass."""
-        return self.shard != "none"
+        return self.shards > 1 or self.offloaded
 
     @property
     def compute(self) -> int:
@@ -83,8 +88,8 @@ class Training:
         return replace(self, image=self.routed[2]) if routed else self
 
 
-class Moment(NamedTuple):
-    """What is in memory at one moment of a step, in bytes by part."""
+class Phase(NamedTuple):
+    """What is in memory in one phase of a run, in bytes by part."""
 
     name: str
     parts: dict[str, int]
@@ -159,8 +164,7 @@ def block_copies(net: Network, block: int, run: Training) -> int:
         return 0
     dim, last = net.dim, net.last(block)
     if run.rank is None:
-        into_text = 2 if last else 3
-        return 2 * dim**2 * (12 + into_text + 9 * (not last) + 4 * (block in net.dual) + sum(net.modulations(block)))
+        return 2 * (block_matrices(net, block) - last * dim**2)  # the last block's text has no queries
     moved = block > 0
     linears = 9 + 9 * (not last) + moved * (3 + (2 if last else 3) + 4 * (block in net.dual))
     linears *= run.quantised is None  # widened for the moment of a product alone
@@ -207,8 +211,8 @@ def frozen_bytes(net: Network, run: Training) -> int:
     return (whole - matrices) * width + int(matrices * each)
 
 
-def training_moments(net: Network, run: Training) -> list[Moment]:
-    """The moments of a run that can be its highest in memory, in their order: before it, in a step from the second on, and after.
+def training_phases(net: Network, run: Training) -> list[Phase]:
+    """The phases of a run that can be its highest in memory, in their order: before it, in a step from the second on, and after.
 
     The gradients grow through the backward pass as the activations go, so that its highest point may be any block's.
     """
@@ -217,15 +221,14 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     in_blocks, whole = sum(trained), sum(parameters(net).values())
     ends = whole - sum(block_parameters(net, i) for i in blocks) if run.rank is None else 0
     ends = ends if run.trains is None else run.trains[-1]
-    numbers, parts, here = in_blocks + ends, run.gpus if run.gathers else 1, run.shard != "offload"
+    numbers, parts, here = in_blocks + ends, run.shards, not run.offloaded
     weights = whole * run.width if run.rank is None else frozen_bytes(net, run) + numbers * run.trained_width
-    state = 2 * (2 if run.narrow_moments else 4) if run.state is None else run.state
     largest = max(block_parameters(net, i) for i in blocks)
     always = {
         "weights": here * weights // parts,
         "position table": position_table(net) * run.width,
-        "optimizer": here * int(numbers * (state + 4 * run.master)) // parts,
-        "averages (EMA)": (run.ema and not run.ema_on_cpu and here) * numbers * 4 // parts,
+        "optimizer": here * int(numbers * run.optimizer_width) // parts,
+        "averages (EMA)": (here and not run.ema_on_cpu) * numbers * 4 // parts,
         "gathered weights": run.gathers * 2 * largest * (1 + (run.rank is None)) * run.compute,
         "frozen models": run.frozen,
         "batch": run.batch * 4 * (run.text * net.text_dim + net.pooled_dim + 8 * net.in_channels * net.patch**2 * run.image),
@@ -237,13 +240,13 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     outer, outer_copies = end_activations(net, run), 0 if run.gathers else end_copies(net, run)
     gradient = here * run.trained_width
 
-    def moment(name: str, **changing: int) -> Moment:
-        return Moment(name, by_part([*always.items(), *((part.replace("_", " "), size) for part, size in changing.items())]))
+    def phase(name: str, **changing: int) -> Phase:
+        return Phase(name, by_part([*always.items(), *((part.replace("_", " "), size) for part, size in changing.items())]))
 
     filling = by_part([("frozen models", run.frozen), ("text encoders", run.encoders), ("working memory", run.encoding)])
     found = [
-        moment("encoding a batch", working_memory=run.encoding) if run.online else Moment("filling the cache", filling),
-        moment(
+        phase("encoding a batch", working_memory=run.encoding) if run.online else Phase("filling the cache", filling),
+        phase(
             "end of the forward pass",
             activations=sum(kept) + outer,
             # autocast's own store has every weight that trains until the pass ends
@@ -254,7 +257,7 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
     for block in reversed(blocks):
         later = 0 if run.accumulated else sum(trained[: block + 1])
         found.append(
-            moment(
+            phase(
                 f"backward pass of block {block}",
                 activations=sum(kept[:block]) + outer + once[block],
                 bfloat16_copies=outer_copies + sum(stays[:block]) + copies[block],
@@ -262,15 +265,14 @@ def training_moments(net: Network, run: Training) -> list[Moment]:
                 working_memory=working_memory(net, run),
             )
         )
-    narrow = run.precision == "bfloat16" and here
-    widened = narrow * min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
-    averaged = (narrow and run.ema) * min(numbers, EMA_PART) * 4
-    found.append(moment("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
+    widened = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
+    averaged = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, EMA_PART) * 4
+    found.append(phase("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
     if run.pictures:
         found.append(
-            moment(
+            phase(
                 "drawing sample pictures",
-                weights_put_aside=run.ema * numbers * gradient // parts,
+                weights_put_aside=numbers * gradient // parts,
                 working_memory=max(run.decoding, forward_memory(net, run.image, run.text, 2 * run.pictures, run.width)),
             )
         )
@@ -300,10 +302,10 @@ def forward_memory(net: Network, image: int, text: int, batch: int, width: int, 
     return batch * max(attention, of_image, of_text) * net.dim * width
 
 
-def drawing_moments(
+def drawing_phases(
     net: Network, image: int, text: int, pictures: int, guided: bool, steps: int, width: int, frozen: int, decoding: int
-) -> list[Moment]:
-    """The moments of drawing `pictures` together that can be the highest in memory; weights and activations of `width` bytes.
+) -> list[Phase]:
+    """The phases of drawing `pictures` together that can be the highest in memory; weights and activations of `width` bytes.
 
     frozen: bytes of text encoders and VAE, which stay beside the network; decoding: those that decoding one picture after the other
     takes. The modulations of as many steps as MMDiT's Precomputed takes together are there at a time.
@@ -319,20 +321,20 @@ def drawing_moments(
         "batch": batch * (text * (net.text_dim + net.dim) * width + 4 * 4 * net.in_channels * net.patch**2 * image),
     }
     return [
-        Moment("denoising", always | {"working memory": forward_memory(net, image, text, batch, width)}),
-        Moment("decoding", always | {"working memory": decoding}),
+        Phase("denoising", always | {"working memory": forward_memory(net, image, text, batch, width)}),
+        Phase("decoding", always | {"working memory": decoding}),
     ]
 
 
-def highest(moments: list[Moment]) -> Moment:
-    """The moment with most in memory."""
-    return max(moments, key=lambda moment: moment.total)
+def fullest(phases: list[Phase]) -> Phase:
+    """The phase with most in memory."""
+    return max(phases, key=lambda phase: phase.total)
 
 
-def by_name(moments: list[Moment]) -> dict[str, int]:
-    """The bytes at each moment; of the backward pass those of its highest block alone."""
-    totals: dict[str, int] = {}
-    for moment in moments:
-        name = "backward pass" if moment.name.startswith("backward pass") else moment.name
-        totals[name] = max(moment.total, totals.get(name, 0))
-    return totals
+def totals(phases: list[Phase]) -> dict[str, int]:
+    """The bytes in each phase; of the backward pass those of its fullest block alone."""
+    found: dict[str, int] = {}
+    for phase in phases:
+        name = "backward pass" if phase.name.startswith("backward pass") else phase.name
+        found[name] = max(phase.total, found.get(name, 0))
+    return found
