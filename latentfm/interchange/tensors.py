@@ -191,11 +191,6 @@ def written_bytes(tensors: Tensors, dtype: torch.dtype | None) -> int:
     return sum(stored.numel * target_dtype(stored, dtype).itemsize for stored in tensors.values())
 
 
-def in_order(tensors: Tensors, dtype: torch.dtype | None) -> list[str]:
-    """The names in the order in which `write_file` writes them: the widest first, so that each is aligned."""
-    return sorted(tensors, key=lambda name: (-target_dtype(tensors[name], dtype).itemsize, name))
-
-
 def write_file(
     path: Path, tensors: Tensors, metadata: dict[str, str], dtype: torch.dtype | None, advance: Callable[[int], None] = lambda _: None
 ) -> None:
@@ -205,7 +200,7 @@ def write_file(
     """
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     kinds = {name: target_dtype(stored, dtype) for name, stored in tensors.items()}
-    order = in_order(tensors, dtype)
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # the widest first, so that each is aligned
     for name in order:
         size = tensors[name].numel * kinds[name].itemsize
         header[name] = {"dtype": NAMES[kinds[name]], "shape": tensors[name].shape, "data_offsets": (end, end + size)}
@@ -237,11 +232,12 @@ def split(tensors: Tensors, dtype: torch.dtype | None, most: int) -> list[Tensor
     return shards
 
 
-def write_split(
-    folder: Path, stem: str, shards: list[Tensors], metadata: dict[str, str], dtype: torch.dtype | None,
+def write_shards(
+    folder: Path, stem: str, tensors: Tensors, metadata: dict[str, str], dtype: torch.dtype | None, most: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Writes what `split` gave into folder/STEM.safetensors, or, where it is more than one, into shards with diffusers' index."""
+    """Writes `tensors` into folder/STEM.safetensors, or, above `most` bytes, into shards with diffusers' index beside them."""
+    shards = split(tensors, dtype, most)
     if len(shards) == 1:
         return write_file(folder / f"{stem}.safetensors", shards[0], metadata, dtype, advance)
     shard_of = {}
@@ -252,11 +248,3 @@ def write_split(
     total = sum(written_bytes(shard, dtype) for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def write_shards(
-    folder: Path, stem: str, tensors: Tensors, metadata: dict[str, str], dtype: torch.dtype | None, most: int,
-    advance: Callable[[int], None],
-) -> None:  # fmt: skip
-    """Writes `tensors` into folder/STEM.safetensors, or, above `most` bytes, into shards with diffusers' index beside them."""
-    write_split(folder, stem, split(tensors, dtype, most), metadata, dtype, advance)

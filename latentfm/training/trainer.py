@@ -32,6 +32,7 @@ from latentfm.models.folder import t5_length
 from latentfm.planning.run import with_precision
 from latentfm.training.adapters import seed_dropout
 from latentfm.training.checkpoint import storage
+from latentfm.training.checkpoint.claim import claimed
 from latentfm.training.checkpoint.resuming import check_same_run, finished
 from latentfm.training.checks import cautions, check
 from latentfm.training.distributed.launcher import Peers, fewer_than_asked
@@ -42,7 +43,7 @@ from latentfm.training.models import load_models
 from latentfm.training.online import dataset_of
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
-from latentfm.training.records.run_log import RunLog, claimed
+from latentfm.training.records.run_log import RunLog
 from latentfm.training.samples import SamplePictures
 from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of

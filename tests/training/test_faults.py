@@ -25,7 +25,8 @@ from latentfm.data.cache_file import read_shard
 from latentfm.errors import InputError
 from latentfm.randomness import permutation
 from latentfm.training.checkpoint import storage
-from latentfm.training.records import run_log
+from latentfm.training.checkpoint.claim import claimed
+from latentfm.training.records import json_lines
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 EVERY_STEP = ["train.steps=6", "output.checkpoint_every=1", "sample.every=3", "train.decay=constant"]
@@ -245,7 +246,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_which_resumes_exactly(tmp_
 
 
 def hold(folder, held):
-    with run_log.claimed(folder):
+    with claimed(folder):
         held.set()
         time.sleep(600)
 
@@ -306,7 +307,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes_exactly(tmp_p
     _, error = launched.communicate(timeout=120)
     assert launched.returncode != 0 and "Signal 9 (SIGKILL)" in error  # the launcher tells, and leaves nobody behind
     assert not main.is_running()
-    before = run_log.rows_of(out / "metrics.jsonl")
+    before = json_lines.rows_of(out / "metrics.jsonl")
     kept = int(names_of(out)[-1][5:])
     assert 10 <= len(before) < 60 and kept > len(before) - 5  # at most the steps since the last checkpoint
     resumed = launch(out, *more, resume=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from latentfm.errors import InputError
 from latentfm.randomness import generator, permutation, uniform
 from latentfm.training.checkpoint import export, storage
-from latentfm.training.records.run_log import differences
+from latentfm.training.checkpoint.resuming import differences
 from latentfm.training.step import cfm_losses
 
 

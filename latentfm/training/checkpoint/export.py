@@ -51,7 +51,7 @@ def write_pipeline(
         (folder / "transformer").mkdir(parents=True)
         network.save_config(folder / "transformer")
         write_around(folder, models, config, lengths, link)
-        write_shards(folder / "transformer", NETWORK_FILE, weights, {"format": "pt"}, dtype, LARGEST_FILE, lambda written: None)
+        write_shards(folder / "transformer", NETWORK_FILE, weights, {"format": "pt"}, dtype, LARGEST_FILE)
         write_manifest(folder, hashes_of_frozen(models.folder))
 
 

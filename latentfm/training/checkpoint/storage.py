@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from latentfm.errors import InputError
 from latentfm.files import JSON_BYTES, SpecialFile, TooLarge, could_not_write, open_file, read_bytes, reason, whole_or_nothing
-from latentfm.interchange.tensors import CHUNK, Held, Tensors, read_chunks, split, write_split
+from latentfm.interchange.tensors import CHUNK, Held, Tensors, read_chunks, split, write_shards
 from latentfm.training.distributed.processes import raise_on_all_ranks
 from latentfm.training.distributed.shards import Chunk
 from latentfm.training.records.json_lines import name_aside, number
@@ -81,21 +81,21 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_state(path: Path, folder: Path, chunks: Mapping[str, Chunk], accelerator: Accelerator) -> dict[str, int]:
     """Writes the state of the checkpoint `path` into safetensors in `folder`, and returns their checksums by name. Raises as `save`."""
-    parted = any(chunk.value.shape != chunk.shape for chunk in chunks.values())
+    sharded = any(chunk.value.shape != chunk.shape for chunk in chunks.values())
     if accelerator.num_processes > 1:
-        parted = any(gather_object([parted]))
-    if parted:
+        sharded = any(gather_object([sharded]))
+    if sharded:
         with writing(path):
             write_chunks(folder, chunks)
     sums: list[tuple[str, int]] = []
     with raise_on_all_ranks(accelerator), writing(path):
-        if accelerator.is_main_process and not parted:
-            files = split({name: Held.of(chunk.value) for name, chunk in chunks.items()}, None, LARGEST_FILE)
-            write_split(folder, "state", files, {"format": "pt"}, None)
-        if accelerator.is_main_process or parted:
-            own = f"shard-{accelerator.process_index + 1:05d}-*.safetensors" if parted else "*.safetensors"
+        if accelerator.is_main_process and not sharded:
+            tensors: Tensors = {name: Held.of(chunk.value) for name, chunk in chunks.items()}
+            write_shards(folder, "state", tensors, {"format": "pt"}, None, LARGEST_FILE)
+        if accelerator.is_main_process or sharded:
+            own = f"shard-{accelerator.process_index + 1:05d}-*.safetensors" if sharded else "*.safetensors"
             sums = [(file.name, checksum(file)) for file in sorted(folder.glob(own))]
-    return dict(sorted(gather_object(sums) if parted else sums))
+    return dict(sorted(gather_object(sums) if sharded else sums))
 
 
 def write_chunks(folder: Path, chunks: Mapping[str, Chunk]) -> None:

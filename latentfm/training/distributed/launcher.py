@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from latentfm.errors import InputError
 from latentfm.files import reason
 from latentfm.training.distributed.processes import in_words
+from latentfm.training.stop import Stopped
 from latentfm.words import count, shortened, shown
 
 SECONDS_BETWEEN_POLLS, SECONDS_TO_NOTICE = 1.0, 5.0
@@ -98,7 +99,8 @@ class Peers:
                 yield
         except Exception as error:
             with suppress(RuntimeError, OSError):  # who holds the store may be gone
-                store.set("ended", f"process {self.rank} of {len(self.places)}: {in_words(error)}")
+                if not isinstance(error, Stopped):  # which all are
+                    store.set("ended", f"process {self.rank} of {len(self.places)}: {in_words(error)}")
             raise
         finally:
             left.set()

@@ -11,13 +11,11 @@ import torch
 
 from latentfm.errors import InputError
 from latentfm.files import flush, read_json, whole_or_nothing
-from latentfm.training.checkpoint.claim import Claim, FolderInUse, claimed
-from latentfm.training.checkpoint.resuming import differences
+from latentfm.training.checkpoint.claim import Claim, FolderInUse
 from latentfm.training.records.json_lines import add_whole, keep_rows, number, read_or_set_aside, rows_of, set_aside
 from latentfm.training.records.run_page import RunPage
 from latentfm.words import shown
 
-__all__ = ["RunLog", "claimed", "differences", "peak_memory", "rows_of"]
 SECONDS_BETWEEN_PAGES = 60.0
 
 

@@ -72,7 +72,7 @@ def test_parts_change_nothing(monkeypatch):
     move(module, 1)
     first.update(trained(module), 5)
     monkeypatch.setattr("latentfm.training.optimizers.ema.PART", 10)  # a weight of 12, the rest of 4 + 8
-    assert list(second.parts()) == [["0.weight"], ["0.bias"], ["1.weight"]]
+    assert list(second.groups()) == [["0.weight"], ["0.bias"], ["1.weight"]]
     second.update(trained(module), 5)
     assert all(torch.equal(first.shadow[name], second.shadow[name]) for name in first.shadow)
 
