@@ -7,6 +7,7 @@ from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentfm import option_text
+from latentfm.adapters import ADAPTERS
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
@@ -127,7 +128,7 @@ class TokenRouting(Section):
 class AdapterOptions(Section):
     """Train a small addition to frozen weights instead of the weights (peft)."""
 
-    kind: Literal["lora", "dora"] = Field("lora", description="LoRA (Hu et al. 2021), or with magnitudes apart, DoRA (Liu et al. 2024)")
+    kind: Literal[tuple(ADAPTERS)] = Field("lora", description="LoRA (Hu et al. 2021), or with magnitudes apart, DoRA (Liu et al. 2024)")
     rank: int = Field(16, ge=1, le=16_384)
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="the addition counts alpha / rank; rank if not given")
     targets: str | list[str] = Field(

@@ -15,12 +15,13 @@ PACKAGE = Path(latentfm.__file__).parent
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "open_clip", "peft", "PIL", "pydantic", "yaml", "typer", "rich"}
 
 # What each room may import besides itself; "*" is everything. `latentfm` itself is the version and the lazy public names.
-LEAVES = {"errors", "files", "words", "bounds", "arguments", "bundled", "pictures", "randomness", "optimizers"}
+LEAVES = {"errors", "files", "words", "bounds", "arguments", "bundled", "pictures", "randomness", "optimizers", "adapters"}
 MAY_IMPORT = {
     "errors": set(),
     "words": set(),
     "randomness": set(),
     "optimizers": set(),
+    "adapters": set(),
     "files": {"errors", "words"},
     "bounds": set(),
     "arguments": {"errors", "words"},

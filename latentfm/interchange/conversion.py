@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from latentfm.adapters import kind_of
 from latentfm.errors import InputError
 from latentfm.interchange.lora import Adapter, open_adapter, write_diffusers, write_peft
 from latentfm.interchange.lora_names import ENCODERS
@@ -66,7 +67,7 @@ def adapter_conversion(source: Path, target: Path, transformer_only: bool, dtype
 
 def lora_title(adapter: Adapter) -> str:
     config = adapter.config
-    kind = "DoRA" if config.get("use_dora") else "LoRA"
+    kind = kind_of(config).title
     return f"{kind} of rank {config.get('r')}{' and others' if config.get('rank_pattern') else ''}, alpha {config.get('lora_alpha')}"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from latentfm.adapters import ADAPTERS
 from latentfm.bundled import bundled_model
 from latentfm.config import DataOptions, RunConfig, TrainOptions
 from latentfm.data.buckets import Buckets, DataPlan, base_shape
@@ -141,7 +142,7 @@ def trained_numbers(network: Network, options: TrainOptions) -> tuple[tuple[int,
     each = [0] * network.layers
     for name in adapted:
         inputs, outputs = linears[name]
-        magnitudes = outputs if options.adapter.kind == "dora" else 0
+        magnitudes = outputs if ADAPTERS[options.adapter.kind].magnitudes else 0
         each[int(name.split(".")[1])] += options.adapter.rank * (inputs + outputs) + magnitudes
     return (*each, 0), tuple(adapted)
 

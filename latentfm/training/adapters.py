@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from latentfm.adapters import ADAPTERS
 from latentfm.config import AdapterOptions, TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.linears import BLOCKS, adapted_linears, parse_blocks
@@ -19,7 +20,6 @@ from latentfm.randomness import seed_of
 from latentfm.training.optimizers.factory import package
 from latentfm.training.precision import compute_dtype
 
-KINDS = {"lora": "LoRA", "dora": "DoRA"}
 NF4_BLOCKS = (64, 32)  # numbers that share a scale: QLoRA's 64, and what a row of another width still divides into
 OUTLIERS = 6.0  # LLM.int8's threshold (Dettmers et al. 2022): columns of activations beyond it are not multiplied in 8 bits
 
@@ -52,7 +52,7 @@ def choose_trainable(network: MMDiT, options: TrainOptions, device: torch.device
         quantise(network, adapter.base, torch.device(device), compute_dtype(options))
         add_adapter(network, adapter, modules, options.seed)
         frozen = options.weights if adapter.base == "as_weights" else adapter.base
-        summary = f"a {KINDS[adapter.kind]} of rank {adapter.rank} on {len(modules)} linears{where}, the base frozen in {frozen}"
+        summary = f"a {ADAPTERS[adapter.kind].title} of rank {adapter.rank} on {len(modules)} linears{where}, the base frozen in {frozen}"
         return Trained(trainable(network), summary, base)
     if options.blocks is None:
         return Trained(trainable(network), "every weight", None)
@@ -78,9 +78,9 @@ def check_base(network: nn.Module, options: AdapterOptions, device: torch.device
     if options.base == "nf4":
         for _, linear in linears_of_blocks(network):
             nf4_block(linear)
-    if options.base == "int8" and options.kind == "dora" and torch.device(device).type == "cpu":
-        # peft 0.21 unpacks such a weight for DoRA's norms, and on a CPU loses its scales in doing so
-        raise InputError("train.adapter.kind=dora on base=int8 does not run on a CPU; use nf4 or as_weights there, or lora")
+    if options.base == "int8" and ADAPTERS[options.kind].magnitudes and torch.device(device).type == "cpu":
+        # peft 0.21 unpacks such a weight for its norms, and on a CPU loses its scales in doing so
+        raise InputError(f"train.adapter.kind={options.kind} on base=int8 does not run on a CPU; use nf4 or as_weights there, or lora")
 
 
 def linears_of_blocks(network: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -93,7 +93,7 @@ def add_adapter(network: MMDiT, options: AdapterOptions, modules: list[str], see
     alpha = options.rank if options.alpha is None else options.alpha
     config = LoraConfig(
         r=options.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, target_modules=modules, lora_dropout=options.dropout,
-        use_dora=options.kind == "dora",
+        **ADAPTERS[options.kind].keywords,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "adapter"))
