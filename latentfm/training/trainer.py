@@ -115,7 +115,6 @@ class Trainer:
             self.stop, self.asked_to_stop = Stop(), False
             self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
             self.step = self.restored_step() if resume else 0
-            self.pace = Pace(config.train.batch_size)
             self.begin_records()
             self.resources = resources.pop_all()
 
@@ -183,11 +182,12 @@ class Trainer:
             self.validate_and_sample()
             self.run_log.page(now=True)
             self.progress.start(self.step, steps)
+            pace = Pace(self.config.train.batch_size)
             while self.step < steps:
                 row = self.train_step(batches)
-                row["images_per_second"] = self.pace.step()
+                row["images_per_second"] = pace.step()
                 self.log(row)
-                with self.pace.pause():
+                with pace.pause():
                     self.after_step()
                 self.run_log.page()
             target = self.weights.write(self.out, storage.path_of(self.out / "checkpoints", self.step))

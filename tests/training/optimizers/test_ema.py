@@ -67,7 +67,7 @@ def test_masters_stand_for_the_weights_that_are_their_rounding():
     assert torch.equal(ema.shadow["0.bias"], module[0].bias.detach().float())
 
 
-def test_parts_change_nothing(monkeypatch):
+def test_groups_change_nothing(monkeypatch):
     first, second, module = EMA(trained(network()), 0.9), EMA(trained(network()), 0.9), network()
     move(module, 1)
     first.update(trained(module), 5)
