@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from latentfm.data.cache import Cache, Writer, key_of
+from latentfm.data.cache.fill import Writer
+from latentfm.data.cache.store import Cache, key_of
 from latentfm.data.loader import CachedReader, Draws, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Sample

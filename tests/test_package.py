@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "flow": set(),
     "models": LEAVES | {"flow"},
     "interchange": LEAVES | {"models"},
-    "data": LEAVES | {"flow", "models"},
+    "data": LEAVES | {"flow", "models", "interchange", "config"},
     "planning": LEAVES | {"config", "models", "data"},
     "sampling": {"errors", "words", "flow", "models", "config"},
     "pipeline": LEAVES | {"flow", "models", "interchange", "sampling"},

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from latentfm.config import RunConfig
-    from latentfm.data.cache import Cache
-
-SECONDS_BETWEEN_LINES = 15.0
+    from latentfm.data.cache.store import Cache
 
 
 def cache(
@@ -29,7 +27,7 @@ def cache(
         bool, typer.Option("--prune", help="Remove damaged shards and unfinished files from data.cache, while nothing is filling it.")
     ] = False,
 ) -> None:
-    """Fill the cache that a training will read: the VAE's moments of its pictures and the embeddings of its captions.
+    """Fill the cache that a training will read: the VAE's moments of its pictures, the embeddings of its captions and sample prompts.
 
     The options are those of `latentfm train`, which then finds everything there. Under torchrun or `accelerate launch -m latentfm
     cache ...` each process makes its share. It may be stopped and started again at any time; what was made stays. The network's weights
@@ -39,7 +37,7 @@ def cache(
 
     run = load_config(config, overrides)
     from latentfm.cli.terminal import quiet_libraries
-    from latentfm.data.cache import Cache
+    from latentfm.data.cache.store import Cache
     from latentfm.errors import InputError
     from latentfm.files import expanded
 
@@ -59,32 +57,46 @@ def cache(
 def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
+    from functools import partial
+    from types import SimpleNamespace
 
+    import torch
+
+    from latentfm.data.cache.processes import Processes
+    from latentfm.data.cache.stat_cache import StatCache
+    from latentfm.data.from_options import open_dataset, prepared_data
     from latentfm.data.sources import summary
     from latentfm.errors import InputError
+    from latentfm.files import expanded
     from latentfm.planning.run import plan_run
+    from latentfm.training.distributed.processes import find_by_all
     from latentfm.training.models import load_models
-    from latentfm.training.prepare import CachedDataset
-    from latentfm.training.sources import open_dataset
+    from latentfm.training.records.progress import Progress
+    from latentfm.training.samples import prompts_of
 
     if run.data.online:
         raise InputError("data.online=true is a run without a cache; leave it out to fill one")
-    # told by torchrun and accelerate launch; the processes meet in the folder alone, so none waits for another in a collective
+    # told by torchrun and accelerate launch; what they read they tell each other in their store, what they make lies in the folder
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    dataset = open_dataset(run.data)
-    if rank == 0:
+    processes = Processes(rank, world)
+    if world > 1 and "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group("gloo")
+        processes = Processes(rank, world, partial(find_by_all, SimpleNamespace(process_index=rank, num_processes=world)))
+    dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
+    if processes.rank == 0:
         print(summary(dataset), flush=True)
-    models, plan = load_models(run.model, weights=False), plan_run(run)
-    data = CachedDataset(dataset, models, run.data, plan.data)
-    models.frozen_to(device_of(int(os.environ.get("LOCAL_RANK", 0))))
-    before = data.keys_there()
-    began = time.monotonic()
-    with Shown(rank == 0) as progress:
-        data.fill(rank, world, progress)
+    models = load_models(run.model, weights=False, device=device_of(int(os.environ.get("LOCAL_RANK", 0))))
+    plan = plan_run(run)
+    data = prepared_data(dataset, plan.data, models, run.data, processes)
+    before, began = data.existing_keys(), time.monotonic()
+    with Progress(processes.rank == 0) as progress:
+        made = data.prepare(progress)
+        data.encode(prompts_of(run.sample, data.samples), plan.model.t5_tokens)
+        data.null({*plan.data.t5_lengths, plan.model.t5_tokens}, models.device)
     seconds = time.monotonic() - began
-    if rank == 0:
+    if processes.rank == 0:
         captions = len({caption for sample in data.samples for caption in sample.captions})
-        show(data.cache.folder, data.contents(before), seconds)
+        show(data.cache.folder, data.contents(before, made), seconds)
         print(f"{count(len(data.samples), 'picture')}, {count(captions, 'caption')}", flush=True)
 
 
@@ -111,17 +123,17 @@ def device_of(local_rank: int) -> "torch.device":
 
 def check(cache: "Cache") -> None:
     """Reads every entry of a cache and prints how many are damaged, which are noted as lost; exits with code 1 when one is."""
-    import numpy as np
+    from latentfm.training.records.progress import Progress
 
     cache.refresh()
-    places = np.lexsort((cache.index["offset"], cache.index["shard"]))  # as they lie on the disk
-    size = int(cache.index["length"].sum())
-    with Shown(True) as progress:
-        task = progress.add_task("checking the cache", total=len(places))
-        damaged = int(cache.damaged(places, lambda count: progress.advance(task, count)).sum())
+    with Progress(True) as progress:
+        task = progress.add_task("checking the cache", total=len(cache.index))
+        damaged = cache.verify(lambda count: progress.advance(task, count))
+        progress.remove_task(task)
     aside = sum(path.name.endswith(".damaged") for path in cache.leftovers())
     where = f"{count(len(cache.paths), 'shard')} of {shown(cache.folder)}"
-    print(f"{count(len(places), 'entry', 'entries')} in {where}, {size / 2**30:,.2f} GiB: {damaged:,} damaged", flush=True)
+    size = int(cache.index["length"].sum())
+    print(f"{count(len(cache.index), 'entry', 'entries')} in {where}, {size / 2**30:,.2f} GiB: {damaged:,} damaged", flush=True)
     for said in cache.distrust():
         print(said, flush=True)
     if aside:
@@ -135,55 +147,5 @@ def check(cache: "Cache") -> None:
 
 def remove_leftovers(cache: "Cache") -> None:
     """Removes damaged shards and unfinished files, which are the cache's own, and prints how many."""
-    cache.refresh()
-    found = cache.leftovers()
-    size = sum(path.stat().st_size for path in found)
-    for path in found:
-        path.unlink(missing_ok=True)
-    print(f"removed {count(len(found), 'file')}, {size / 2**20:,.1f} MiB, from {shown(cache.folder)}", flush=True)
-
-
-class Shown:
-    """The progress of one task: a bar on a terminal, elsewhere a line now and then, both on stderr; nothing unless `active`."""
-
-    def __init__(self, active: bool):
-        from latentfm.cli.terminal import progress_bar
-
-        self.active, self.bar = active, progress_bar()
-        self.total, self.done, self.waiting = 0, 0, False
-        self.began = self.printed = time.monotonic()
-
-    def __enter__(self) -> "Shown":
-        if self.active:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def add_task(self, description: str, total: int) -> Any:
-        self.total = total
-        return self.bar.add_task(description, total=total)
-
-    def advance(self, task: Any, number: int) -> None:
-        self.done += number
-        self.bar.advance(task, number)
-        if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
-            self.line(f"{self.done:,} of {self.total:,}")
-
-    def update(self, task: Any, description: str) -> None:
-        self.bar.update(task, description=description)
-        if not self.waiting or time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
-            self.waiting = True
-            self.line(description)
-
-    def remove_task(self, task: Any) -> None:
-        """Ends the task; where lines were printed, the last says so."""
-        if self.waiting or self.printed > self.began:
-            self.line(f"{self.total:,} of {self.total:,}")
-        self.bar.remove_task(task)
-
-    def line(self, text: str) -> None:
-        if self.active and self.bar.disable:
-            self.printed = time.monotonic()
-            typer.echo(text, err=True)
+    removed, size = cache.prune()
+    print(f"removed {count(removed, 'file')}, {size / 2**20:,.1f} MiB, from {shown(cache.folder)}", flush=True)

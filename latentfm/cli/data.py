@@ -76,6 +76,8 @@ def check(
     check_at_least_one({"--pictures": pictures})
     target = out if out is not None else None if as_json else Path("data-check.html")
     if target is not None:
+        from latentfm.data.check.page import check_target
+
         check_target(target, overwrite)
     from latentfm.planning.run import plan_run
 
@@ -88,8 +90,8 @@ def check(
     from latentfm.data.check.captions import load_tokenizers
     from latentfm.data.check.findings import check as examine
     from latentfm.data.check.findings import contact_sheet
-    from latentfm.data.check.page import page
-    from latentfm.training.sources import open_dataset
+    from latentfm.data.check.page import page, write_page
+    from latentfm.data.from_options import open_dataset
     from latentfm.training.validation import split_held_out
 
     encoder, dataset = load_tokenizers(folder), open_dataset(run.data)
@@ -109,7 +111,7 @@ def check(
     else:
         show(findings)
     if target is not None:
-        write(target, page(findings, sheet), overwrite)
+        write_page(target, page(findings, sheet), overwrite)
         typer.echo(f"the page: {shown(target)}", err=True)
     if strict and (findings["dropped"] or findings["truncated"]):
         raise typer.Exit(1)
@@ -135,33 +137,6 @@ def options(words: list[str], config: Path | None, given: dict[str, Any]) -> "Ru
         raise InputError("nothing to check: give a path, or a configuration with --config")
     overrides += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items() if value is not None]
     return load_config(config, [*overrides, "output.folder=-"])  # nothing is written there
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raises InputError when the page cannot be written, or exists and may not be replaced."""
-    from latentfm.files import open_file, reading
-
-    if target.is_dir():
-        raise InputError(f"--out {shown(target)} is a folder; give a file, as in {shown(target / 'data-check.html')}")
-    if target.exists() and not overwrite:
-        with reading(target, "give another --out"), open_file(target) as file:
-            ours = b"latentfm data check" in file.read(2000)
-        if not ours:
-            raise InputError(
-                f"{shown(target)} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out"
-            )
-
-
-def write(target: Path, text: str, overwrite: bool) -> None:
-    """Writes the page whole or not at all. Raises InputError when the disk refuses it."""
-    from latentfm.files import whole_or_nothing
-
-    check_target(target, overwrite)
-    try:
-        with whole_or_nothing(target) as partial:
-            partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
-    except InputError as error:
-        raise InputError(f"{error}, or give another place as --out") from error
 
 
 def show(findings: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import PIL
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from latentfm.data.memory import Room, lacking
+from latentfm.data.memory import Budget, lacks
 from latentfm.data.sources.base import PICTURE_BYTES, Place, sha256
 from latentfm.data.sources.texts import FETCH, POINTER
 from latentfm.errors import InputError
@@ -35,7 +35,7 @@ MEMORY = 2 * 2**30  # bytes that pictures being decoded may take over all thread
 PIXEL_BYTES = 8  # a pixel at its fullest: as decoded and as RGB, Pillow's four bytes each
 STRIP = 2**22  # pixels that are converted at a time
 
-decoding = Room(MEMORY)
+decoding = Budget(MEMORY)
 
 # EXIF orientation -> what turns the stored picture upright (EXIF 2.3, tag 0x0112).
 _UPRIGHT = {
@@ -125,7 +125,7 @@ def _alone(path: str | Path | Place, data: bytes) -> Image.Image:
     sizes: list[int] = [0]
 
     def lacks_memory() -> bool:
-        return lacking(2 * PIXEL_BYTES * sizes[-1] + 4 * len(data) + 2**26)
+        return lacks(2 * PIXEL_BYTES * sizes[-1] + 4 * len(data) + 2**26)
 
     for _ in range(2):
         try:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from latentfm.data.entries import Entries
+from latentfm.data.cache.entries import Entries
 from latentfm.data.images import Transform, apply, load_mask, opened_rgb
 from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
-from latentfm.data.table import SampleTable, bounds_of, choose
+from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
@@ -104,11 +104,6 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The batch with its tensors in pinned memory."""
         return self.map(Tensor.pin_memory)
-
-
-def choose_caption(sample: Sample, u: float) -> str:
-    """The caption that u, uniform in [0, 1), chooses: each with its weight's share of the chance, or all with the same."""
-    return sample.captions[choose(u, len(sample.captions), bounds_of(sample) if sample.caption_weights else None)]
 
 
 @dataclass(frozen=True)
@@ -304,7 +299,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         source = DataLoader(
             Guarded(self.reader), sampler=self.requests(), batch_size=None, num_workers=self.workers, pin_memory=self.pin,
-            prefetch_factor=AHEAD if self.workers else None, worker_init_fn=settle,
+            prefetch_factor=AHEAD if self.workers else None, worker_init_fn=freeze_gc,
         )  # fmt: skip
         found = started(source)
         for _ in range(self.step, self.stop):
@@ -352,6 +347,6 @@ def how_they_ended(found: Iterator) -> str:
     )
 
 
-def settle(worker: int) -> None:
+def freeze_gc(worker: int) -> None:
     """Keeps the garbage collector of a loader process from the objects it shares with its parent: looking at them copies their pages."""
     gc.freeze()

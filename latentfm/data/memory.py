@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Room:
+class Budget:
     """Bytes that threads may take at a time; one that asks for more than there is gets all of it, alone."""
 
     def __init__(self, total: int):
@@ -34,7 +34,7 @@ class Room:
                 self.turn.notify_all()
 
 
-def lacking(amount: int) -> bool:
+def lacks(amount: int) -> bool:
     """Whether the system would refuse `amount` bytes now."""
     try:
         mmap.mmap(-1, max(1, amount)).close()

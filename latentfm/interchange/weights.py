@@ -5,6 +5,7 @@
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ CLASSES = {
 }
 KEY = "latentfm"  # in a single file's metadata: the configurations, which weights alone do not tell whole
 SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's, one tensor under two names
 CLIP_VOCABULARY = 49408
 WIDEST_CLIP = 8192
 
@@ -282,19 +284,31 @@ def load_part(name: str, part: Part, dtype: torch.dtype) -> nn.Module:
     What transformers keeps in float32 beside float16 (a part of T5) stays so. Raises InputError for weights that are not finite.
     """
     network = empty(name, part.config)
-    wide = tuple(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 and name in TEXT else ()
-    state = {}
-    for key, stored in part.tensors.items():
-        kept = torch.float32 if set(key.split(".")).intersection(wide) else dtype
-        state[key] = stored.load(kept if stored.dtype.is_floating_point else None)
-        if not all_finite(state[key]):
-            raise not_finite(name, key, stored, state[key])
+    state = {key: load_tensor(name, network, key, stored, dtype) for key, stored in part.tensors.items()}
     network.load_state_dict(state, strict=False, assign=True)  # tied names are left out; the rest `problems` has checked
     if name in TEXT:
         network.tie_weights()
     if name in TEXT and BY_NAME[name].family is CLIP:  # the one buffer here that is not saved
         network.text_model.embeddings.position_ids = torch.arange(network.config.max_position_embeddings)[None]
     return network.eval()
+
+
+def load_part_tensors(name: str, part: Part, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields the state dict of what `load_part` gives, sorted by name, one tensor in memory at a time. Raises InputError as it does."""
+    network = empty(name, part.config)
+    for key in sorted(network.state_dict()):
+        own = key if key in part.tensors else TIED[key]
+        yield key, load_tensor(name, network, own, part.tensors[own], dtype)
+
+
+def load_tensor(name: str, network: nn.Module, key: str, stored: Stored, dtype: torch.dtype) -> Tensor:
+    """A tensor of a component as the component has it that is loaded in `dtype`. Raises InputError when it is not finite."""
+    wide = tuple(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 and name in TEXT else ()
+    kept = torch.float32 if set(key.split(".")).intersection(wide) else dtype
+    value = stored.load(kept if stored.dtype.is_floating_point else None)
+    if not all_finite(value):
+        raise not_finite(name, key, stored, value)
+    return value
 
 
 def not_finite(name: str, key: str, stored: Stored, value: Tensor) -> InputError:

@@ -244,16 +244,20 @@ class NullCondition:
         return self.by_length[t5_length]
 
     def save(self, folder: Path) -> None:
-        """Writes null_condition.safetensors: every length made so far, in float32, with the prints of the encoders."""
+        """Writes null_condition.safetensors, see `to_bytes`."""
+        with whole_or_nothing(folder / NULL_FILE) as partial:  # safetensors' own writer would leave a file that others may not read
+            partial.write_bytes(self.to_bytes())
+        if (folder / MANIFEST).exists():
+            renew_entry(folder, NULL_FILE)
+
+    def to_bytes(self) -> bytes:
+        """The content of null_condition.safetensors: every length made so far, in float32, with the prints of the encoders."""
         by_length = {length: self.parts(length) for length in sorted(self.by_length)}
         tensors = {
             f"{length}.{name}": value.float().cpu().contiguous() for length, parts in by_length.items() for name, value in parts.items()
         }
         prints = {str(length): self.prints[length] for length in by_length}
-        with whole_or_nothing(folder / NULL_FILE) as partial:  # safetensors' own writer would leave a file that others may not read
-            partial.write_bytes(save(tensors, {PRINTS: json.dumps(prints)} if prints else None))
-        if (folder / MANIFEST).exists():
-            renew_entry(folder, NULL_FILE)
+        return save(tensors, {PRINTS: json.dumps(prints)} if prints else None)
 
     @classmethod
     def load(cls, folder: Path, encoder: PromptEncoder | None = None, replaced: Collection[int] = ()) -> "NullCondition":
@@ -266,22 +270,26 @@ class NullCondition:
         if not path.exists():
             return cls(encoder)
         with reading(path, "copy it again, or remove it: it is made anew where the text encoders are", also=(SafetensorError,)):
-            data = read_bytes(path, MOST_BYTES)  # not mapped: the file may be written again while its values are in use
-            by_length: dict[int, dict[str, Tensor]] = {}
-            for name, value in load(data).items():
-                length, part = name.split(".")
-                by_length.setdefault(int(length), {})[part] = checked(name, int(length), value)
-            written = json.loads(header_of(path, io.BytesIO(data)).metadata.get(PRINTS, "null"))
-            saved = {length: PromptParts(**parts) for length, parts in by_length.items()}
-            if written is None:
-                found = cls(encoder, saved)
-                found.prints = {n: tuple("" if i in replaced else p for i, p in enumerate(prints)) for n, prints in found.prints.items()}
-                return found
-            found = cls(None, saved)
-            found.encoder, found.prints = encoder, {length: tuple(written[str(length)]) for length in saved}
-            if any(len(prints) != len(ENCODERS) for prints in found.prints.values()):
-                raise ValueError(f"its {PRINTS} are not those of {len(ENCODERS)} encoders")
+            return cls.from_bytes(read_bytes(path, MOST_BYTES), encoder, replaced)  # not mapped: the file may be written while it is used
+
+    @classmethod
+    def from_bytes(cls, data: bytes, encoder: PromptEncoder | None = None, replaced: Collection[int] = ()) -> "NullCondition":
+        """The null condition that `to_bytes` gave, as `load` has it. Raises ValueError, or what safetensors raises, when it is damaged."""
+        by_length: dict[int, dict[str, Tensor]] = {}
+        for name, value in load(data).items():
+            length, part = name.split(".")
+            by_length.setdefault(int(length), {})[part] = checked(name, int(length), value)
+        written = json.loads(header_of(Path(NULL_FILE), io.BytesIO(data)).metadata.get(PRINTS, "null"))
+        saved = {length: PromptParts(**parts) for length, parts in by_length.items()}
+        if written is None:
+            found = cls(encoder, saved)
+            found.prints = {n: tuple("" if i in replaced else p for i, p in enumerate(prints)) for n, prints in found.prints.items()}
             return found
+        found = cls(None, saved)
+        found.encoder, found.prints = encoder, {length: tuple(written[str(length)]) for length in saved}
+        if any(len(prints) != len(ENCODERS) for prints in found.prints.values()):
+            raise ValueError(f"its {PRINTS} are not those of {len(ENCODERS)} encoders")
+        return found
 
 
 def checked(name: str, length: int, value: Tensor) -> Tensor:

@@ -189,6 +189,8 @@ def training_flops(
     for block in range(net.layers):
         tokens = routed[2] if routed and routed[0] <= block <= routed[1] else image
         products = list(block_products(net, block, tokens, text, rank or 0))
+        if first:  # what conditions the blocks is frozen too
+            products = [product._replace(first=product.part == "modulation") for product in products]
         amounts += [(product.part, product.flops if block < first else trained(product, rank)) for product in products]
         again += (block >= first and checkpointed(block, checkpointing)) * sum(p.flops + 2 * p.adapter for p in products)
     for product in outer_products(net, image, text):  # with all around the blocks frozen, as with an adapter's rank of nothing

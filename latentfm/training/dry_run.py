@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from latentfm.config import RunConfig
+from latentfm.data.from_options import open_dataset
 from latentfm.data.images import UnreadableImage, upright_size
 from latentfm.data.loader import Dropout
 from latentfm.data.mixture import Mixture
@@ -28,7 +29,6 @@ from latentfm.planning.training import cache_bytes, checkpoint_bytes, model_byte
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import cautions, check, existing_parent
 from latentfm.training.precision import has_bfloat16
-from latentfm.training.sources import open_dataset
 from latentfm.training.validation import split_held_out
 
 SHOWN = 20  # names in a list

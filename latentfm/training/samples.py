@@ -1,6 +1,6 @@
 """Pictures drawn while training, from the averaged weights, for fixed prompts and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,22 +35,23 @@ class SamplePictures:
     samples: whose first captions are the prompts where the options have none, spread over all of them.
     size: (width, height) of the pictures in pixels.
     folder: where they are written, see `latentfm.training.records.sample_files`.
+    encode: gives the prompts' parts for a T5 length; the models' text encoders do where it is not given.
     """
 
     def __init__(
-        self, options: SampleOptions, models: Models, samples: Sequence[Sample], size: tuple[int, int], folder: Path, device: torch.device
-    ):
+        self, options: SampleOptions, models: Models, samples: Sequence[Sample], size: tuple[int, int], folder: Path, device: torch.device,
+        encode: Callable[[Sequence[str], int], PromptParts] | None = None,
+    ):  # fmt: skip
         self.options, self.models, self.size, self.folder, self.device = options, models, size, folder, device
-        captions = list(dict.fromkeys(sample.captions[0] for sample in samples))
-        self.prompts = options.prompts or captions[:: max(1, len(captions) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]
+        self.prompts = prompts_of(options, samples)
         length = t5_length(models.info)
-        self.condition = self.assembled(models.encoder.encode(self.prompts, length))
+        self.condition = self.assembled((encode or models.encoder.encode)(self.prompts, length))
         self.negative = self.assembled(models.null.parts(length).map(lambda value: value.expand(len(self.prompts), *value.shape[1:])))
 
     def assembled(self, parts: PromptParts) -> Condition:
         """The condition in float32, whose precision the noise of the pictures takes on, whatever the encoders run in."""
         parts = parts.map(lambda value: value.to(self.device, torch.float32))
-        return assemble(parts, self.models.encoder.joint_dim, self.models.encoder.pooled_dim)
+        return assemble(parts, self.models.joint_dim, self.models.pooled_dim)
 
     def draw(self, network: MMDiT, step: int, accelerator: Accelerator) -> Path | None:
         """Writes the pictures of `step`, and returns the path of samples/step-<step, 8 digits>.png on the main process.
@@ -92,20 +93,26 @@ class SamplePictures:
 
     def pictures(self, network: MMDiT, indices: list[int]) -> list[Image.Image]:
         """The pictures of the prompts `indices`; the network is afterwards as it was before. The VAE runs in float32, autocast or not."""
-        pipe = LatentFMPipeline(network, load_scheduler(self.models.folder), self.models.vae)
-        pipe.set_progress_bar_config(disable=True)
-        vae = self.models.vae
-        checkpointing, slicing = network.gradient_checkpointing, vae.use_slicing
-        vae.enable_slicing()  # decoding all of them at once would be the peak of the run's memory
+        checkpointing = network.gradient_checkpointing
         try:
-            with self.models.vae_on(self.device), evaluating(network):
+            with self.models.vae_on(self.device) as vae, evaluating(network):
+                pipe = LatentFMPipeline(network, load_scheduler(self.models.folder), vae)
+                pipe.set_progress_bar_config(disable=True)
                 latents = pipe(
                     prompt_embeds=self.condition.embeds[indices], pooled_prompt_embeds=self.condition.pooled[indices],
                     negative_prompt_embeds=self.negative.embeds[indices], negative_pooled_prompt_embeds=self.negative.pooled[indices],
                     width=self.size[0], height=self.size[1], **asdict(Sampler.of(self.options)),
                     generator=[torch.Generator().manual_seed(self.options.seed + index) for index in indices], output_type="latent",
                 ).images  # fmt: skip
+                # one by one: decoding all of them at once would be the peak of the run's memory
                 with torch.autocast(latents.device.type, enabled=False):
-                    return pipe.image_processor.postprocess(vae_room.decode(vae, latents), output_type="pil")
+                    pixels = torch.cat([vae_room.decode(vae, picture[None]) for picture in latents])
+                return pipe.image_processor.postprocess(pixels, output_type="pil")
         finally:
-            network.gradient_checkpointing, vae.use_slicing = checkpointing, slicing
+            network.gradient_checkpointing = checkpointing
+
+
+def prompts_of(options: SampleOptions, samples: Sequence[Sample]) -> list[str]:
+    """What is drawn: the options' prompts, or first captions spread over all samples."""
+    captions = list(dict.fromkeys(sample.captions[0] for sample in samples))
+    return options.prompts or captions[:: max(1, len(captions) // DEFAULT_PROMPTS)][:DEFAULT_PROMPTS]

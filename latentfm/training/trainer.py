@@ -21,6 +21,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from latentfm.config import RunConfig
+from latentfm.data.cache.processes import Processes
+from latentfm.data.cache.stat_cache import StatCache
+from latentfm.data.from_options import open_dataset, prepared_data
 from latentfm.data.loader import Batch, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import summary
@@ -28,7 +31,6 @@ from latentfm.data.stream import Stream
 from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.models.backends import check_backend
-from latentfm.models.folder import t5_length
 from latentfm.planning.run import with_precision
 from latentfm.training.adapters import seed_dropout
 from latentfm.training.checkpoint import storage
@@ -40,12 +42,10 @@ from latentfm.training.distributed.processes import broadcast_from_main, find_by
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.figures import Pace, StepFigures, StepSums
 from latentfm.training.models import load_models
-from latentfm.training.online import dataset_of
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.run_log import RunLog
 from latentfm.training.samples import SamplePictures
-from latentfm.training.sources import open_dataset
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
@@ -81,18 +81,19 @@ class Trainer:
         self.run_log = RunLog(self.out, accelerator.is_main_process)
         with ExitStack() as resources:
             resources.enter_context(Peers(accelerator).watched())
-            dataset = open_dataset(config.data)
-            accelerator.print(summary(dataset))
-            self.models = load_models(config.model)
+            self.models = load_models(config.model, device=accelerator.device)
             self.choose_attention()
-            self.objective = Objective.of(config.train, self.models.vae)
+            processes = Processes(accelerator.process_index, accelerator.num_processes, partial(find_by_all, accelerator))
+            dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
+            accelerator.print(summary(dataset))
+            self.objective = Objective.of(config.train, self.models.outline)
             self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
-            share = partial(find_by_all, accelerator)  # every picture is read once, whatever the number of processes
-            self.data = dataset_of(dataset, self.models, config.data, self.plan.data, share)
+            self.data = prepared_data(dataset, self.plan.data, self.models, config.data, processes)
             resources.enter_context(self.progress)
             resources.enter_context(self.claimed())
             resources.enter_context(deterministic(config.train.deterministic))
-            self.data.prepare(accelerator, self.progress)
+            self.data.prepare(self.progress)
+            accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
             seed = config.train.seed
             _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
             bucket_of = self.data.bucket_of.copy()
@@ -100,9 +101,10 @@ class Trainer:
             self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
             self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
             # on the device: from a CPU's memory every step would wait for its copy
-            self.models.null = self.models.null.kept({*self.lengths, t5_length(self.models.info)}, accelerator.device)
-            samples = self.out / "samples"
-            self.samples = SamplePictures(config.sample, self.models, self.data.samples, self.plan.size, samples, accelerator.device)
+            self.models.null = self.data.null({*self.lengths, self.plan.model.t5_tokens}, accelerator.device)
+            self.samples = SamplePictures(
+                config.sample, self.models, self.data.samples, self.plan.size, self.out / "samples", accelerator.device, self.data.encode
+            )
             self.validation = Validation(
                 config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
                 max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
@@ -144,7 +146,7 @@ class Trainer:
         train, out = config.train, f" and {len(self.held_out)} held out" if self.held_out else ""
         accelerator.print(
             f"{self.weights.trained.summary}: {facts['trained'] / 1e6:.1f}M of {facts['parameters'] / 1e6:.1f}M parameters in "
-            f"{train.weights}, {count(facts['pictures'], 'picture')} in {len(self.data.buckets.shapes)} bucket(s){out}, "
+            f"{train.weights}, {count(facts['pictures'], 'picture')} in {len(self.data.inventory.buckets.shapes)} bucket(s){out}, "
             f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
             f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
             f"its curves and pictures: {shown(self.out / 'run.html')}"
@@ -160,7 +162,7 @@ class Trainer:
         device = self.accelerator.device
         sharding = ", weights split by FSDP2" * is_split(self.models.network) + ", on the CPU" * self.plan.parallelism.offload
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
-        encoders = sum(e is not None for e in self.models.encoder.encoders)
+        encoders = len(self.models.encoders)
         return {
             "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + sharding,
             "processes": self.accelerator.num_processes,

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 
 import latentfm
 from latentfm.cli.main import app
-from latentfm.data.cache_file import read_shard
+from latentfm.data.cache.shard import read_shard
+from latentfm.data.cache.stat_cache import GRAIN
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 COUNT = 24
+CONDITIONS = 8 + 1  # the prompts that a training draws from, and the null condition
 
 
 @pytest.fixture
@@ -27,6 +30,7 @@ def pictures(tmp_path):
         pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
         (folder / f"{index:02d}.txt").write_text(f"a picture of {index}")
+    time.sleep(2 * GRAIN / 1e9)  # what was written just now would be read again
     return folder
 
 
@@ -93,14 +97,14 @@ def test_two_processes_make_each_entry_once(arguments, tmp_path):
     assert done.returncode == 0, errors[-2000:]
     assert f"moments: {COUNT} entries" in told and told.count("images/s") == 1  # one of them speaks
     found = rows(tmp_path / "cache")
-    assert len(found) == 2 * COUNT == len(set(found))
+    assert len(found) == 2 * COUNT + CONDITIONS == len(set(found))
     assert "; 0 made now" in cache(*arguments)[0]
 
 
 def test_damage_is_found_and_repaired_and_leftovers_are_removed(arguments, tmp_path):
     cache(*arguments)
     told, code = cache("--verify", *arguments)
-    assert code == 0 and f"{2 * COUNT} entries in 2 shards" in told and "0 damaged" in told
+    assert code == 0 and f"{2 * COUNT + CONDITIONS} entries in 4 shards" in told and "0 damaged" in told
     (shard,) = (tmp_path / "cache" / "moments").iterdir()
     data = bytearray(shard.read_bytes())
     data[-3] ^= 1
@@ -108,14 +112,15 @@ def test_damage_is_found_and_repaired_and_leftovers_are_removed(arguments, tmp_p
     (prompts,) = (tmp_path / "cache" / "prompts").iterdir()
     prompts.write_bytes(prompts.read_bytes()[:-100])
     told, code = cache("--verify", *arguments)
-    assert code == 1 and f"{COUNT} entries in 1 shard of" in told and "1 damaged" in told and "1 damaged shard is set aside" in told
+    assert code == 1 and f"{COUNT + CONDITIONS} entries in 3 shards of" in told
+    assert "1 damaged" in told and "1 damaged shard is set aside" in told
     told, code = cache(*arguments)
     assert code == 0 and f"; {COUNT} made now, 0 were there" in told and f"; 1 made now, {COUNT - 1} were there" in told
     (tmp_path / "cache" / "moments" / f"{'0' * 32}.safetensors.partial").write_bytes(b"cut")
     told, code = cache("--prune", *arguments)
     assert code == 0 and "removed 2 files" in told
     told, code = cache("--verify", *arguments)
-    assert code == 0 and f"{2 * COUNT} entries in 3 shards" in told
+    assert code == 0 and f"{2 * COUNT + CONDITIONS} entries in 5 shards" in told
 
 
 @pytest.mark.parametrize("change, message", [
@@ -163,8 +168,8 @@ def test_two_runs_at_once_share_the_work_and_the_one_that_waits_says_so(argument
     told = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     found = rows(tmp_path / "cache")
-    assert len(found) == 2 * 20 * COUNT == len(set(found))
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["moments", "prompts"]
+    assert len(found) == 2 * 20 * COUNT + CONDITIONS == len(set(found))
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["conditions", "listings", "moments", "prompts"]
 
 
 def test_a_cache_that_others_may_write_is_said(arguments, tmp_path, caplog):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentfm.data import images
 from latentfm.data.images import UnreadableImage, open_rgb, upright_size
-from latentfm.data.memory import Room, lacking
+from latentfm.data.memory import Budget, lacks
 from latentfm.data.sources import Columns, shards, tables, urls
 from latentfm.data.sources.shards import read_shards
 from latentfm.data.sources.tables import read_parquet
@@ -260,7 +260,7 @@ def test_strips_are_the_whole_picture(monkeypatch, mode):
 
 
 def test_large_pictures_are_decoded_one_at_a_time():
-    room, inside, most = Room(100), [], []
+    room, inside, most = Budget(100), [], []
 
     def decode(amount):
         with room.of(amount):
@@ -277,4 +277,4 @@ def test_large_pictures_are_decoded_one_at_a_time():
     assert max(most) <= 100 and len(most) == len(threads) and room.taken == 0
     with pytest.raises(ValueError, match="x"), room.of(50):
         raise ValueError("x")
-    assert room.taken == 0 and not lacking(2**20) and lacking(2**62)
+    assert room.taken == 0 and not lacks(2**20) and lacks(2**62)

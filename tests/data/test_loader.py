@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentfm.data.cache import Cache, key_of
+from latentfm.data.cache.store import Cache, key_of
 from latentfm.data.loader import AHEAD, Batch, CachedReader, Draws, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Sample, Share

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from latentfm.data.loader import Draws, Dropout, choose_caption
+from latentfm.data.loader import Draws, Dropout
 from latentfm.data.mixture import Group, Mixture
 from latentfm.data.sources import Sample, Share
 from latentfm.data.stream import Stream
@@ -142,6 +142,12 @@ def test_an_epoch_over_all_ranks_is_its_draws_each_with_noise_of_its_own(world):
 
 
 # Captions by weight
+
+
+def choose_caption(sample, u):
+    """The caption that u chooses, as the loader's table has it."""
+    table = SampleTable.of([sample])
+    return table.texts[table.caption(0, u)]
 
 
 def test_captions_are_chosen_by_their_weights():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentfm.data.cache import Cache, key_of
+from latentfm.data.cache.store import Cache, key_of
 from latentfm.data.images import UnreadableImage, contents, load, open_rgb, upright_size
 from latentfm.data.sources import Source, read_folder, read_sources, summary
 from latentfm.data.sources.base import sha256

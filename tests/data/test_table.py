@@ -5,7 +5,6 @@ import pickle
 import numpy as np
 import pytest
 
-from latentfm.data.loader import choose_caption
 from latentfm.data.sources import Sample, Share
 from latentfm.data.table import SampleTable, Texts, choose
 
@@ -29,7 +28,8 @@ def test_the_table_has_the_samples_and_each_text_once():
     assert table.prior.tolist() == [False, True, False]
     for index, sample in enumerate(SAMPLES):
         for u in np.linspace(0, 1, 101)[:-1].tolist():
-            assert table.texts[table.caption(index, u)] == choose_caption(sample, u)
+            bounds = np.cumsum(sample.caption_weights) / sum(sample.caption_weights) if sample.caption_weights else None
+            assert table.texts[table.caption(index, u)] == sample.captions[choose(u, len(sample.captions), bounds)]
 
 
 def test_a_choice_is_made_by_weight_and_never_beyond_the_last():

@@ -100,6 +100,16 @@ def test_training_flops_are_torchs_count(variant, rank, share):
     assert flops == BATCH * sum(training_flops(Network.of(network.config), image, TEXT, rank, share).values())
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("variant", ["sd3", "dual"])
+def test_blocks_before_the_first_that_trains_have_a_forward_pass_alone(variant, share):
+    network = small(variant).requires_grad_(False)
+    network.transformer_blocks[1:].requires_grad_(True)
+    network.set_gradient_checkpointing(share)
+    flops, image = counted(network, backward=True)
+    assert flops == BATCH * sum(training_flops(Network.of(network.config), image, TEXT, checkpointing=share, first=1).values())
+
+
 def test_training_is_about_three_times_the_forward_pass_and_lora_two():
     net = Network.of(TINY | {"num_layers": 20, "num_attention_heads": 12})
     once = sum(forward_flops(net, 64, 16).values())

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentfm import flow
+from latentfm.data import prepared
 from latentfm.models import schedule
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
@@ -31,7 +32,7 @@ from latentfm.planning.memory import (
     fullest,
     training_phases,
 )
-from latentfm.training import prepare, samples
+from latentfm.training import samples
 from latentfm.training.optimizers import adamw, ema
 from latentfm.training.precision import has_bfloat16
 
@@ -253,7 +254,7 @@ def test_what_the_code_works_on_at_one_time_is_what_is_counted():
     counted = training.IMAGES_AT_ONCE, training.LARGE, training.CAPTIONS_AT_ONCE, training.DEFAULT_PROMPTS
     solvers = {**flow.SOLVERS, "euler_maruyama": flow.EulerMaruyama, "stochastic_heun": flow.StochasticHeun}
     assert {name: solver.evaluations_per_step for name, solver in solvers.items()} == sampling.EVALUATIONS
-    assert counted == (prepare.IMAGES_AT_ONCE, prepare.LARGE, prepare.CAPTIONS_AT_ONCE, samples.DEFAULT_PROMPTS)
+    assert counted == (prepared.IMAGES_AT_ONCE, prepared.LARGE, prepared.CAPTIONS_AT_ONCE, samples.DEFAULT_PROMPTS)
 
 
 def test_checkpointing_saves_more_the_more_blocks_it_takes():

@@ -19,7 +19,8 @@ from latentfm.interchange.weights import load_transformer
 from latentfm.planning.cost import parameters
 from latentfm.planning.devices import EFFICIENCY, GIB, GPUS, Device, known_gpu
 from latentfm.planning.memory import training_phases
-from latentfm.planning.run import Parallelism, changed
+from latentfm.planning.run import Parallelism, changed, plan_run, with_precision
+from latentfm.planning.summary import training_summary
 from latentfm.planning.training import training_of
 from latentfm.training import dry_run as room
 from latentfm.training.adapters import choose_trainable
@@ -253,6 +254,12 @@ def test_the_cache_is_as_large_as_said(configure, folder, tiny_folder):
     prompt = sum(16 * (16 + 24) + 16 + 24 + length * 48 for length in (8, 12))
     assert need["bytes"] == 2 * 2 * latents + 2 * 24 * prompt
     assert not any(need["what"] == "cache" for need in dry_run(configure("data.online=true"))["disk"])
+
+
+def test_a_plan_without_data_says_the_same_of_the_run(configure):
+    config, device = configure("data.size=32", "train.adapter.rank=4"), Device.of(GPUS["h100"])
+    found, planned = dry_run(config, device=device), training_summary(plan_run(with_precision(config, bfloat16=True)), device, pictures=12)
+    assert planned == {section: found[section] for section in planned}
 
 
 def test_a_gpu_is_known_by_its_drivers_name():

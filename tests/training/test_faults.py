@@ -21,7 +21,7 @@ import pytest
 import torch
 from faults import files_no_larger_than
 
-from latentfm.data.cache_file import read_shard
+from latentfm.data.cache.shard import read_shard
 from latentfm.errors import InputError
 from latentfm.randomness import permutation
 from latentfm.training.checkpoint import storage

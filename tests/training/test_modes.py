@@ -141,10 +141,11 @@ def test_buckets_keep_every_picture_and_a_batch_has_one_shape(tmp_path, run, sta
     more = [f"data.folder={data}", "data.buckets=3", "train.steps=9", "train.batch_size=2"]
     more += ["train.token_routing={keep: 0.5, first: 0, last: 0}"]
     trainer = start(tmp_path / "out", *more)
-    assert len(trainer.data.buckets.shapes) == 3 and len(set(trainer.data.bucket_of.tolist())) == 3
+    assert len(trainer.data.inventory.buckets.shapes) == 3 and len(set(trainer.data.bucket_of.tolist())) == 3
     seen = []
     for batch in trainer.micro_batches():
-        shapes = {trainer.data.buckets.shapes[trainer.data.bucket_of[[s.id for s in trainer.data.samples].index(id)]] for id in batch.ids}
+        places = [[s.id for s in trainer.data.samples].index(id) for id in batch.ids]
+        shapes = {trainer.data.inventory.buckets.shapes[trainer.data.bucket_of[place]] for place in places}
         assert len(shapes) == 1
         (width, height), = shapes
         assert batch.eps.shape[2:] == (height // 4, width // 4)

@@ -4,11 +4,14 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from latentfm.data.check.findings import Crop
 from latentfm.data.check.tables import Bar, Names, Table, headline, percent, tables
-from latentfm.words import count
+from latentfm.errors import InputError
+from latentfm.files import open_file, reading, whole_or_nothing
+from latentfm.words import count, shown
 
 NAMES_SHOWN = 200  # of each list; the JSON has all
 MUCH = 0.2  # a crop that loses more is marked
@@ -108,3 +111,26 @@ def figure(crop: Crop) -> str:
 
 def mark(text: str, bad: bool) -> str:
     return f'<span class="{"bad" if bad else "good"}">{escape(text)}</span>'
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises InputError when the page cannot be written, or exists and may not be replaced."""
+    if target.is_dir():
+        raise InputError(f"--out {shown(target)} is a folder; give a file, as in {shown(target / 'data-check.html')}")
+    if target.exists() and not overwrite:
+        with reading(target, "give another --out"), open_file(target) as file:
+            ours = b"latentfm data check" in file.read(2000)
+        if not ours:
+            raise InputError(
+                f"{shown(target)} exists and is no page of latentfm data check; replace it with --overwrite, or give another --out"
+            )
+
+
+def write_page(target: Path, text: str, overwrite: bool) -> None:
+    """Writes the page whole or not at all. Raises InputError when the disk refuses it."""
+    check_target(target, overwrite)
+    try:
+        with whole_or_nothing(target) as partial:
+            partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
+    except InputError as error:
+        raise InputError(f"{error}, or give another place as --out") from error

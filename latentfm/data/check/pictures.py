@@ -2,9 +2,7 @@
 
 import io
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from latentfm.data.buckets import Buckets
+from latentfm.data.cache.fill import map_ahead
 from latentfm.data.images import FORMATS, Transform, UnreadableImage, contents, load_mask, opened_rgb
 from latentfm.data.sources.base import Sample, sha256
 
@@ -87,20 +86,9 @@ def survey(
 
 def all_facts(samples: Sequence[Sample], buckets: Buckets, factor: int, workers: int) -> Iterator[Facts]:
     """The facts of each sample, in order."""
-    with ThreadPoolExecutor(workers, "pictures") as pool:
-        waiting: deque[Future[Facts]] = deque()
-        try:
-            for sample in samples:
-                # a place in a shard or a stream is read here, in order: that is how it is fast, and only one may read it
-                data = None if isinstance(sample.path, Path) else read(sample)
-                waiting.append(pool.submit(facts_of, sample, data, buckets, factor))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    # a place in a shard or a stream is read here, in order: that is how it is fast, and only one may read it
+    items = ((sample, None if isinstance(sample.path, Path) else read(sample)) for sample in samples)
+    return map_ahead(lambda item: facts_of(*item, buckets, factor), items, workers, 2 * workers - 1)
 
 
 def read(sample: Sample) -> tuple[bytes, bytes | None] | UnreadableImage:

@@ -26,16 +26,17 @@ T = TypeVar("T")
 class Place:
     """Where bytes are that have no file of their own; like a Path, it has a name to print and read_bytes().
 
-    `read` fetches the bytes and raises OSError when they are not there any more. `sha256` is their hash, hexadecimal, where the source had
-    them in hand when it was listed; None where it did not look.
+    read(*at) fetches the bytes and raises OSError when they are not there any more; `at` is what JSON holds. `sha256` is their hash,
+    hexadecimal, where the source had them in hand when it was listed; None where it did not look.
     """
 
     name: str
-    read: Callable[[], bytes]
+    read: Callable[..., bytes]
     sha256: str | None = None
+    at: tuple = ()
 
     def read_bytes(self) -> bytes:
-        return self.read()
+        return self.read(*self.at)
 
     def __str__(self) -> str:
         return self.name

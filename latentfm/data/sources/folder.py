@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -28,6 +29,7 @@ from latentfm.data.sources.base import (
     texts_of,
     weighted,
 )
+from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.listing import CAPTION_SUFFIXES, METADATA_NAMES, list_files
 from latentfm.data.sources.rows import metadata_rows
 from latentfm.data.sources.texts import CAPTION_BYTES, Unusable, composed, decoded, lines_of
@@ -43,8 +45,8 @@ LAYOUT = (
 REPLACED = "caption file that is not read: the option caption stands for all"
 
 
-def read_folder(folder: str | Path, columns: Columns | None = None) -> Dataset:
-    """The samples of `folder`, sorted by id, and the problems met on the way. No picture is opened.
+def read_folder(folder: str | Path, columns: Columns | None = None, kept: StatCache = NOTHING_KEPT) -> Dataset:
+    """The samples of `folder`, sorted by id, and the problems met on the way. No picture is opened, nor a caption whose text is `kept`.
 
     With metadata.jsonl or metadata.csv in the folder, each row gives `file_name` and a caption: the first of `text`,
     `caption`, `prompt` that is there; in jsonl it may be a list of captions, and several rows of one picture are its several captions.
@@ -66,24 +68,31 @@ def read_folder(folder: str | Path, columns: Columns | None = None) -> Dataset:
     root = Path(name)
 
     files, problems = list_files(root)
-    found = [metadata for metadata in METADATA_NAMES if os.path.lexists(root / metadata)]
+    texts = [path for id, path in files.items() if id.lower().endswith(CAPTION_SUFFIXES) or id in METADATA_NAMES]
+    about = (os.path.abspath(root), columns, list(files), problems)
+    return kept_listing(kept, "folder", about, texts, root, None, lambda: list_folder(root, files, problems, columns))
+
+
+def list_folder(root: Path, files: dict[str, Path], problems: list[Problem], columns: Columns) -> tuple[Dataset, list[Path]]:
+    """(the samples among a folder's files, those that metadata names beyond them); `problems` of the files are among its own."""
+    found, elsewhere = [metadata for metadata in METADATA_NAMES if os.path.lexists(root / metadata)], []
     if columns.caption is not None and not (columns.image or columns.mask):
         samples, more, pictures = _read_pictures(files, columns.caption)
         found = []
     elif len(found) == 2:
         raise InputError(f"{shown(root)} holds both {found[0]} and {found[1]}, which may disagree: keep one, remove the other")
     elif found:
-        samples, more, pictures = _read_metadata(root, found[0], files, columns)
+        samples, more, pictures = _read_metadata(root, found[0], files, columns, elsewhere)
     elif columns != Columns():
         names = " or ".join(METADATA_NAMES)
         raise InputError(f"{shown(root)} has no {names} whose columns could be named; leave the columns out, or write one")
     else:
         samples, more, pictures = _read_sidecars(files)
-    problems += more
+    problems = problems + more
 
     if not samples:
         raise InputError(_nothing_usable(root, files, found, problems))
-    return finished(root, sorted(samples, key=lambda sample: sample.id), problems, pictures)
+    return finished(root, sorted(samples, key=lambda sample: sample.id), problems, pictures), elsewhere
 
 
 # Pictures beside .txt files
@@ -146,8 +155,13 @@ def _masks(files: dict[str, Path], captioned: dict[str, Any]) -> dict[str, Path]
 # metadata.jsonl and metadata.csv
 
 
-def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: Columns) -> tuple[list[Sample], list[Problem], int]:
-    """A sample for every picture with a usable row; problems for other rows and for pictures no row names; how many pictures there are."""
+def _read_metadata(
+    root: Path, metadata: str, files: dict[str, Path], columns: Columns, elsewhere: list[Path]
+) -> tuple[list[Sample], list[Problem], int]:
+    """A sample for every picture with a usable row; problems for other rows and for pictures no row names; how many pictures there are.
+
+    What rows name and `files` has not is added to `elsewhere`.
+    """
     texts: dict[str, dict[str, list[str]]] = {}  # of each picture, the captions of each column, over all its rows
     paths: dict[str, Path] = {}
     masked: dict[str, Path] = {}
@@ -162,13 +176,13 @@ def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: C
             name = path_within(row.get(columns.image or "file_name"), columns.image or "file_name", root)
             where = f"{where} {name}"
             named.add(composed(name))
-            id, path = _located(root, name, files, "picture")
+            id, path = _located(root, name, files, "picture", elsewhere)
             where = f"{metadata}:{line} {id}"
             named.add(id)
             mask = None
             captions = _row_captions(row, columns)
             if columns.mask and row.get(columns.mask):
-                _, mask = _located(root, path_within(row[columns.mask], columns.mask, root), files, "mask")
+                _, mask = _located(root, path_within(row[columns.mask], columns.mask, root), files, "mask", elsewhere)
             if mask is not None and masked.setdefault(id, mask) != mask:
                 raise Unusable("row with another mask than an earlier row of its picture (keep one)")
             paths[id] = path
@@ -199,7 +213,7 @@ def _read_metadata(root: Path, metadata: str, files: dict[str, Path], columns: C
     return samples, problems, len(pictures)
 
 
-def _located(root: Path, name: str, files: dict[str, Path], what: str) -> tuple[str, Path]:
+def _located(root: Path, name: str, files: dict[str, Path], what: str, elsewhere: list[Path]) -> tuple[str, Path]:
     """(id, path) of the file that a row names: as it is written there, its accents composed or not, or with Windows' backslashes.
 
     Raises Unusable when it is missing.
@@ -209,6 +223,7 @@ def _located(root: Path, name: str, files: dict[str, Path], what: str) -> tuple[
         for id in (candidate, composed(candidate)):
             if id in files:
                 return id, files[id]
+        elsewhere.append(root / candidate)
         if os.path.isfile(root / candidate):  # in a hidden folder, or of a kind that is not listed
             return candidate, root / candidate
     if any(os.path.exists(root / candidate) for candidate in names):

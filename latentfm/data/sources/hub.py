@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import Columns, Dataset, Forward, Problem, Sample, finished, nothing_usable, path_within
-from latentfm.data.sources.listing import check_files
-from latentfm.data.sources.tables import WAY_OUT, is_pointer, samples_of
+from latentfm.data.sources.kept import kept_listing
+from latentfm.data.sources.listing import check_files, walk
+from latentfm.data.sources.tables import WAY_OUT, cell, is_pointer, samples_of
 from latentfm.data.sources.texts import FETCH, Unusable
 from latentfm.data.sources.urls import read_beside, read_whole
 from latentfm.errors import InputError, nearest
@@ -21,36 +23,74 @@ ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd")  # as in zip://0.png::hf:
 
 def read_dataset(
     name: str, columns: Columns | None = None, subset: str | None = None, split: str = "train", revision: str | None = None,
-    streaming: bool = False,
+    streaming: bool = False, kept: StatCache = NOTHING_KEPT,
 ) -> Dataset:  # fmt: skip
     """A sample a row of a dataset: a folder that save_to_disk wrote, or what datasets.load_dataset takes; ids are "<split>:<row>".
 
     Cells are as in parquet files: one that names a file is read where the file lies in the dataset's own folder or repository, and
     refused elsewhere. Every row is read once, in order, to know its pictures' hashes; later a row is fetched by number or, of a stream, by
-    reading on to it. A dataset that cannot be read to its end is refused: half of it would be another dataset.
+    reading on to it. A dataset that cannot be read to its end is refused: half of it would be another dataset. The listing of a folder is
+    kept, that of a dataset on the hub is not.
 
     Raises InputError when there is no such dataset, subset or split, when reading fails, when `columns` names a column that is not there
     or no row is usable.
     """
+    rows = Rows(name, columns or Columns(), subset, split, revision, streaming)
+    folder = os.path.abspath(expanded(name))
+    files = [found.path for found in walk(folder) if found.kind is None] if os.path.isdir(folder) else None
+    about = (folder, columns, subset, split, streaming)
+    return kept_listing(kept, "datasets", about, files, name, rows, lambda: (list_dataset(name, split, rows), ()))
+
+
+def list_dataset(name: str, split: str, rows: "Rows") -> Dataset:
+    """The samples of a dataset, read once in order."""
     samples: list[Sample] = []
     problems: list[Problem] = []
-    data = opened(name, subset, split, revision, streaming)
+    data, columns = rows.open()
     try:
-        names = data.column_names or list(next(iter(data), {}))
-        columns = (columns or Columns()).found_in(names, f"the dataset {name}")
-        data = without_decoding(data.select_columns([column for column in names if column in wanted(columns)]), columns)
         if hasattr(data, "__len__"):
             data.data.table.validate(full=True)  # Arrow follows the offsets in its files without looking where they lead
-        fetch = data.__getitem__ if hasattr(data, "__len__") else Forward(partial(iter, data)).__getitem__
-        samples_of(data, columns, split, fetch, reader_of(name), samples, problems)
+        samples_of(data, columns, split, rows, (), reader_of(name), samples, problems)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # a stream's storage, a decoder, Arrow: each raises its own
-        done = len(samples) + len(problems)
-        raise InputError(f"reading the dataset {shown(name)} failed after {done:,} rows ({reason(error)}); start again") from error
+        raise failed(name, error, len(samples) + len(problems)) from error
     if not samples:
         raise nothing_usable(name, problems, WAY_OUT)
     return finished(name, samples, problems, len(samples) + len(problems))
+
+
+def failed(name: str, error: Exception, done: int = 0) -> InputError:
+    return InputError(f"reading the dataset {shown(name)} failed after {done:,} rows ({reason(error)}); start again")
+
+
+class Rows:
+    """The rows of a dataset, opened when the first is asked for."""
+
+    def __init__(self, name: str, columns: Columns, subset: str | None, split: str, revision: str | None, streaming: bool):
+        self.name, self.columns, self.given = name, columns, (subset, split, revision, streaming)
+        self.found: tuple[Any, Columns] | None = None
+        self.row: Any = None  # fetches a row by number
+
+    def open(self) -> tuple[Any, Columns]:
+        """(the dataset, its pictures as they are stored, the columns that are read). Raises InputError."""
+        if self.found is None:
+            data = opened(self.name, *self.given)
+            try:
+                names = data.column_names or list(next(iter(data), {}))
+                columns = self.columns.found_in(names, f"the dataset {self.name}")
+                data = without_decoding(data.select_columns([column for column in names if column in wanted(columns)]), columns)
+            except (InputError, MemoryError):
+                raise
+            except Exception as error:
+                raise failed(self.name, error) from error
+            self.found, self.row = (data, columns), data if hasattr(data, "__len__") else Forward(partial(iter, data))
+        return self.found
+
+    def __call__(self, number: int, column: str) -> bytes:
+        """The picture in a row's column. Raises OSError when it is not there any more."""
+        self.open()
+        return cell(self.row[number].get(column), reader_of(self.name))
 
 
 def opened(name: str, subset: str | None, split: str, revision: str | None, streaming: bool) -> Any:

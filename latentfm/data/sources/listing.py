@@ -15,7 +15,7 @@ METADATA_ELSEWHERE = f"metadata not read (only {' or '.join(METADATA_NAMES)} of 
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first goes before the second
 
 
-class Found(NamedTuple):
+class Entry(NamedTuple):
     """Something below a folder: its path from there, with "/", and what it is; `kind` None is a regular file.
 
     A folder is only told of when it is not entered: it cannot be listed, or was already, `under` another name.
@@ -27,7 +27,7 @@ class Found(NamedTuple):
     under: str | None = None
 
 
-def walk(root: str | Path) -> Iterator[Found]:
+def walk(root: str | Path) -> Iterator[Entry]:
     """Every visible file below `root`, whatever the depth, in an order of the names alone.
 
     Links to folders are followed after the folders themselves; a folder that is reached again is not entered.
@@ -40,20 +40,20 @@ def walk(root: str | Path) -> Iterator[Found]:
             status = os.stat(path)
             key = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
             if key in entered:
-                yield Found(name, path, "a folder", entered[key] or ".")
+                yield Entry(name, path, "a folder", entered[key] or ".")
                 continue
             entered[key] = name
             with os.scandir(path) as listed:
                 entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda entry: entry.name)
         except OSError:
-            yield Found(name or ".", path, "a folder")
+            yield Entry(name or ".", path, "a folder")
             continue
         below = []
         for entry in entries:
             inner = f"{name}/{entry.name}" if name else entry.name
             kind = kind_of(entry)
             if kind != "a folder":
-                yield Found(inner, entry.path, kind)
+                yield Entry(inner, entry.path, kind)
             elif entry.is_symlink():
                 links.append((inner, entry.path))
             else:

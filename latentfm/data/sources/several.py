@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import Columns, Dataset, Problem, Sample, Share, is_image
 from latentfm.data.sources.folder import read_folder
 from latentfm.data.sources.hub import is_saved, read_dataset
@@ -43,8 +44,10 @@ class Source:
         return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
 
 
-def read_sources(sources: Sequence[Source]) -> Dataset:
+def read_sources(sources: Sequence[Source], kept: StatCache = NOTHING_KEPT) -> Dataset:
     """Returns the samples of all sources, in their order, ids as "<name>/<id>", and their problems. No picture is decoded.
+
+    A source whose listing is `kept` is not read.
 
     Raises InputError for two sources of one name, a kind that cannot be told, and what the kind's reader raises.
     """
@@ -57,7 +60,7 @@ def read_sources(sources: Sequence[Source]) -> Dataset:
     problems: list[Problem] = []
     pictures = 0
     for name, source in zip(names, sources, strict=True):
-        found = read_source(source)
+        found = read_source(source, kept)
         share = Share(name, source.repeats * source.weight, source.regularisation)
         samples += [replace(sample, id=f"{name}/{sample.id}", share=share) for sample in found.samples]
         problems += [replace(problem, path=f"{name}/{problem.path}") for problem in found.problems]
@@ -67,22 +70,22 @@ def read_sources(sources: Sequence[Source]) -> Dataset:
     return Dataset(", ".join(source.place for source in sources), tuple(samples), tuple(problems), pictures)
 
 
-def read_source(source: Source) -> Dataset:
+def read_source(source: Source, kept: StatCache = NOTHING_KEPT) -> Dataset:
     """Returns one source's samples, with the ids its own kind gives."""
     kind = source.kind or kind_of(source.place)
     if kind == "datasets":
         return read_dataset(
-            source.place, source.columns, source.subset, source.split or "train", source.revision, source.streaming
+            source.place, source.columns, source.subset, source.split or "train", source.revision, source.streaming, kept
         )
     given = [name for name in ("subset", "split", "revision", "streaming") if getattr(source, name)]
     if given:
         what = f"{shown(source.place)} is of the kind {kind}, which has no {', '.join(given)}"
         raise InputError(f"{what}; leave it out, or give kind: datasets")
     if kind == "folder":
-        return read_folder(source.place, source.columns)
+        return read_folder(source.place, source.columns, kept)
     if kind == "webdataset":
-        return read_shards(source.place, source.columns)
-    return read_parquet(source.place, source.columns)
+        return read_shards(source.place, source.columns, kept)
+    return read_parquet(source.place, source.columns, kept)
 
 
 def kind_of(place: str) -> str:

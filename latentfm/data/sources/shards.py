@@ -12,11 +12,12 @@ import hashlib
 import json
 import lzma
 import tarfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import (
     CAPTION_COLUMNS,
     PICTURE_BYTES,
@@ -30,6 +31,7 @@ from latentfm.data.sources.base import (
     is_image,
     nothing_usable,
 )
+from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, is_text, lines_of
 from latentfm.data.sources.urls import BLOCK, expand, open_url
 from latentfm.errors import InputError, nearest
@@ -61,46 +63,34 @@ class Group:
     problem: str | None = None  # why it cannot be used
 
 
-class Shard:
-    """One archive, kept open between reads."""
+class Archives:
+    """Reads files at their places in archives, of which the one asked last stays open: samples come archive by archive."""
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self) -> None:
+        self.url: str | None = None
         self.file: BinaryIO | None = None
 
-    def read(self, offset: int, size: int) -> bytes:
-        """The `size` bytes at `offset` of the archive, decompressed. Raises OSError when it has fewer."""
-        if self.file is None:
-            self.file = open_url(self.url)
+    def read(self, url: str, offset: int, size: int) -> bytes:
+        """The `size` bytes at `offset` of an archive, decompressed. Raises OSError when it has fewer."""
+        if self.file is None or url != self.url:
+            self.close()
+            self.url, self.file = url, open_url(url)
         self.file.seek(offset)
         data = self.file.read(size)
         if len(data) < size:
-            raise OSError(f"{self.url} ends early; it was changed since it was listed")
+            raise OSError(f"{url} ends early; it was changed since it was listed")
         return data
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-        self.file = None
+        self.url = self.file = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "file": None}  # another process opens it for itself
+        return {"url": None, "file": None}  # another process opens it for itself
 
 
-class Open:
-    """The one shard that is open: samples are asked for shard by shard, and there may be thousands."""
-
-    def __init__(self) -> None:
-        self.shard: Shard | None = None
-
-    def read(self, shard: Shard, offset: int, size: int) -> bytes:
-        if self.shard is not None and self.shard is not shard:
-            self.shard.close()
-        self.shard = shard
-        return shard.read(offset, size)
-
-
-def read_shards(place: str, columns: Columns | None = None) -> Dataset:
+def read_shards(place: str, columns: Columns | None = None, kept: StatCache = NOTHING_KEPT) -> Dataset:
     """A sample a key of the tar archives that `place` names, in the archives' order; ids are "<archive>/<key>".
 
     `place` is a path or any fsspec URL, with {000..012} or * for several, or a folder of them. Columns are extensions and the entries of a
@@ -111,21 +101,24 @@ def read_shards(place: str, columns: Columns | None = None) -> Dataset:
 
     Raises InputError when there is no archive, no usable sample, or when no sample has a column that `columns` names.
     """
-    columns, opened = columns or Columns(), Open()
+    columns, files = columns or Columns(), expand(place, SUFFIXES)
+    names = [file.rpartition("/")[2] for file in files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(
+            f"two archives are called {shown(twice[0])}: their samples could not be told apart; rename one, or make them two sources"
+        )
+    read = Archives().read
+    return kept_listing(kept, "shards", (files, columns), files, place, read, lambda: (list_shards(place, files, columns, read), ()))
+
+
+def list_shards(place: str, files: Sequence[str], columns: Columns, read: Callable[..., bytes]) -> Dataset:
+    """The samples of archives, each read once from beginning to end; their bytes are fetched by `read`."""
     samples: list[Sample] = []
     problems: list[Problem] = []
     seen: set[str] = set()
     found = 0
-    files = expand(place, SUFFIXES)
-    names = [file.rpartition("/")[2] for file in files]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise InputError(
-            f"two archives are called {shown(twice[0])}: their samples could not be told apart; rename one, or make them two sources"
-        )
-    for file, name in zip(files, names, strict=True):
-        shard, groups = Shard(file), {}
-        broken = None
+    for file in files:
+        name, groups, broken = file.rpartition("/")[2], {}, None
         try:
             read_groups(file, columns, groups)
         except CutOff as error:
@@ -137,7 +130,7 @@ def read_shards(place: str, columns: Columns | None = None) -> Dataset:
             try:
                 row = row_of(group)
                 seen |= row.keys()
-                samples.append(sample_of(group, row, columns, id, partial(opened.read, shard)))
+                samples.append(sample_of(group, row, columns, id, file, read))
             except Unusable as error:
                 group.problem = group.problem or str(error)
             if group.problem:
@@ -251,8 +244,8 @@ def row_of(group: Group) -> dict[str, Any]:
     return row
 
 
-def sample_of(group: Group, row: dict[str, Any], columns: Columns, id: str, read: Any) -> Sample:
-    """The sample of a group. Raises Unusable when it has no picture or no caption."""
+def sample_of(group: Group, row: dict[str, Any], columns: Columns, id: str, file: str, read: Callable[..., bytes]) -> Sample:
+    """The sample of a group in the archive `file`. Raises Unusable when it has no picture or no caption."""
     mask = columns.mask or (MASK_COLUMN if columns.image != MASK_COLUMN else None)
     pictures = [extension for extension in group.files if is_image(f"x.{extension}") and extension != mask]
     image = columns.image or min(pictures, key=lambda extension: "." in extension, default=None)
@@ -265,5 +258,5 @@ def sample_of(group: Group, row: dict[str, Any], columns: Columns, id: str, read
     for extension in (image, mask):
         if extension in group.files:
             offset, size, digest = group.files[extension]
-            places[extension] = Place(f"{id}.{extension}", partial(read, offset, size), digest)
+            places[extension] = Place(f"{id}.{extension}", read, digest, (file, offset, size))
     return Sample(places[image], captions, id, weights, places.get(mask))

@@ -1,10 +1,11 @@
 """Rows of a table -> samples, and parquet files: the picture as bytes in a cell, or as a path beside the file."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import (
     PICTURE_BYTES,
     Columns,
@@ -18,6 +19,7 @@ from latentfm.data.sources.base import (
     nothing_usable,
     sha256,
 )
+from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.texts import FETCH, POINTER, Unusable
 from latentfm.data.sources.urls import UNFOLDED_BYTES, UNFOLDED_TIMES, expand, open_url, read_beside
 from latentfm.errors import InputError
@@ -30,10 +32,8 @@ WAY_OUT = "each row needs a picture (bytes, or the path of a file) and a caption
 BROKEN = "parquet file that cannot be read, or not to its end"
 TOO_MUCH = f"parquet file that unfolds to more than {UNFOLDED_TIMES} times its size, the rest of it is lost"
 
-Fetch = Callable[[int], Mapping[str, Any]]  # row number -> the row
 
-
-def read_parquet(place: str, columns: Columns | None = None) -> Dataset:
+def read_parquet(place: str, columns: Columns | None = None, kept: StatCache = NOTHING_KEPT) -> Dataset:
     """A sample a row of a parquet file, of several ("part-*.parquet") or of a folder of them; ids are "<file>:<row>", rows from 0.
 
     The picture is a cell of bytes, Hugging Face's {"bytes", "path"}, or a path in the file's folder; the mask likewise.
@@ -41,19 +41,27 @@ def read_parquet(place: str, columns: Columns | None = None) -> Dataset:
 
     Raises InputError when there is no file, no usable row, or a column that `columns` names.
     """
+    columns, files = columns or Columns(), expand(place, [".parquet"])
+    short(files)
+    read = Cells()
+    return kept_listing(kept, "parquet", (files, columns), files, place, read, lambda: list_parquet(place, files, columns, read))
+
+
+def list_parquet(place: str, files: Sequence[str], columns: Columns, read: "Cells") -> tuple[Dataset, list[str]]:
+    """(the samples of parquet files, each read once, the picture files that their cells name); a sample's bytes are fetched by `read`."""
     import pyarrow as pa
 
     samples: list[Sample] = []
     rows: list[Problem] = []
     broken: list[Problem] = []
-    files = expand(place, [".parquet"])
+    beside: list[str] = []
     for file, name in zip(files, short(files), strict=True):
         try:
-            found = (columns or Columns()).found_in(column_names(file), file)
+            found = columns.found_in(column_names(file), file)
             wanted = [found.image, *found.captions, *([found.mask] if found.mask else [])]
-            again = Forward(partial(parquet_rows, file, wanted))
-            folder = file.rpartition("/")[0]
-            samples_of(parquet_rows(file, wanted), found, name, again.__getitem__, partial(read_beside, folder), samples, rows)
+            pictures = [found.image, *([found.mask] if found.mask else [])]
+            read_path = partial(read_beside, file.rpartition("/")[0], noted=beside)
+            samples_of(parquet_rows(file, wanted), found, name, read, (file, pictures), read_path, samples, rows)
         except MemoryError:  # Arrow's own is one of its exceptions too
             raise
         except SpecialFile as error:
@@ -66,7 +74,19 @@ def read_parquet(place: str, columns: Columns | None = None) -> Dataset:
             broken.append(Problem(f"{name} ({reason(error)})", FETCH if is_pointer(file) else BROKEN))
     if not samples:
         raise nothing_usable(place, rows + broken, WAY_OUT)
-    return finished(place, samples, rows + broken, len(samples) + len(rows))
+    return finished(place, samples, rows + broken, len(samples) + len(rows)), beside
+
+
+class Cells:
+    """Reads cells of parquet files again, each file from its beginning on."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Forward] = {}
+
+    def __call__(self, file: str, columns: Sequence[str], number: int, column: str) -> bytes:
+        """The picture in a row's column, read beside the row's other `columns`. Raises OSError when it is not there any more."""
+        rows = self.files.setdefault(file, Forward(partial(parquet_rows, file, list(columns))))
+        return cell(rows[number].get(column), partial(read_beside, file.rpartition("/")[0]))
 
 
 def is_pointer(file: str) -> bool:
@@ -131,12 +151,12 @@ def size_of(value: Any) -> int:
 
 
 def samples_of(
-    rows: Iterable[Mapping[str, Any]], columns: Columns, name: str, fetch: Fetch, read_path: Callable[[str], bytes],
-    samples: list[Sample], problems: list[Problem],
+    rows: Iterable[Mapping[str, Any]], columns: Columns, name: str, read: Callable[..., bytes], where: tuple,
+    read_path: Callable[[str], bytes], samples: list[Sample], problems: list[Problem],
 ) -> None:  # fmt: skip
     """Appends a sample, or a problem, for each row; ids are "<name>:<row>". What is appended stays when `rows` breaks off.
 
-    `fetch` gives a row again when its picture is wanted; `read_path` reads a picture that a cell names instead of holding it.
+    read(*where, row number, column) gives a picture again when it is wanted; `read_path` reads one that a cell names instead of holding it.
     """
     for number, row in enumerate(rows):
         id = f"{name}:{number}"
@@ -144,9 +164,8 @@ def samples_of(
             captions, weights = captions_of(row, columns)
             places = {}
             for column in [columns.image, *([columns.mask] if columns.mask and row.get(columns.mask) is not None else [])]:
-                read = partial(cell, fetch, number, column, read_path)
                 try:
-                    places[column] = Place(f"{id} {column}", read, sha256(bytes_of(row.get(column), read_path)))
+                    places[column] = Place(f"{id} {column}", read, sha256(bytes_of(row.get(column), read_path)), (*where, number, column))
                 except (MemoryError, Unusable):
                     raise
                 except SpecialFile:
@@ -160,10 +179,10 @@ def samples_of(
             problems.append(Problem(id, str(error)))
 
 
-def cell(fetch: Fetch, number: int, column: str, read_path: Callable[[str], bytes]) -> bytes:
-    """The picture in a row's column. Raises OSError when it is not there any more."""
+def cell(value: Any, read_path: Callable[[str], bytes]) -> bytes:
+    """The picture in a cell that held one when it was listed. Raises OSError when it is not there any more."""
     try:
-        return bytes_of(fetch(number).get(column), read_path)
+        return bytes_of(value, read_path)
     except Unusable as error:
         raise OSError(f"{error}; it was changed since it was listed") from error
 

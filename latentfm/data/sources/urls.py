@@ -107,22 +107,30 @@ def read_whole(url: str) -> bytes:
     return data
 
 
-def read_beside(folder: str, name: str) -> bytes:
-    """The bytes of the file `name` in `folder`, a path or URL ("" is here).
+def read_beside(folder: str, name: str, noted: list[str] | None = None) -> bytes:
+    """The bytes of the file `name` in `folder`, a path or URL ("" is here); which file that is, is added to `noted`.
 
     Raises Unusable when it leads out of the folder or is too large, OSError when it is missing, SpecialFile when it is no regular file.
     """
     if "://" in folder:
-        return read_whole(f"{folder}/{path_within(name, 'picture')}")
+        url = f"{folder}/{path_within(name, 'picture')}"
+        note(url, noted)
+        return read_whole(url)
     inner = path_within(name, "picture", Path(folder or "."))
     if "\0" in inner:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), inner)
     if not os.path.exists(os.path.join(folder, inner)) and os.path.exists(os.path.join(folder, composed(inner))):
         inner = composed(inner)
+    note(os.path.join(folder, inner), noted)
     try:
         return read_bytes(os.path.join(folder, inner), PICTURE_BYTES)  # a name with "::" in it is no URL here
     except TooLarge:
         raise Unusable(TOO_LARGE) from None
+
+
+def note(file: str, noted: list[str] | None) -> None:
+    if noted is not None:
+        noted.append(file)
 
 
 class Unfolded(io.RawIOBase):

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from latentfm.data.cache.processes import Find
 from latentfm.errors import InputError
 from latentfm.files import reason
 
-Finder = Callable[[Sequence[Any]], list[Any]]  # what it finds of each item, in their order
 SECONDS_BETWEEN_POLLS = 0.1
 
 
@@ -52,12 +52,7 @@ def broadcast_from_main(accelerator: Accelerator, value: Any) -> Any:
     return told[0]
 
 
-def find_by_one(find: Finder, items: Sequence[Any], name: str) -> list[Any]:
-    """find(items)."""
-    return find(items)
-
-
-def find_by_all(accelerator: Accelerator, find: Finder, items: Sequence[Any], name: str) -> list[Any]:
+def find_by_all(accelerator: Accelerator, find: Find, items: Sequence[Any], name: str) -> list[Any]:
     """find(items), each process doing its share and told of the others': values that JSON holds, tuples as lists.
 
     They meet in the store that the processes found each other by, by polling it: a collective would time out where one takes longer than

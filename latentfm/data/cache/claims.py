@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentfm.data.trust import anyone_writes, rank_of
+from latentfm.data.cache.trust import anyone_writes, rank_of
 from latentfm.errors import InputError
 from latentfm.files import open_file
 

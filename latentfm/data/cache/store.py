@@ -2,7 +2,7 @@
 
 The key of an entry is the SHA-256 of everything it depends on: image bytes, transform and VAE; or caption, tokenizers,
 length and text encoders. A changed input is another key, so a hit is never stale. Entries lie in shards,
-`<folder>/<kind>/<32 hexadecimal digits>.safetensors` (latentfm.data.cache_file), each written whole under another name and renamed, and
+`<folder>/<kind>/<32 hexadecimal digits>.safetensors` (latentfm.data.cache.shard), each written whole under another name and renamed, and
 never written again, so runs on many machines may fill one folder. An entry that fails its checksum is noted in the shard's `.lost`
 file, counts as missing and is made again in another shard; a shard that is cut short or not laid out as shards are is renamed `.damaged`.
 
@@ -11,68 +11,33 @@ is not used at all where everybody may write, and of two entries of one key that
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
-import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from latentfm.data.cache_file import Damaged, Layout, Shard, key_bytes, lost_of, note_lost, read_shard, write_shard
-from latentfm.data.claims import Claims
-from latentfm.data.entries import Entries
-from latentfm.data.trust import anyone_writes, distrust, rank_of
+from latentfm.data.cache.entries import Entries
+from latentfm.data.cache.shard import Damaged, Layout, Shard, key_bytes, lost_of, note_lost, read_shard, write_shard
+from latentfm.data.cache.trust import LISTINGS, anyone_writes, distrust, rank_of
 from latentfm.errors import InputError
 from latentfm.words import count, listed, shown
 
 logger = logging.getLogger(__name__)
-KINDS = ("moments", "prompts", "masks", "checks")
-SHARD_BYTES = 64 * 2**20
-SHARD_SECONDS = 30.0  # of work that a kill may lose
-CLAIMED = 256  # entries that a process keeps others from making at a time
+KINDS = ("moments", "prompts", "masks", "checks", "conditions")
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 INDEX = np.dtype([
     ("key", "S32"), ("crc", "<u4"), ("layout", "<u4"), ("shard", "<u4"), ("length", "<u4"), ("offset", "<u8"), ("rank", "u1"),
 ])  # fmt: skip
-VERDICT = "verdict"  # the one, empty tensor of an entry that says that nothing can be made of an item
 
 
 def key_of(*parts: str) -> str:
     """The hexadecimal key of what an entry depends on."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def fingerprint(module: torch.nn.Module | None) -> str:
-    """SHA-256 of a module's configuration and weights (names, shapes, values as stored); "absent" for None."""
-    if module is None:
-        return "absent"
-    config = {k: v for k, v in dict(module.config.to_dict() if hasattr(module.config, "to_dict") else module.config).items() if k[0] != "_"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's whole definition; "absent" for None."""
-    if tokenizer is None:
-        return "absent"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    state = json.loads(text) if backend is not None else {"vocabulary": text}
-    for volatile in ("padding", "truncation"):  # set by the last call, no part of the definition
-        state.pop(volatile, None)
-    return key_of(json.dumps(state, sort_keys=True), str(tokenizer.pad_token), str(tokenizer.model_max_length))
 
 
 class Cache:
@@ -243,124 +208,26 @@ class Cache:
             self.lose(path, key)
         return found
 
-    def fill(
-        self,
-        kind: str,
-        wanted: Iterable[tuple[str, Any]],
-        make: Callable[[Sequence[Any]], Sequence[Mapping[str, Tensor] | None]],
-        batch_size: int,
-        on_done: Callable[[int], None] = lambda count: None,
-        *,
-        verify: bool = True,
-        load: Callable[[Any], Any] | None = None,
-        threads: int = 1,
-        verdict: Callable[[str], str] | None = None,
-        on_made: Callable[[Sequence[str]], None] = lambda keys: None,
-    ) -> int:
-        """Makes the entries of `wanted` (key, item) that are missing or damaged, in batches; returns how many were made.
+    def verify(self, on_done: Callable[[int], None] = lambda count: None) -> int:
+        """Reads every entry that is there; returns how many are damaged, which are noted as lost. `on_done` counts the others."""
+        places = np.lexsort((self.index["offset"], self.index["shard"]))  # as they lie on the disk
+        return int(self.damaged(places, on_done).sum())
 
-        What another process is making is passed over. `on_done` is told how many of `wanted` are settled since it was last called,
-        `on_made` which keys were made. With verify=False an entry that is there is taken to be whole. `load` turns an item into what
-        `make` takes, ahead of it in `threads` threads. Where `make` gives None, nothing can be made of an item: that is kept under the
-        key that `verdict` makes of the item's own.
-        Raises InputError when the disk refuses a shard; what was written before stays.
-        """
+    def prune(self) -> tuple[int, int]:
+        """Removes `leftovers`; returns how many files they were, and their bytes."""
         self.refresh()
-        wanted = list(wanted)
-        keys = np.array([key_bytes(key) for key, _ in wanted], "S32")
-        places = self.find(keys)
-        there = np.flatnonzero(places >= 0)
-        if verify:
-            while len(there):  # a damaged entry may have another copy
-                there = there[self.damaged(places[there], on_done)]
-                self.refresh()
-                places = self.find(keys)
-                there = there[places[there] >= 0]
-        else:
-            on_done(len(there))
-        missing = np.flatnonzero(places < 0)
-        if verdict is not None and len(missing):
-            judged = self.find([verdict(wanted[number][0]) for number in missing]) >= 0
-            on_done(int(judged.sum()))
-            missing = missing[~judged]
-        made = 0
-        with Claims(self.folder) as claims, Writer(self, kind) as writer:
-            for start in range(0, len(missing), CLAIMED):
-                mine = missing[start : start + CLAIMED]
-                mine = mine[claims.take(keys[mine], writer.keys())]
-                self.refresh()  # others may have been faster
-                done = self.find(keys[mine]) >= 0
-                on_done(int(done.sum()))
-                mine, nothing = mine[~done], []
-                items = (wanted[number][1] for number in mine)
-                loaded = ahead(load, items, threads, 2 * batch_size) if load else items
-                for first in range(0, len(mine), batch_size):
-                    names = [wanted[number][0] for number in mine[first : first + batch_size]]
-                    entries = dict(zip(names, make([next(loaded) for _ in names]), strict=True))
-                    for name, tensors in entries.items():
-                        if tensors is not None:
-                            writer.add(name, tensors)
-                    nothing += [name for name in names if entries[name] is None]
-                    on_made([name for name in names if entries[name] is not None])
-                    on_done(len(names))
-                    made += len(names)
-                for name in nothing:
-                    writer.add(verdict(name), {VERDICT: torch.empty(0, dtype=torch.uint8)})
-        return made
+        found = self.leftovers()
+        size = sum(path.stat().st_size for path in found)
+        for path in found:
+            path.unlink(missing_ok=True)
+        return len(found), size
 
     def leftovers(self) -> list[Path]:
         """What shards that were set aside and writers that were killed left behind. A writer at work has one such file too."""
-        return sorted(path for kind in KINDS for path in (self.folder / kind).glob("*.safetensors.*"))
+        folders = [*((self.folder / kind).glob("*.safetensors.*") for kind in KINDS), (self.folder / LISTINGS).glob("*.json.*")]
+        return sorted(path for found in folders for path in found)
 
     def old_entries(self) -> bool:
         """Whether the folder holds entries of the first layout too, one file an entry."""
         folders = (path for path in self.folder.glob("[0-9a-f][0-9a-f]") if path.is_dir())
         return any(re.fullmatch(r"[0-9a-f]{64}\.safetensors", name) for path in folders for name in os.listdir(path)[:1])
-
-
-class Writer:
-    """A context that collects entries into shards: one is written when it is SHARD_BYTES large or SHARD_SECONDS old, and at the end."""
-
-    def __init__(self, cache: Cache, kind: str):
-        self.cache, self.kind = cache, kind
-        self.waiting: dict[str, Mapping[str, Tensor]] = {}
-        self.size, self.began = 0, 0.0
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def keys(self) -> np.ndarray:
-        """The keys of what waits to be written, S32 [N]."""
-        return np.array([key_bytes(key) for key in self.waiting], "S32")
-
-    def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Takes an entry. Raises InputError when the disk refuses the shard it completes."""
-        dtype = Layout.of(tensors).dtype
-        if self.waiting and dtype != Layout.of(next(iter(self.waiting.values()))).dtype:
-            self.flush()
-        self.began = self.began if self.waiting else time.monotonic()
-        self.waiting[key] = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        self.size += sum(value.nbytes for value in tensors.values())
-        if self.size >= SHARD_BYTES or time.monotonic() - self.began >= SHARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what waits."""
-        waiting, self.waiting, self.size = self.waiting, {}, 0
-        if waiting:
-            self.cache.write(self.kind, waiting)
-
-    def __exit__(self, *error: object) -> None:
-        self.flush()  # after an error too: what was made is not lost
-
-
-def ahead(function: Callable[[Any], Any], items: Iterable[Any], threads: int, most: int) -> Iterator[Any]:
-    """function(item) of each item in order, computed up to `most` items ahead in threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > most:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

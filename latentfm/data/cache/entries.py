@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentfm.data.cache_file import Damaged, Layout, raw, read_at
+from latentfm.data.cache.shard import Damaged, Layout, raw, read_at
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, open_file, reason
 from latentfm.words import shown
@@ -41,10 +41,6 @@ class Entries:
     def layout(self, number: int) -> Layout:
         """The names and shapes of an entry's tensors."""
         return self.layouts[self.rows["layout"][number]]
-
-    def has(self, name: str) -> np.ndarray:
-        """Which entries have a tensor of that name, bool [N]."""
-        return np.array([any(name == mine for mine, _ in layout.shapes) for layout in self.layouts], bool)[self.rows["layout"]]
 
     def read(self, number: int) -> dict[str, Tensor]:
         """An entry's tensors. Raises InputError as `stack` does."""
@@ -101,7 +97,7 @@ class Entries:
 
     def another(self, number: int, reason: str) -> "Entries":
         """A damaged entry's copy in another shard, this one noted as lost. Raises InputError when there is none."""
-        from latentfm.data.cache import Cache
+        from latentfm.data.cache.store import Cache
 
         key, path = self.key(number).hex(), self.paths[self.rows["shard"][number]]
         cache = Cache(self.folder)

@@ -13,12 +13,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from data.cache.filling import fill_missing
 
-from latentfm.data import cache as cache_module
-from latentfm.data.cache import Cache, key_of
-from latentfm.data.cache_file import DTYPES, PRELUDE, ROW, Damaged, Layout, read_shard, write_shard
-from latentfm.data.claims import Claims
-from latentfm.data.trust import rank_of
+from latentfm.data.cache import fill as filling
+from latentfm.data.cache import store as cache_module
+from latentfm.data.cache.claims import Claims
+from latentfm.data.cache.shard import DTYPES, PRELUDE, ROW, Damaged, Layout, read_shard, write_shard
+from latentfm.data.cache.store import Cache, key_of
+from latentfm.data.cache.trust import rank_of
 from latentfm.errors import InputError
 
 KEY, OTHER, THIRD = key_of("one"), key_of("two"), key_of("three")
@@ -89,7 +91,7 @@ def test_a_table_that_no_writer_writes_is_damage_and_set_aside(tmp_path, change,
         read_shard(path)
     cache = Cache(tmp_path)
     cache.write("moments", {OTHER: entry(1)})
-    assert cache.fill("moments", [(KEY, 0), (OTHER, 1)], lambda items: [entry(i) for i in items], 2) == 1
+    assert fill_missing(cache, [(KEY, 0), (OTHER, 1)], lambda items: [entry(i) for i in items], 2) == 1
     assert same(cache.read(KEY), entry(0)) and same(cache.read(OTHER), entry(1))
     assert not path.exists() and path.with_name(f"{path.name}.damaged").exists() and "set aside" in caplog.text
 
@@ -102,7 +104,7 @@ def test_a_table_without_end_is_not_read(tmp_path):
         file.truncate(2**43)
     with pytest.raises(Damaged, match="its table would have"):
         read_shard(path)
-    assert Cache(tmp_path).fill("moments", [(KEY, 0)], lambda items: [entry(0)], 1) == 1
+    assert fill_missing(Cache(tmp_path), [(KEY, 0)], lambda items: [entry(0)], 1) == 1
 
 
 def test_every_layout_that_is_written_is_read(tmp_path):
@@ -130,11 +132,11 @@ def test_of_two_entries_of_a_key_that_differ_neither_is_used_whatever_its_name(t
     assert not again.whole(KEY) and again.whole(OTHER) and again.whole(THIRD)
     assert "1 entry in several shards that differ" in caplog.text and name in caplog.text
     wanted = [(KEY, 0), (OTHER, 1), (THIRD, 2)]
-    assert again.fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 2) == 1 and asked == [0]
+    assert fill_missing(again, wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 2) == 1 and asked == [0]
     for reader in (again, Cache(tmp_path)):
         assert all(same(reader.read(key), entry(i)) for key, i in wanted)
     caplog.clear()
-    assert Cache(tmp_path).fill("moments", wanted, lambda items: [], 2) == 0 and not caplog.text
+    assert fill_missing(Cache(tmp_path), wanted, lambda items: [], 2) == 0 and not caplog.text
 
 
 def test_equal_copies_are_no_conflict(tmp_path, caplog):
@@ -184,7 +186,7 @@ def test_what_another_user_may_have_put_where_everybody_writes_is_not_used(tmp_p
         assert any("everybody, who can exchange what a training sees; chmod o-w" in said for said in cache.distrust())
         assert any("1 shard of the cache not used" in said for said in cache.distrust())
         os.chmod(folder, mode)
-    assert cache.fill("moments", [(KEY, 0)], lambda items: [entry(0)], 1) == 1
+    assert fill_missing(cache, [(KEY, 0)], lambda items: [entry(0)], 1) == 1
 
 
 def test_who_may_write_is_said(tmp_path):
@@ -222,7 +224,7 @@ def test_special_files_in_a_cache_do_no_harm(tmp_path, caplog):
         again = Cache(tmp_path)
         done.append(same(again.read(KEY), entry(0)))
         again.drop(KEY)
-        done.append(again.fill("moments", [(KEY, 0)], lambda items: [entry(0)], 1) == 1 and same(again.read(KEY), entry(0)))
+        done.append(fill_missing(again, [(KEY, 0)], lambda items: [entry(0)], 1) == 1 and same(again.read(KEY), entry(0)))
 
     thread = threading.Thread(target=use, daemon=True)
     thread.start()
@@ -257,7 +259,7 @@ def judged(key):
     return key_of("verdict", key)
 
 
-def test_what_nothing_can_be_made_of_is_kept_under_the_verdicts_key(tmp_path):
+def test_what_nothing_can_be_made_of_is_kept_under_the_verdicts_key(tmp_path, monkeypatch):
     wanted, asked, made = [(key_of(str(i)), i) for i in range(6)], [], []
 
     def make(items):
@@ -267,7 +269,8 @@ def test_what_nothing_can_be_made_of_is_kept_under_the_verdicts_key(tmp_path):
     for verdict, count in ((judged, 6), (judged, 0), (lambda key: judged(f"other decoders {key}"), 3)):
         asked.clear()
         settled = []
-        assert Cache(tmp_path).fill("moments", wanted, make, 4, settled.append, verdict=verdict, on_made=made.extend) == count == len(asked)
+        monkeypatch.setattr(filling, "verdict_key", verdict)
+        assert fill_missing(Cache(tmp_path), wanted, make, 4, settled.append, on_made=made.extend) == count == len(asked)
         assert sum(settled) == 6
     assert made == [key for key, i in wanted if i % 2 == 0] and asked == [1, 3, 5]
     assert [Cache(tmp_path).whole(key) for key, _ in wanted] == [True, False] * 3
@@ -277,7 +280,7 @@ def test_entries_of_an_outdated_kind_are_made_again(tmp_path):
     Cache(tmp_path).write("moments", {KEY: {"unreadable": torch.zeros(0)}, OTHER: entry(1)})
     cache = Cache(tmp_path, outdated="unreadable")
     assert not cache.whole(KEY) and cache.whole(OTHER)
-    assert cache.fill("moments", [(KEY, 0), (OTHER, 1)], lambda items: [entry(i) for i in items], 2) == 1
+    assert fill_missing(cache, [(KEY, 0), (OTHER, 1)], lambda items: [entry(i) for i in items], 2) == 1
     assert same(Cache(tmp_path, outdated="unreadable").read(KEY), entry(0))
 
 
@@ -291,10 +294,10 @@ def fill_slowly(folder, name, seconds, count):
         time.sleep(seconds)
         return [entry(i) for i in items]
 
-    cache_module.CLAIMED = 8
+    filling.CLAIMED = 8
     cache, wanted = Cache(folder / "cache"), [(key_of(str(i)), i) for i in range(count)]
     while wanted:
-        cache.fill("moments", wanted, make, 4)
+        fill_missing(cache, wanted, make, 4)
         cache.refresh()
         wanted = [(key, i) for key, i in wanted if not cache.whole(key)]
         time.sleep(0.02)
@@ -361,4 +364,4 @@ def test_where_nothing_can_be_claimed_work_goes_on(tmp_path, obstacle):
     with Claims(tmp_path) as claims:
         assert claims.take(keys, keys[:0]).all()
     assert obstacle == "file" or (tmp_path / "mine").read_bytes() == b"precious"
-    assert Cache(tmp_path).fill("moments", [(KEY, 0)], lambda items: [entry(0)], 1) == 1
+    assert fill_missing(Cache(tmp_path), [(KEY, 0)], lambda items: [entry(0)], 1) == 1

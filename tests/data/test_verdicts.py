@@ -6,18 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
+from data.preparing import data_of
 from PIL import Image, ImageFile
-from tiny import data_plan
 
 from latentfm.config import DataOptions, ModelOptions, SourceOptions
 from latentfm.data import images
+from latentfm.data.from_options import open_dataset
+from latentfm.data.loader import Dropout
 from latentfm.data.sources import read_folder
 from latentfm.errors import InputError
-from latentfm.training import prepare
 from latentfm.training.models import load_models
-from latentfm.training.online import dataset_of
 from latentfm.training.records.progress import Progress
-from latentfm.training.sources import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +40,8 @@ def filled(models, tmp_path, pictures):
 
     def fill(**options):
         given = DataOptions(folder=str(pictures), cache=str(tmp_path / "cache"), **options)
-        data = dataset_of(read_folder(pictures), models, given, data_plan(given, models.folder))
-        data.fill(0, 1, Progress(False))
+        data = data_of(read_folder(pictures), models, given, (8,))
+        data.made = data.prepare(Progress(False))
         return data
 
     return fill
@@ -79,11 +78,11 @@ LACKS = [MemoryError(), images.UnreadableImage("broken data stream")]
 def test_a_lack_of_memory_ends_the_run_by_name_and_is_forgotten(filled, monkeypatch, options, error):
     with monkeypatch.context() as lack:
         failing(lack, error)
-        lack.setattr(images, "lacking", lambda amount: True)
+        lack.setattr(images, "lacks", lambda amount: True)
         with pytest.raises(MemoryError, match=r"2\.png" if str(error) else None):
             filled(**options)
     data = filled(**options)
-    assert len(data.samples) == 4 and not data.unreadable
+    assert len(data.samples) == 4 and not data.inventory.unreadable
 
 
 @pytest.mark.parametrize("error", LACKS, ids=["told", "called broken"])
@@ -104,7 +103,7 @@ def test_decoders_that_say_out_of_memory_lack_memory(pictures, monkeypatch, said
         raise OSError(said)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    monkeypatch.setattr(images, "lacking", lambda amount: True)
+    monkeypatch.setattr(images, "lacks", lambda amount: True)
     with pytest.raises(MemoryError, match=r"2\.png"):
         images.open_rgb(pictures / "2.png")
 
@@ -153,15 +152,17 @@ def test_what_is_made_is_counted_among_what_is_used(filled, pictures):
     (pictures / "2.png").write_bytes(b"no picture")
     data = filled()
     before = np.empty(0, "S32")
-    assert {kind: found[:2] for kind, found in data.contents(before).items()} == {"moments": (3, 3), "prompts": (3, 3), "masks": (0, 0)}
+    contents = data.contents(before, data.made)
+    assert {kind: found[:2] for kind, found in contents.items()} == {"moments": (3, 3), "prompts": (3, 3), "masks": (0, 0)}
     (pictures / "3.txt").write_text("another thing")
-    before, data = data.keys_there(), filled()
-    assert {kind: found[:2] for kind, found in data.contents(before).items()} == {"moments": (3, 0), "prompts": (3, 1), "masks": (0, 0)}
+    before, data = data.existing_keys(), filled()
+    contents = data.contents(before, data.made)
+    assert {kind: found[:2] for kind, found in contents.items()} == {"moments": (3, 0), "prompts": (3, 1), "masks": (0, 0)}
 
 
 def test_a_mask_that_changes_while_it_is_trained_on_is_noticed(filled, pictures):
     Image.new("L", (32, 32), 255).save(pictures / "1.mask.png")
-    reader = filled(online=True).reader(0, prepare.Dropout(0, 0))
+    reader = filled(online=True).reader(0, Dropout(0, 0))
     assert reader[[(0, 1, 0)], 8].mask.min() == 1
     Image.new("L", (32, 32), 128).save(pictures / "1.mask.png")
     with pytest.raises(InputError, match=r"1\.mask\.png changed"):
@@ -181,7 +182,7 @@ def test_captions_that_are_cut_are_said_once_with_their_number(filled, pictures,
     assert re.match(r"3 of 7 captions are cut: 3 by text_encoder \(CLIP\) after 16 tokens, 3 by text_encoder_2 .*, \d by text_encoder_3 "
                     r"\(T5\) after 8 tokens; `latentfm data check` shows them .* begins \"a small brown", message)  # fmt: skip
     if options:
-        reader = data.reader(0, prepare.Dropout(0, 0))
+        reader = data.reader(0, Dropout(0, 0))
         data.complete(reader[[(0, index, 0) for index in range(4)], 8], torch.device("cpu"))
     else:
         filled()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from latentfm.words import count, listed, shown
 
+LISTINGS = "listings"  # the folder of what was read from files, see latentfm.data.cache.stat_cache
+
 
 def anyone_writes(folder: Path) -> bool:
     """Whether every user may write into a folder of the cache, or into the cache that holds it."""

@@ -10,14 +10,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from data.cache.filling import fill_missing
 from faults import files_no_larger_than
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentfm.data import cache as cache_module
-from latentfm.data import entries as entries_module
-from latentfm.data.cache import Cache, fingerprint, key_of
-from latentfm.data.cache_file import Damaged, Layout, read_shard, write_shard
+from latentfm.data.cache import entries as entries_module
+from latentfm.data.cache import fill as filling
+from latentfm.data.cache.shard import Damaged, Layout, read_shard, write_shard
+from latentfm.data.cache.store import Cache, key_of
 from latentfm.errors import InputError
 
 KEY, OTHER, THIRD = key_of("one"), key_of("two"), key_of("three")
@@ -163,7 +164,7 @@ def test_a_truncated_shard_is_set_aside_by_name_and_its_entries_are_made_again(t
     path.write_bytes(good[: int(len(good) * keep) if isinstance(keep, float) else keep])
     again, asked = Cache(tmp_path), []
     wanted = [(KEY, 0), (OTHER, 1), (THIRD, 2)]
-    assert again.fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], batch_size=4) == 2
+    assert fill_missing(again, wanted, lambda items: asked.extend(items) or [entry(i) for i in items], batch_size=4) == 2
     assert asked == [0, 1] and str(path) in caplog.text and "set aside" in caplog.text
     assert all(same(again.read(key), entry(i)) for key, i in wanted)
     assert {f"{path.name}.damaged", kept.name} < set(files_in(tmp_path)) and len(files_in(tmp_path)) == 3
@@ -187,7 +188,7 @@ def test_a_damaged_entry_is_made_again_and_the_new_one_wins_whatever_the_clock_s
     asked, wanted = [], [(KEY, 0), (OTHER, 1)]
     for run, made in enumerate((1, 0)):
         again = Cache(tmp_path)
-        assert again.fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == made, run
+        assert fill_missing(again, wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == made, run
         for new in set((tmp_path / "moments").glob("*.safetensors")) - {path}:
             os.utime(new, (0, 0))
     assert asked == [1] and same(Cache(tmp_path).read(OTHER), entry(1)) and same(Cache(tmp_path).read(KEY), entry(0))
@@ -214,7 +215,7 @@ def test_damage_on_a_disk_that_cannot_be_written_is_still_damage(tmp_path, monke
     path.with_suffix(".lost").mkdir()  # in the way of the note
     with pytest.raises(InputError, match="damaged"):
         cache.read(KEY)
-    assert Cache(tmp_path).fill("moments", [(KEY, 0)], lambda items: [entry(i) for i in items], 1) == 1
+    assert fill_missing(Cache(tmp_path), [(KEY, 0)], lambda items: [entry(i) for i in items], 1) == 1
     assert same(cache.read(KEY), entry()) and "could not note" in caplog.text
 
 
@@ -232,10 +233,10 @@ def test_without_verify_only_presence_and_size_are_looked_at(tmp_path):
     path = cache.write("moments", {KEY: entry(), OTHER: entry(1)})
     flip(path, place_of(path, KEY))
     wanted = [(KEY, 0), (OTHER, 1)]
-    assert Cache(tmp_path).fill("moments", wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 0
+    assert fill_missing(Cache(tmp_path), wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 0
     with pytest.raises(InputError, match="damaged"):
         Cache(tmp_path).read(KEY)
-    assert Cache(tmp_path).fill("moments", wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 1
+    assert fill_missing(Cache(tmp_path), wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 1
 
 
 def test_no_entry_is_taken_for_another(tmp_path):
@@ -280,10 +281,10 @@ def test_fill_makes_what_is_missing_in_batches_and_reports_all(tmp_path):
         return [entry(i) for i in items]
 
     cache.write("moments", {wanted[3][0]: entry(3)})
-    assert cache.fill("moments", wanted, make, 4, settled.append) == 9
+    assert fill_missing(cache, wanted, make, 4, settled.append) == 9
     assert calls == [[0, 1, 2, 4], [5, 6, 7, 8], [9]] and sum(settled) == 10
     assert all(same(cache.read(key), entry(i)) for key, i in wanted)
-    assert cache.fill("moments", wanted, make, 4) == 0 and len(calls) == 3
+    assert fill_missing(cache, wanted, make, 4) == 0 and len(calls) == 3
     assert len(files_in(tmp_path)) == 2
 
 
@@ -297,27 +298,27 @@ def test_items_are_loaded_ahead_in_order_and_only_the_missing_ones(tmp_path):
         loaded.append(i)
         return i
 
-    assert cache.fill("moments", wanted, lambda items: [entry(i) for i in items], 4, load=load, threads=3) == 15
+    assert fill_missing(cache, wanted, lambda items: [entry(i) for i in items], 4, load=load, threads=3) == 15
     assert sorted(loaded) == list(range(1, 30, 2)) and all(same(cache.read(key), entry(i)) for key, i in wanted)
 
 
 def test_shards_are_bounded_in_size_and_in_the_work_they_hold(tmp_path, monkeypatch):
     wanted = [(key_of(str(i)), i) for i in range(12)]
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 3 * 41 * 4)
-    Cache(tmp_path / "size").fill("moments", wanted, lambda items: [entry(i) for i in items], 12)
+    monkeypatch.setattr(filling, "SHARD_BYTES", 3 * 41 * 4)
+    fill_missing(Cache(tmp_path / "size"), wanted, lambda items: [entry(i) for i in items], 12)
     shards = [read_shard(path) for path in (tmp_path / "size").rglob("*.safetensors")]
     assert [len(shard.rows) for shard in shards] == [3] * 4
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 2**30)
-    monkeypatch.setattr(cache_module, "SHARD_SECONDS", 0.05)
+    monkeypatch.setattr(filling, "SHARD_BYTES", 2**30)
+    monkeypatch.setattr(filling, "SHARD_SECONDS", 0.05)
 
     def slowly(items):
         time.sleep(0.03)
         return [entry(i) for i in items]
 
-    Cache(tmp_path / "time").fill("moments", wanted, slowly, 1)
+    fill_missing(Cache(tmp_path / "time"), wanted, slowly, 1)
     assert all(len(read_shard(path).rows) <= 4 for path in (tmp_path / "time").rglob("*.safetensors"))
     mixed = [(key_of(str(i)), torch.float32 if i % 2 else torch.bfloat16) for i in range(4)]
-    Cache(tmp_path / "types").fill("moments", mixed, lambda items: [{"a": torch.zeros(1, dtype=dtype)} for dtype in items], 4)
+    fill_missing(Cache(tmp_path / "types"), mixed, lambda items: [{"a": torch.zeros(1, dtype=dtype)} for dtype in items], 4)
     assert all(len(read_shard(path).layouts) == 1 for path in (tmp_path / "types").rglob("*.safetensors"))
 
 
@@ -330,31 +331,31 @@ def test_a_fill_that_fails_keeps_what_was_made(tmp_path):
         return [entry(i) for i in items]
 
     with pytest.raises(RuntimeError, match="stop"):
-        cache.fill("moments", [(key_of(str(i)), i) for i in range(4)], make, 2)
+        fill_missing(cache, [(key_of(str(i)), i) for i in range(4)], make, 2)
     assert [cache.whole(key_of(str(i))) for i in range(4)] == [True, True, False, False]
 
 
 def test_a_full_disk_leaves_no_half_shard_and_what_was_there(tmp_path, monkeypatch):
     cache = Cache(tmp_path)
     before = cache.write("moments", {KEY: entry()})
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(filling, "SHARD_BYTES", 200_000)
     wanted = [(key_of(f"large {i}"), i) for i in range(4)]
     with files_no_larger_than(300_000), pytest.raises(InputError, match=f"could not write {tmp_path}.*free some space"):
-        cache.fill("moments", [(OTHER, 0), *wanted], lambda items: [{"a": torch.zeros(60_000 if i < 3 else 200_000)} for i in items], 1)
+        fill_missing(cache, [(OTHER, 0), *wanted], lambda items: [{"a": torch.zeros(60_000 if i < 3 else 200_000)} for i in items], 1)
     assert sum(cache.whole(key) for key, _ in [(OTHER, 0), *wanted]) == 4  # those in shards that fitted
     assert same(cache.read(KEY), entry()) and before.name in files_in(tmp_path)
     assert all(name.endswith(".safetensors") for name in files_in(tmp_path)) and cache.leftovers() == []
 
 
 def fill_slowly(folder, started, seconds):
-    cache_module.SHARD_BYTES = 5 * 41 * 4  # five entries a shard
+    filling.SHARD_BYTES = 5 * 41 * 4  # five entries a shard
 
     def make(items):
         started.set()
         time.sleep(seconds)
         return [entry(i) for i in items]
 
-    Cache(folder).fill("moments", [(key_of(str(i)), i) for i in range(40)], make, 2)
+    fill_missing(Cache(folder), [(key_of(str(i)), i) for i in range(40)], make, 2)
 
 
 def test_a_fill_that_is_killed_loses_its_last_shard_alone(tmp_path):
@@ -370,7 +371,7 @@ def test_a_fill_that_is_killed_loses_its_last_shard_alone(tmp_path):
     kept = sum(len(read_shard(path).rows) for path in tmp_path.rglob("*.safetensors"))
     assert 15 <= kept < 40
     asked, wanted = [], [(key_of(str(i)), i) for i in range(40)]
-    assert Cache(tmp_path).fill("moments", wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == 40 - kept
+    assert fill_missing(Cache(tmp_path), wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == 40 - kept
     assert asked == list(range(kept, 40)) and all(Cache(tmp_path).whole(key) for key, _ in wanted)
 
 
@@ -438,7 +439,7 @@ def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     cache.write("moments", {KEY: entry()})
     cache.drop(KEY)
-    assert not cache.whole(KEY) and cache.fill("moments", [(KEY, 0)], lambda items: [entry(0)], 1) == 1
+    assert not cache.whole(KEY) and fill_missing(cache, [(KEY, 0)], lambda items: [entry(0)], 1) == 1
     assert mine.exists() and (tmp_path / "notes.txt").read_text() == "mine" and cache.leftovers() == []
 
 
@@ -458,21 +459,3 @@ def test_entries_of_the_first_layout_are_noticed_and_left_alone(tmp_path):
 def test_a_key_keeps_its_parts_apart():
     assert len({key_of("ab", "c"), key_of("a", "bc"), key_of("abc"), key_of("a", "b", "c"), key_of("c", "ab")}) == 5
     assert key_of("é", "x") == key_of("é", "x") and len(key_of("x")) == 64
-
-
-def test_a_fingerprint_sees_configuration_names_types_and_scalars():
-    class Module(torch.nn.Module):
-        def __init__(self, config, **buffers):
-            super().__init__()
-            self.config = config
-            for name, value in buffers.items():
-                self.register_buffer(name, value)
-
-    made = [
-        Module({"a": 1}, x=torch.zeros(2)), Module({"a": 2}, x=torch.zeros(2)), Module({"a": 1}, y=torch.zeros(2)),
-        Module({"a": 1}, x=torch.zeros(2, dtype=torch.int32)), Module({"a": 1}, x=torch.tensor(0.0)), Module({"a": 1}, x=torch.tensor(1.0)),
-    ]  # fmt: skip
-    assert len({fingerprint(module) for module in made}) == 6
-    assert fingerprint(Module({"a": 1, "_name_or_path": "here"}, x=torch.zeros(2))) == fingerprint(made[0])
-
-

@@ -1,6 +1,6 @@
 """Before a run's first step: keys that notice every change, shapes, what is left out by name, and a cache that many processes fill."""
 
-import copy
+import os
 import shutil
 import threading
 import time
@@ -8,21 +8,26 @@ import time
 import numpy as np
 import pytest
 import torch
+from data.preparing import Quiet, data_of
+from diffusers import AutoencoderKL
 from PIL import ExifTags, Image
-from tiny import data_plan
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from latentfm.config import DataOptions, ModelOptions
-from latentfm.data.cache import fingerprint, tokenizer_fingerprint
-from latentfm.data.cache_file import read_shard
+from latentfm.data import prepared
+from latentfm.data.cache import fill as filling
+from latentfm.data.cache.processes import ONE_PROCESS, Processes
+from latentfm.data.cache.shard import read_shard
 from latentfm.data.loader import Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
+from latentfm.data.online import OnlineData
 from latentfm.data.sources import read_folder
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
-from latentfm.training import prepare
+from latentfm.interchange import components, frozen
+from latentfm.models.tokenizers import load_tokenizer
 from latentfm.training.models import load_models
-from latentfm.training.online import OnlineDataset, dataset_of
-from latentfm.training.prepare import CachedDataset
 
 CPU = torch.device("cpu")
 NO_DROPOUT = Dropout(0.0, 0.0)
@@ -44,37 +49,21 @@ def pictures(tmp_path):
     return folder
 
 
-def cached(pictures, models, lengths=(8,), **options):
+def cached(pictures, models, lengths=(8,), processes=ONE_PROCESS, **options):
     given = DataOptions(folder=str(pictures), cache=str(pictures.parent / "cache"), **options)
-    return CachedDataset(read_folder(pictures), models, given, data_plan(given, models.folder, lengths))
+    return data_of(read_folder(pictures), models, given, lengths, processes)
 
 
 def keys(data):
     """Every key of a dataset, by what it is for."""
-    images = {(sample.id, flip): data.image_key(sample, flip) for sample in data.dataset.samples for flip in data.flips}
-    texts = {(c, n): data.caption_key(c, n) for sample in data.dataset.samples for c in sample.captions for n in data.lengths}
+    images = {(sample.id, flip): data.image_key(sample, flip) for sample in data.inventory.dataset.samples for flip in data.inventory.flips}
+    texts = {(c, n): data.caption_key(c, n) for sample in data.inventory.dataset.samples for c in sample.captions for n in data.lengths}
     return images | texts
-
-
-class Quiet:
-    """A progress bar that nobody sees."""
-
-    def add_task(self, description, total):
-        return 0
-
-    def advance(self, task, count):
-        pass
-
-    def update(self, task, description):
-        pass
-
-    def remove_task(self, task):
-        pass
 
 
 def fill(data):
     """Fills the cache; returns how many entries were made."""
-    return sum(made for made, _ in data.fill(0, 1, Quiet()).values())
+    return sum(map(len, data.prepare(Quiet()).values()))
 
 
 def entry_of(data, key):
@@ -103,8 +92,7 @@ def test_nothing_changed_is_a_hit(pictures, models):
     shutil.copytree(pictures, moved)
     (moved / "0.png").rename(moved / "renamed.png")
     (moved / "0.txt").rename(moved / "renamed.txt")
-    given = DataOptions(folder=str(moved), cache=str(pictures.parent / "cache"))
-    again = CachedDataset(read_folder(moved), models, given, data_plan(given, models.folder))
+    again = data_of(read_folder(moved), models, DataOptions(folder=str(moved), cache=str(pictures.parent / "cache")), (8,))
     assert fill(again) == 0  # paths and names are no part of a key
 
 
@@ -137,7 +125,7 @@ def test_flips_have_their_own_entries_of_the_mirrored_picture(pictures, models):
     data = cached(pictures, models, flip=True)
     assert len(set(keys(data).values())) == 2 * 2 + 3
     assert fill(data) == 7
-    sample = data.dataset.samples[0]
+    sample = data.inventory.dataset.samples[0]
     plain, flipped = (data.cache.read(data.image_key(sample, flip))["moments"] for flip in (False, True))
     with Image.open(pictures / "0.png") as picture:
         picture.crop((0, 4, 32, 36)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pictures / "0.png")
@@ -159,62 +147,61 @@ def test_another_caption_or_length_is_a_miss_of_its_own(pictures, models):
     assert longer[("a blue car", 9)] != longer[("a blue car", 8)] == before[("a blue car", 8)]
 
 
+def altered(folder, copy, name, change):
+    """The models of a copy of a pipeline folder, one of whose components' tensors `change` has changed."""
+    shutil.copytree(folder, copy)
+    (file,) = (copy / name).glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return load_models(ModelOptions(pipeline=str(copy)), weights=False)
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_another_weight_of_an_encoder_is_a_miss_for_captions_alone(pictures, models, which):
-    before = keys(cached(pictures, models))
-    changed = copy.copy(models)
-    changed.encoder = copy.copy(models.encoder)
-    encoders = [copy.deepcopy(e) for e in models.encoder.encoders]
-    changed.encoder.encoders = tuple(encoders)
-    assert keys(cached(pictures, changed)) == before
-    with torch.no_grad():
-        parameter = list(encoders[which].parameters())[-1]
-        parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0))  # the last bit of one weight
-    after = keys(cached(pictures, changed))
+def test_another_weight_of_an_encoder_is_a_miss_for_captions_alone(pictures, models, tiny_folder, tmp_path, which):
+    before, name = keys(cached(pictures, models)), ("text_encoder", "text_encoder_2", "text_encoder_3")[which]
+    assert keys(cached(pictures, altered(tiny_folder, tmp_path / "same", name, lambda tensors: None))) == before
+
+    def change(tensors):
+        value = tensors[max(tensors)].view(-1)
+        value[0] = torch.nextafter(value[0], torch.tensor(9.0))  # the last bit of one weight
+
+    after = keys(cached(pictures, altered(tiny_folder, tmp_path / "other", name, change)))
     assert {name for name in before if before[name] == after[name]} == {("0.png", False), ("1.png", False)}
 
 
-def test_another_vae_is_a_miss_for_pictures_alone(pictures, models):
+def test_another_vae_is_a_miss_for_pictures_alone(pictures, models, tiny_folder, tmp_path):
     before = keys(cached(pictures, models))
-    changed = copy.copy(models)
-    changed.vae = copy.deepcopy(models.vae)
-    with torch.no_grad():
-        changed.vae.encoder.conv_in.bias[0] += 1e-6
-    after = keys(cached(pictures, changed))
+
+    def change(tensors):
+        tensors["encoder.conv_in.bias"][0] += 1e-6
+
+    after = keys(cached(pictures, altered(tiny_folder, tmp_path / "other", "vae", change)))
     assert {name for name in before if before[name] != after[name]} == {("0.png", False), ("1.png", False)}
 
 
 @pytest.mark.parametrize("change", ["vocabulary", "padding", "length", "absent"])
-def test_another_tokenizer_is_a_miss_for_captions_alone(pictures, models, change):
+def test_another_tokenizer_is_a_miss_for_captions_alone(pictures, models, tiny_folder, tmp_path, monkeypatch, change):
     before = keys(cached(pictures, models))
-    tokenizer = copy.deepcopy(models.encoder.tokenizers[1])
+    shutil.copytree(tiny_folder, tmp_path / "other")
+    tokenizer = load_tokenizer(tmp_path / "other" / "tokenizer_2")
     if change == "vocabulary":
         tokenizer.add_tokens(["apple-like"])
     elif change == "padding":
         tokenizer.pad_token = "a"
     elif change == "length":
         tokenizer.model_max_length = 15
-    changed = copy.copy(models)
-    changed.encoder = copy.copy(models.encoder)
-    changed.encoder.tokenizers = (models.encoder.tokenizers[0], None if change == "absent" else tokenizer, models.encoder.tokenizers[2])
-    after = keys(cached(pictures, changed))
+    found = None if change == "absent" else tokenizer
+    monkeypatch.setattr(frozen, "load_tokenizer", lambda path: found if path.name == "tokenizer_2" else load_tokenizer(path))
+    after = keys(cached(pictures, load_models(ModelOptions(pipeline=str(tmp_path / "other")), weights=False)))
     assert {name for name in before if before[name] == after[name]} == {("0.png", False), ("1.png", False)}
-
-
-def test_using_a_tokenizer_does_not_change_its_fingerprint(models):
-    for tokenizer in models.encoder.tokenizers:
-        before = tokenizer_fingerprint(tokenizer)
-        tokenizer(["a red apple"], padding="max_length", max_length=5, truncation=True)
-        assert tokenizer_fingerprint(tokenizer) == before
-    assert len({tokenizer_fingerprint(t) for t in models.encoder.tokenizers}) == 3
-    assert tokenizer_fingerprint(None) == fingerprint(None) == "absent"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_entries_are_what_the_encoders_give(pictures, models, dtype):
     data = cached(pictures, models, lengths=(8, 5), cache_dtype=dtype)
     fill(data)
-    for sample in data.dataset.samples:
+    for sample in data.inventory.dataset.samples:
         with Image.open(sample.path) as picture:
             pixels = torch.from_numpy(np.array(picture.crop((0, 4, 32, 36)))).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
@@ -241,7 +228,7 @@ def test_the_dtype_of_the_cache_is_part_of_a_pictures_key_alone(pictures, models
 def test_a_damaged_entry_of_a_dataset_is_repaired_by_the_next_run_to_the_bit(pictures, models, caplog):
     data = cached(pictures, models)
     assert fill(data) == 5
-    image, text = data.image_key(data.dataset.samples[1], False), data.caption_key("two cars", 8)
+    image, text = data.image_key(data.inventory.dataset.samples[1], False), data.caption_key("two cars", 8)
     before = {key: entry_of(data, key) for key in (image, text)}
     for key in (image, text):
         damage(data.cache.folder, key)
@@ -286,16 +273,16 @@ def odd_sizes(tmp_path):
 def test_every_picture_is_brought_to_the_shape_that_crops_least_of_it(odd_sizes, models):
     data = cached(odd_sizes, models, buckets=3, flip=True)
     fill(data)
-    shape = {sample.id: data.buckets.shapes[bucket] for sample, bucket in zip(data.samples, data.bucket_of, strict=True)}
-    (wide,), (tall,) = ([s for s in data.buckets.shapes if (s[0] > s[1]) == w and s[0] != s[1]] for w in (True, False))
+    shape = {sample.id: data.inventory.buckets.shapes[bucket] for sample, bucket in zip(data.samples, data.bucket_of, strict=True)}
+    (wide,), (tall,) = ([s for s in data.inventory.buckets.shapes if (s[0] > s[1]) == w and s[0] != s[1]] for w in (True, False))
     assert shape == {"a.png": (32, 32), "b.png": wide, "c.png": tall, "d.png": (32, 32), "e.png": wide, "f.jpg": tall}
     for sample in data.samples:
         width, height = shape[sample.id]
         for flip in (False, True):
             assert entry_of(data, data.image_key(sample, flip))["moments"].shape == (8, height // 4, width // 4)
-    assert data.transforms[data.bucket_of[1]][1].width == wide[0] and data.transforms[data.bucket_of[1]][1].flip
+    assert data.inventory.transforms[data.bucket_of[1]][1].width == wide[0] and data.inventory.transforms[data.bucket_of[1]][1].flip
     one = cached(odd_sizes, models)
-    assert one.buckets.shapes == ((32, 32),) and one.bucket_of.tolist() == [0] * 6
+    assert one.inventory.buckets.shapes == ((32, 32),) and one.bucket_of.tolist() == [0] * 6
 
 
 def test_a_run_with_buckets_reads_one_shape_a_batch_and_every_picture_once(odd_sizes, models):
@@ -362,7 +349,7 @@ def test_what_cannot_be_read_is_left_out_by_name(some_corrupt, models, capsys, o
     before = {path.name: path.read_bytes() for path in some_corrupt.iterdir()}
     for _ in range(2):  # found, and then known from the cache
         given = DataOptions(folder=str(some_corrupt), cache=str(some_corrupt.parent / "cache"), **options)
-        data = dataset_of(read_folder(some_corrupt), models, given, data_plan(given, models.folder))
+        data = data_of(read_folder(some_corrupt), models, given, (8,))
         fill(data)
         told = capsys.readouterr().out
         assert "07.png: " in told and "19.png: not a picture in PNG" in told
@@ -392,18 +379,18 @@ def test_a_picture_that_changes_while_it_is_cached_stops_it(pictures, models):
 # Many processes: here threads, each with models of its own, as tokenizers are not for two at once
 
 
-def loaded_again(folder, tiny_folder):
-    return cached(folder, load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False))
+def loaded_again(folder, tiny_folder, rank=0, world=1):
+    return cached(folder, load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False), processes=Processes(rank, world))
 
 
 def test_ranks_share_the_work_and_wait_for_each_other(some_corrupt, models, tiny_folder, monkeypatch):
-    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_LOOKS", 0.02)
-    data = [loaded_again(some_corrupt, tiny_folder) for _ in range(3)]
+    monkeypatch.setattr(filling, "SECONDS_BETWEEN_POLLS", 0.02)
+    data = [loaded_again(some_corrupt, tiny_folder, rank, 3) for rank in range(3)]
     made, order = {}, []
 
     def run(rank):
         time.sleep(0.3 * rank)
-        made[rank] = data[rank].fill(rank, 3, Quiet())
+        made[rank] = data[rank].prepare(Quiet())
         order.append(rank)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
@@ -413,8 +400,8 @@ def test_ranks_share_the_work_and_wait_for_each_other(some_corrupt, models, tiny
         thread.join()
     assert sorted(order) == [0, 1, 2] and len({tuple(s.id for s in d.samples) for d in data}) == 1 and len(data[0].samples) == 38
     for kind in ("moments", "prompts"):
-        counts = [made[rank][kind][0] for rank in range(3)]
-        assert sum(counts) == 40 and sorted(counts) == [13, 13, 14]  # each once, and evenly
+        counts = [len(made[rank][kind]) for rank in range(3)]
+        assert sorted(counts) == ([13, 13, 14] if kind == "prompts" else [11, 13, 14])  # each once, and evenly; two could not be read
     assert sum(len(read_shard(path).rows) for path in shards(data[0].cache.folder)) == 80
     assert fill(cached(some_corrupt, models)) == 0
     pixels = [d.reader(0, NO_DROPOUT)[[(0, 3, 0)], 8].moments for d in data]
@@ -434,15 +421,15 @@ def test_two_runs_at_once_on_one_folder_both_end_well(some_corrupt, models, tiny
 
 
 def test_damage_is_found_by_the_rank_whose_share_it_is_in(some_corrupt, models, tiny_folder, monkeypatch):
-    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(filling, "SECONDS_BETWEEN_POLLS", 0.02)
     first = cached(some_corrupt, models)
     fill(first)
     key = first.image_key(first.samples[5], False)
     damage(first.cache.folder, key)
-    data, made = [loaded_again(some_corrupt, tiny_folder) for _ in range(2)], {}
+    data, made = [loaded_again(some_corrupt, tiny_folder, rank, 2) for rank in range(2)], {}
 
     def run(rank):
-        made[rank] = data[rank].fill(rank, 2, Quiet())["moments"][0]
+        made[rank] = len(data[rank].prepare(Quiet())["moments"])
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -461,9 +448,9 @@ def both(folder, models, **options):
     """(what the cached run reads, what the online run encodes) for one batch of all pictures, in turn."""
     for online in (False, True):
         given = DataOptions(folder=str(folder), cache=str(folder.parent / f"cache{online}"), online=online, **options)
-        data = dataset_of(read_folder(folder), models, given, data_plan(given, models.folder))
+        data = data_of(read_folder(folder), models, given, (8,))
         fill(data)
-        assert isinstance(data, OnlineDataset) == online
+        assert isinstance(data, OnlineData) == online
         reader = data.reader(3, Dropout(0.2, 0.2), Routing(0.5, 2))
         members = [(epoch, index, turn) for epoch in (0, 5) for index in range(len(data.samples)) for turn in (0, 1)]
         yield data, data.complete(reader[members, 8], CPU)
@@ -490,7 +477,7 @@ def test_online_is_the_cached_run_up_to_rounding(some_corrupt, models, dtype, to
 
 def test_online_batches_come_from_loader_processes_too(odd_sizes, models):
     given = DataOptions(folder=str(odd_sizes), cache=str(odd_sizes.parent / "cache"), online=True, buckets=3)
-    data = dataset_of(read_folder(odd_sizes), models, given, data_plan(given, models.folder))
+    data = data_of(read_folder(odd_sizes), models, given, (8,))
     fill(data)
     reader = data.reader(0, NO_DROPOUT)
     found = []
@@ -541,24 +528,49 @@ def test_text_encoders_load_in_the_precision_asked_for(pictures, models, tiny_fo
         torch.testing.assert_close(value.float(), getattr(exact, name)[0], rtol=0.1, atol=0.05)
 
 
-def test_the_text_encoders_leave_the_device_once_cached(pictures, tiny_folder, monkeypatch):
-    models = load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False)
-    moved = []
-    monkeypatch.setattr(models.encoder, "to", moved.append)
-    cached(pictures, models).release()
-    assert moved == [CPU]
-    given = DataOptions(folder=str(pictures), cache=str(pictures.parent / "cache"), online=True)
-    dataset_of(read_folder(pictures), models, given, data_plan(given, models.folder)).release()
-    assert len(moved) == 1
+def test_a_full_cache_loads_neither_encoders_nor_vae(pictures, tiny_folder, monkeypatch):
+    """Nor does anything else of theirs: what they are is told by files that did not change, what they said is kept."""
+
+    def conditions(data):
+        return dict(data.encode(["a red apple", "x"], 8).items()), data.null([8, 12], CPU)
+
+    def light():
+        return cached(pictures, load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False))
+
+    first = light()
+    fill(first)
+    prompts, null = conditions(first)
+    assert first.models._vae is not None and first.models._encoder is not None
+    first.release()
+    assert first.models._vae is None and first.models._encoder is None and "null" not in first.models.__dict__
+    for module, name in ((frozen, "load_component"), (frozen, "load_text_encoders"), (frozen, "open_component"), (frozen, "load_tokenizer"),
+                         (components, "load_part"), (AutoencoderKL, "from_pretrained"), (T5EncoderModel, "from_pretrained"),
+                         (CLIPTextModelWithProjection, "from_pretrained"), (prepared, "load_tokenizers")):  # fmt: skip
+        monkeypatch.setattr(module, name, None)  # calling it is a TypeError
+    again = light()
+    assert fill(again) == 0 and again.identity() == first.identity()
+    assert again.reader(0, NO_DROPOUT)[[(0, 1, 0)], 8].moments.shape == (1, 8, 8, 8)
+    found, kept = conditions(again)
+    assert all(torch.equal(value, prompts[name]) for name, value in found.items())
+    assert kept.prints == null.prints and [len(kept.parts(length).t5[0]) for length in (8, 12)] == [8, 12]
+    assert all(torch.equal(value, getattr(null.parts(12), name)) for name, value in kept.parts(12).items())
+    (pictures / "0.txt").write_text("another caption")
+    with pytest.raises(TypeError):
+        fill(light())
 
 
-def test_the_vae_comes_to_a_device_and_goes_back(tiny_folder):
-    models = load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False)
-    models.vae.to("meta")
-    with pytest.raises(NotImplementedError), models.vae_on(CPU):  # a meta tensor has nothing to bring: the move was tried
-        pass
-    models = load_models(ModelOptions(pipeline=str(tiny_folder)), weights=False)
-    with pytest.raises(RuntimeError, match="while"), models.vae_on(CPU):
-        assert models.vae.device == CPU
-        raise RuntimeError("while")
-    assert models.vae.device == CPU
+def test_conditions_are_what_the_encoders_give_unrounded(pictures, models):
+    data = cached(pictures, models)
+    fill(data)
+    for name, value in models.encoder.encode(["a red apple", "two cars"], 8).items():
+        torch.testing.assert_close(getattr(data.encode(["a red apple", "two cars"], 8), name), value, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, getattr(data.null([8], CPU).parts(8), name)) for name, value in models.encoder.encode([""], 8).items())
+
+
+def test_a_full_cache_that_cannot_be_written_serves_new_prompts_too(pictures, models, monkeypatch):
+    data = cached(pictures, models)
+    fill(data)
+    before = {path: path.stat().st_mtime_ns for path in data.cache.folder.rglob("*")}
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert data.encode(["x", "y", "x"], 8).t5.shape[:2] == (3, 8)
+    assert {path: path.stat().st_mtime_ns for path in data.cache.folder.rglob("*")} == before

@@ -1,0 +1,76 @@
+"""Training without a cache: pictures and captions are encoded at every step, on the training's device."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from latentfm.data.cache.fill import Job
+from latentfm.data.cache.store import key_of
+from latentfm.data.images import decoders
+from latentfm.data.inventory import unchanged
+from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
+from latentfm.data.prepared import IMAGES_AT_ONCE, Picture, PreparedData
+from latentfm.data.sources import Sample
+from latentfm.data.table import SampleTable
+from latentfm.models.text import NullCondition, PromptParts
+
+
+class OnlineData(PreparedData):
+    """Samples that are encoded as they are trained on. The cache holds only which pictures, by their bytes, could be decoded.
+
+    Its batches are the cached ones, up to what the cache rounds: prompts to bfloat16, as here, moments to data.cache_dtype.
+    """
+
+    def check_key(self, sample: Sample, flip: bool) -> str:
+        masked = (self.inventory.mask_digests[sample.id], self.inventory.transform(sample, flip).key()) if sample.mask else ()
+        return key_of("readable", self.inventory.digests[sample.id], *masked, decoders())
+
+    def can_be_used(self, picture: Picture) -> bool:
+        """Whether a picture, and its mask if it has one, can be decoded and used."""
+        return self.load_image(picture) is not None and (picture[0].mask is None or self.load_mask(picture) is not None)
+
+    def jobs(self) -> list[Job]:
+        """What should be known before the first step: each picture decoded once."""
+        checks = {self.check_key(sample, flip): (sample, flip) for sample in self.samples for flip in self.inventory.flips}
+        return [Job("checks", list(checks.items()), checks_of, IMAGES_AT_ONCE, self.can_be_used)]
+
+    def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
+        texts = sorted({caption for sample in self.samples for caption in sample.captions})
+        return [(text, length) for text in texts for length in self.lengths]
+
+    def unusable(self) -> list[bool]:
+        self.cache.refresh()
+        keys = [self.check_key(sample, flip) for sample in self.samples for flip in self.inventory.flips]
+        return (self.cache.find(keys) < 0).reshape(len(self.samples), -1).any(axis=1).tolist()
+
+    def encode(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
+        return self.encoded(prompts, t5_length).map(lambda value: value.float().cpu())
+
+    def null(self, lengths: Sequence[int], device: torch.device) -> NullCondition:
+        return self.models.null.kept(lengths, device)
+
+    def reader(self, seed: int, dropout: Dropout, routing: Routing | None = None) -> Reader:
+        inventory, draws = self.inventory, Draws(seed, dropout, self.options.flip, routing)
+        digests = [inventory.digests[sample.id] for sample in self.samples]
+        return PictureReader(
+            SampleTable.of(self.samples), draws, self.samples, digests, inventory.mask_digests, self.bucket_of, inventory.transforms,
+            self.models.outline.config.latent_channels, inventory.factor, unchanged,
+        )  # fmt: skip
+
+    def complete(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch on `device`, its pictures and captions encoded there; one that is encoded already only moves."""
+        batch = batch.to(device)
+        if batch.pixels is None or batch.captions is None:
+            return batch
+        parts = self.encoded(batch.captions, batch.t5_length).map(lambda value: value.to(device, torch.bfloat16))
+        return replace(batch, moments=self.moments(batch.pixels).to(device), parts=parts, pixels=None, captions=None)
+
+    def release(self) -> None:
+        """Nothing: the VAE and the text encoders are needed at every step."""
+
+
+def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor] | None]:
+    """The entries of pictures that could be decoded; None of the others."""
+    return [{"readable": torch.zeros(0, dtype=torch.uint8)} if good else None for good in readable]
