@@ -153,6 +153,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def could_not_write(target: Path, error: BaseException) -> InputError:
+    """What to say where the disk refuses `target`."""
+    reason, refused = getattr(error, "strerror", None) or error, (errno.EROFS, errno.EACCES, errno.EPERM)
+    way_out = "choose a place that can be written" if getattr(error, "errno", None) in refused else "free some space"
+    return InputError(
+        f"could not write {shown(target)}: {reason}. Nothing of it was left, and nothing saved earlier was touched; {way_out}"
+    )
+
+
 @contextmanager
 def whole_or_nothing(target: Path) -> Iterator[Path]:
     """A context with a name beside `target` to write a file or folder under; it becomes `target` when all went well, else it goes.
@@ -170,18 +179,14 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
             remove(old)
             target.rename(old)  # a folder cannot be renamed over another
         partial.replace(target)
-        flush(target.parent)
-        remove(old)
+        with suppress(OSError):  # the new one is in place: what goes wrong from here on makes it no less so
+            flush(target.parent)
+            remove(old)
     except BaseException as error:
         with suppress(OSError):  # a disk that takes nothing does not take this either
             if old.exists() and not target.exists():
                 old.rename(target)
             remove(partial)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the latter for a full disk too
-            reason = getattr(error, "strerror", None) or error
-            refused = getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM)
-            way_out = "choose a place that can be written" if refused else "free some space"
-            raise InputError(
-                f"could not write {shown(target)}: {reason}. Nothing of it was left, and nothing saved earlier was touched; {way_out}"
-            ) from error
+            raise could_not_write(target, error) from error
         raise

@@ -127,7 +127,7 @@ def train(case: dict, network, dtype) -> None:
     from latentfm.config import TrainOptions
     from latentfm.training.optimizers.adamw import clip_gradient
     from latentfm.training.optimizers.ema import EMA
-    from latentfm.training.optimizers.optimizers import make_optimizer
+    from latentfm.training.optimizers.factory import make_optimizer
 
     network.train()
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}

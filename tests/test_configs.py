@@ -18,6 +18,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from hollow import hollow_pipeline
 from PIL import Image
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from latentfm.bundled import bundled_model
 from latentfm.config import load_config
@@ -127,7 +128,7 @@ def arguments(file: Path, *more: str) -> Namespace:
 def test_accelerate_reads_every_launcher(file):
     read = load_config_from_file(str(file))  # refuses an unknown key
     known = vars(launch_command_parser().parse_args(["train.py"]))
-    for section in (read.fsdp_config, read.parallelism_config, read.deepspeed_config):  # whose keys it does not look at
+    for section in (read.fsdp_config, read.parallelism_config):  # whose keys it does not look at
         assert all(key in known for key in section), set(section) - set(known)
     assert read.mixed_precision == "no"  # precision is the run's
     assert f"configs/accelerate/{file.name}" in file.read_text("utf-8")  # how to launch it
@@ -145,7 +146,9 @@ def test_fsdp_is_set_up_as_the_trainer_needs_it(file, monkeypatch):
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and not plugin.cpu_ram_efficient_loading
     assert {block.__name__ for block in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {"Block"}
     world = {"WORLD_SIZE": str(yaml.safe_load(file.read_text("utf-8"))["num_processes"]), "LOCAL_WORLD_SIZE": "8"}
-    assert Parallelism.here(sharded | world).shards == 8
+    found, offload = Parallelism.here(sharded | world), "offload" in file.stem
+    assert found.shards == int(file.stem[-1]) and found.splits and found.offload == offload
+    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) == offload
 
 
 def test_two_processes_start_without_a_gpu(tmp_path):

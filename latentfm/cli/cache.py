@@ -69,7 +69,7 @@ def fill(run: "RunConfig") -> None:
     from latentfm.errors import InputError
     from latentfm.files import expanded
     from latentfm.planning.run import plan_run
-    from latentfm.training.distributed.processes import shared
+    from latentfm.training.distributed.processes import find_by_all
     from latentfm.training.models import load_models
     from latentfm.training.records.progress import Progress
     from latentfm.training.samples import prompts_of
@@ -81,7 +81,7 @@ def fill(run: "RunConfig") -> None:
     processes = Processes(rank, world)
     if world > 1 and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group("gloo")
-        processes = Processes(rank, world, partial(shared, SimpleNamespace(process_index=rank, num_processes=world)))
+        processes = Processes(rank, world, partial(find_by_all, SimpleNamespace(process_index=rank, num_processes=world)))
     dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
     if processes.rank == 0:
         print(summary(dataset), flush=True)

@@ -6,8 +6,9 @@ The format is told in models/stored.py, which reads the headers. Splitting or jo
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from latentfm.files import open_file
 from latentfm.models.stored import read_header, weight_files
 from latentfm.words import listed, shown
 
+CHUNKS = "DCP_SHARDING_INFO"  # of the metadata of torch.distributed.checkpoint's files: where in each tensor the rows lie
 CHUNK = 16 * 2**20  # bytes held at a time; a multiple of every item's size
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -47,9 +49,13 @@ class Stored:
         """`parts` equal tensors, one after the other along the first dimension. Raises InputError when it does not divide."""
         if not self.shape or self.shape[0] % parts:
             raise InputError(f"a tensor of shape {self.shape} in {shown(self.pieces[0][0])} does not divide into {parts}")
-        size = self.nbytes // parts
-        shape = (self.shape[0] // parts, *self.shape[1:])
-        return [replace(self, shape=shape, pieces=tuple(self.pieces_between(i * size, (i + 1) * size))) for i in range(parts)]
+        rows = self.shape[0] // parts
+        return [self.rows(i * rows, rows) for i in range(parts)]
+
+    def rows(self, first: int, count: int) -> "Stored":
+        """`count` rows, entries of the first dimension, from number `first` on."""
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=(count, *self.shape[1:]), pieces=tuple(self.pieces_between(first * size, (first + count) * size)))
 
     def pieces_between(self, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
         """The pieces of the bytes `start` up to `stop` of this tensor."""
@@ -92,18 +98,32 @@ class Stored:
 
 @dataclass(frozen=True)
 class Held(Stored):
-    """A tensor that lies in no file but is held in memory, to stand among those that do."""
+    """A tensor that lies in no file but is held in memory, on whatever device, to stand among those that do."""
 
     value: Tensor
 
+    @classmethod
+    def of(cls, value: Tensor) -> "Held":
+        return cls(value.dtype, tuple(value.shape), (), value.detach())
+
     def blocks(self) -> Iterator[Tensor]:
-        yield self.value.reshape(-1)
+        yield self.value.reshape(-1).cpu()
+
+
+@dataclass(frozen=True)
+class LazyTensor(Stored):
+    """A tensor that `make` makes when it is written."""
+
+    make: Callable[[], Tensor]
+
+    def blocks(self) -> Iterator[Tensor]:
+        yield self.make().detach().reshape(-1).cpu()
 
 
 Tensors = dict[str, Stored]
 
 
-def join(tensors: list[Stored]) -> Stored:
+def join(tensors: Sequence[Stored]) -> Stored:
     """The tensors as one, along the first dimension. Raises InputError when their dtypes or other dimensions differ."""
     first = tensors[0]
     if any(t.dtype != first.dtype or t.shape[1:] != first.shape[1:] for t in tensors):
@@ -117,6 +137,28 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of the safetensors file `path` and its metadata; only the header is read. Raises InputError as read_header."""
     found, metadata = read_header(path)
     return {name: Stored(DTYPES[e.dtype], e.shape, ((path, e.first, e.end),)) for name, e in found.items()}, metadata
+
+
+def read_chunks(paths: Iterable[Path]) -> Tensors:
+    """The tensors of several safetensors files; one whose rows torch.distributed.checkpoint wrote into several of them is whole again.
+
+    Raises InputError as read_header, and where rows are missing.
+    """
+    chunks: dict[str, list[tuple[int, Stored]]] = {}
+    for path in paths:
+        tensors, metadata = read_file(path)
+        offsets = json.loads(metadata.get(CHUNKS, "{}"))
+        for name, stored in tensors.items():
+            first = (offsets[name]["saved_offsets"] or [0])[0] if name in offsets else 0
+            chunks.setdefault(name, []).append((first, stored))
+    whole: Tensors = {}
+    for name, found in chunks.items():
+        found.sort(key=lambda chunk: chunk[0])
+        firsts, parts = zip(*found)
+        if list(firsts) != [0, *accumulate(part.shape[0] for part in parts[:-1])]:
+            raise InputError(f"{shown(parts[0].pieces[0][0])} and the files beside it lack rows of {shown(name)}; copy them again")
+        whole[name] = join(parts) if len(parts) > 1 else parts[0]
+    return whole
 
 
 def read_folder(folder: Path, variant: str | None = None) -> tuple[Tensors, dict[str, str]]:
@@ -149,11 +191,6 @@ def written_bytes(tensors: Tensors, dtype: torch.dtype | None) -> int:
     return sum(stored.numel * target_dtype(stored, dtype).itemsize for stored in tensors.values())
 
 
-def in_order(tensors: Tensors, dtype: torch.dtype | None) -> list[str]:
-    """The names in the order in which `write_file` writes them: the widest first, so that each is aligned."""
-    return sorted(tensors, key=lambda name: (-target_dtype(tensors[name], dtype).itemsize, name))
-
-
 def write_file(
     path: Path, tensors: Tensors, metadata: dict[str, str], dtype: torch.dtype | None, advance: Callable[[int], None] = lambda _: None
 ) -> None:
@@ -163,7 +200,7 @@ def write_file(
     """
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     kinds = {name: target_dtype(stored, dtype) for name, stored in tensors.items()}
-    order = in_order(tensors, dtype)
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # the widest first, so that each is aligned
     for name in order:
         size = tensors[name].numel * kinds[name].itemsize
         header[name] = {"dtype": NAMES[kinds[name]], "shape": tensors[name].shape, "data_offsets": (end, end + size)}
@@ -195,11 +232,12 @@ def split(tensors: Tensors, dtype: torch.dtype | None, most: int) -> list[Tensor
     return shards
 
 
-def write_split(
-    folder: Path, stem: str, shards: list[Tensors], metadata: dict[str, str], dtype: torch.dtype | None,
+def write_shards(
+    folder: Path, stem: str, tensors: Tensors, metadata: dict[str, str], dtype: torch.dtype | None, most: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Writes what `split` gave into folder/STEM.safetensors, or, where it is more than one, into shards with diffusers' index."""
+    """Writes `tensors` into folder/STEM.safetensors, or, above `most` bytes, into shards with diffusers' index beside them."""
+    shards = split(tensors, dtype, most)
     if len(shards) == 1:
         return write_file(folder / f"{stem}.safetensors", shards[0], metadata, dtype, advance)
     shard_of = {}
@@ -210,11 +248,3 @@ def write_split(
     total = sum(written_bytes(shard, dtype) for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def write_shards(
-    folder: Path, stem: str, tensors: Tensors, metadata: dict[str, str], dtype: torch.dtype | None, most: int,
-    advance: Callable[[int], None],
-) -> None:  # fmt: skip
-    """Writes `tensors` into folder/STEM.safetensors, or, above `most` bytes, into shards with diffusers' index beside them."""
-    write_split(folder, stem, split(tensors, dtype, most), metadata, dtype, advance)

@@ -163,4 +163,4 @@ def unread(x: Tensor, *modules: nn.Module) -> Tensor:
     if not torch.is_grad_enabled() or (transformed() and not torch.compiler.is_compiling()):  # torch.func gives zeros by itself
         return x
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    return Unread.apply(x, *(parameter for parameter in parameters if not hasattr(parameter, "ds_id")))  # ZeRO 3 has none of them whole
+    return Unread.apply(x, *parameters)

@@ -42,8 +42,6 @@ class Precomputed:
         """
         if torch.is_grad_enabled() or timestep.device.type != "cpu" or (self.text is not None and self.text.shape[0] != batch):
             return None
-        if hasattr(next(network.parameters()), "ds_id"):  # ZeRO 3 would gather a weight that is only looked at
-            return None
         weights = (block.norm1.linear.weight for block in network.transformer_blocks)
         if any(weight.device != device or hasattr(weight, "device_mesh") for weight in weights):
             return None

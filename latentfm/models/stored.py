@@ -10,7 +10,7 @@ import math
 import os
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from latentfm.errors import InputError
 from latentfm.files import JSON_BYTES, TooLarge, open_file, read_json, reading
@@ -49,12 +49,18 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            text = file.read(length if length <= JSON_BYTES else 1)
+            return header_of(path, file)
     except OSError as error:
         raise InputError(f"{shown(path)} cannot be read: {error.strerror}") from error
+
+
+def header_of(path: Path, file: BinaryIO) -> Header:
+    """As read_header, of a file that is open."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    text = file.read(length if length <= JSON_BYTES else 1)
     if len(start) < 8 or text[:1] != b"{":
         raise other_format(path, start)
     if 8 + length > size:

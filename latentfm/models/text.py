@@ -5,6 +5,7 @@ on the features and zero-padded to the joint width; T5's last hidden states foll
 the pooled vector joins both CLIP projections. What an absent encoder would give is zeros.
 """
 
+import io
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from latentfm.files import read_bytes, reading, whole_or_nothing
 from latentfm.models.encoders import CLIP, ENCODERS, T5, TextEncoder
 from latentfm.models.manifest import MANIFEST, renew_entry
 from latentfm.models.prints import encoder_print
+from latentfm.models.stored import header_of
 from latentfm.words import shortened
 
 logger = logging.getLogger(__name__)
@@ -277,8 +279,7 @@ class NullCondition:
         for name, value in load(data).items():
             length, part = name.split(".")
             by_length.setdefault(int(length), {})[part] = checked(name, int(length), value)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        written = json.loads(header.get("__metadata__", {}).get(PRINTS, "null"))
+        written = json.loads(header_of(Path(NULL_FILE), io.BytesIO(data)).metadata.get(PRINTS, "null"))
         saved = {length: PromptParts(**parts) for length, parts in by_length.items()}
         if written is None:
             found = cls(encoder, saved)

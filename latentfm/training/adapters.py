@@ -17,7 +17,7 @@ from latentfm.errors import InputError
 from latentfm.models.linears import BLOCKS, adapted_linears, parse_blocks
 from latentfm.models.mmdit import MMDiT
 from latentfm.randomness import seed_of
-from latentfm.training.optimizers.optimizers import package
+from latentfm.training.optimizers.factory import package
 from latentfm.training.precision import compute_dtype
 
 NF4_BLOCKS = (64, 32)  # numbers that share a scale: QLoRA's 64, and what a row of another width still divides into

@@ -14,8 +14,8 @@ from latentfm.models.backends import attention_backend
 from latentfm.models.folder import PARTS, check_folder, read_config
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.run import Parallelism, RunPlan, check_batch, plan_run
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.optimizers.optimizers import check_optimizer, missing
+from latentfm.training.checkpoint import storage
+from latentfm.training.optimizers.factory import check_optimizer, missing
 from latentfm.training.step import density
 from latentfm.words import count, shown
 
@@ -68,7 +68,7 @@ def check_output(config: RunConfig, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"output.folder {out} is a file; choose another")
     check_place(out, "output.folder")
-    saved = checkpoint.checkpoints(out / "checkpoints")
+    saved = storage.checkpoints(out / "checkpoints")
     if resume and not saved:
         way_out = "leave --resume out to start from the first step"
         if (out / "model").exists():

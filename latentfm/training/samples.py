@@ -20,7 +20,7 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, PromptParts, assemble
 from latentfm.pipeline import LatentFMPipeline
 from latentfm.sampling import Sampler
-from latentfm.training.distributed.processes import together
+from latentfm.training.distributed.processes import raise_on_all_ranks
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.models import Models
 from latentfm.training.records.sample_files import write_step
@@ -82,7 +82,7 @@ class SamplePictures:
             accelerator.print(f"no pictures at step {step}, the training goes on: {problems[0]}")
             return None
         path = None
-        with together(accelerator):
+        with raise_on_all_ranks(accelerator):
             if accelerator.is_main_process:
                 numbered = [pair for indices, images, _ in gathered for pair in zip(indices, images, strict=True)]
                 images = [image for _, image in sorted(numbered, key=lambda pair: pair[0])]

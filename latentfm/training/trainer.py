@@ -9,8 +9,6 @@ averaged weights), checkpoints/, and at the end model/, a stock pipeline folder.
 """
 
 import signal
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -22,7 +20,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from latentfm import flow
 from latentfm.config import RunConfig
 from latentfm.data.cache.processes import Processes
 from latentfm.data.cache.stat_cache import StatCache
@@ -36,30 +33,32 @@ from latentfm.files import expanded
 from latentfm.models.backends import check_backend
 from latentfm.planning.run import with_precision
 from latentfm.training.adapters import seed_dropout
-from latentfm.training.checkpoint.resuming import check_options, finished
+from latentfm.training.checkpoint import storage
+from latentfm.training.checkpoint.claim import claimed
+from latentfm.training.checkpoint.resuming import check_same_run, finished
 from latentfm.training.checks import cautions, check
-from latentfm.training.distributed import zero
 from latentfm.training.distributed.launcher import Peers, fewer_than_asked
-from latentfm.training.distributed.processes import from_main, shared, together
+from latentfm.training.distributed.processes import broadcast_from_main, find_by_all, raise_on_all_ranks
 from latentfm.training.distributed.shards import is_split
+from latentfm.training.figures import Pace, StepFigures, StepSums
 from latentfm.training.models import load_models
 from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
-from latentfm.training.records.records import Records, claimed
+from latentfm.training.records.run_log import RunLog
 from latentfm.training.samples import SamplePictures
 from latentfm.training.step import Objective, cfm_losses, weights_of
 from latentfm.training.stop import Stop, Stopped
 from latentfm.training.validation import Validation, split_held_out
-from latentfm.training.weights import Weights
+from latentfm.training.weights import TrainedWeights
 from latentfm.words import count, shown
-
-INTERVALS = 8  # of t, for the loss by t in the log
-STEPS_OF_PACE = 50  # that pictures a second are counted over
-SPLIT = ", weights split by FSDP2"
 
 
 class Trainer:
-    """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint."""
+    """One run, from its options to its model/ folder. `resume` goes on from the newest checkpoint.
+
+    Made, it holds the output folder for itself, its cache is filled, its network in place and its newest checkpoint restored;
+    `train`, to be called once, does the rest and lets go of the folder.
+    """
 
     def __init__(self, config: RunConfig, resume: bool = False):
         device = computing_device()
@@ -67,32 +66,59 @@ class Trainer:
         if config.train.deterministic:
             choose_workspace()
         self.plan = check(config, resume)
-        self.lengths = self.plan.data.t5_lengths
-        self.config, self.out, self.resuming = config, expanded(config.output.folder), resume
+        self.config, self.out, self.resuming, self.lengths = config, expanded(config.output.folder), resume, self.plan.data.t5_lengths
         torch.manual_seed(config.train.seed)
         narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
-        # bfloat16 weights, and the copies that DeepSpeed makes, need no autocast: everything the network does is in their precision
-        autocast = "no" if narrow or zero.is_zero() else config.train.mixed_precision
-        with zero.not_by_accelerate():
-            self.accelerator = Accelerator(
-                mixed_precision=autocast, log_with=[*config.output.trackers], project_dir=self.out,
-                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
-                cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
-            )  # fmt: skip
-        for note in filter(None, [*cautions(config), fewer_than_asked(self.accelerator.num_processes)]):
-            self.accelerator.print(f"warning: {note}")
-        self.models = load_models(config.model, device=self.accelerator.device)
-        self.choose_attention()
-        processes = Processes(self.accelerator.process_index, self.accelerator.num_processes, partial(shared, self.accelerator))
-        dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
-        self.accelerator.print(summary(dataset))
-        self.objective = Objective.of(config.train, self.models.outline)
-        self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
-        self.progress = Progress(self.accelerator.is_main_process)
-        self.records = Records(self.out, self.accelerator.is_main_process)
-        self.stop, self.step, self.asked_to_stop = Stop(), 0, False
-        self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
-        self.data = prepared_data(dataset, self.plan.data, self.models, config.data, processes)
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision="no" if narrow else config.train.mixed_precision,  # bfloat16 weights need no autocast
+            log_with=[*config.output.trackers], project_dir=self.out,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
+            cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
+        )  # fmt: skip
+        for note in filter(None, [*cautions(config), fewer_than_asked(accelerator.num_processes)]):
+            accelerator.print(f"warning: {note}")
+        self.progress = Progress(accelerator.is_main_process)
+        self.run_log = RunLog(self.out, accelerator.is_main_process)
+        with ExitStack() as resources:
+            resources.enter_context(Peers(accelerator).watched())
+            self.models = load_models(config.model, device=accelerator.device)
+            self.choose_attention()
+            processes = Processes(accelerator.process_index, accelerator.num_processes, partial(find_by_all, accelerator))
+            dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
+            accelerator.print(summary(dataset))
+            self.objective = Objective.of(config.train, self.models.outline)
+            self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
+            self.data = prepared_data(dataset, self.plan.data, self.models, config.data, processes)
+            resources.enter_context(self.progress)
+            resources.enter_context(self.claimed())
+            resources.enter_context(deterministic(config.train.deterministic))
+            self.data.prepare(self.progress)
+            accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
+            seed = config.train.seed
+            _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
+            bucket_of = self.data.bucket_of.copy()
+            bucket_of[self.held_out] = -1  # never drawn
+            self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
+            self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
+            # on the device: from a CPU's memory every step would wait for its copy
+            self.models.null = self.data.null({*self.lengths, self.plan.model.t5_tokens}, accelerator.device)
+            self.samples = SamplePictures(
+                config.sample, self.models, self.data.samples, self.plan.size, self.out / "samples", accelerator.device, self.data.encode
+            )
+            self.validation = Validation(
+                config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
+                max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
+            ) if self.held_out else None  # fmt: skip
+            self.data.release()
+            self.weights = TrainedWeights(self.models, config, accelerator, sorted(self.lengths))
+            frozen = {"frozen weights": self.weights.trained.base} if self.weights.trained.base else {}
+            inputs = self.data.identity() | frozen | {"T5 lengths": ", ".join(map(str, sorted(self.lengths)))}
+            self.identity = {"config": config.model_dump(mode="json"), "inputs": inputs}
+            self.stop, self.asked_to_stop = Stop(), False
+            self.validation_loss: tuple[int, float] = (-1, 0.0)  # the step of the last validation, and what it found
+            self.step = self.restored_step() if resume else 0
+            self.begin_records()
+            self.resources = resources.pop_all()
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
@@ -101,81 +127,44 @@ class Trainer:
         check_backend(options.attention, heads, head_dim, self.accelerator.device, compute_dtype(options), training=True)
         network.set_attention(options.attention)
 
-    # The run
-
-    def run(self) -> Path:
-        """Trains to the last step and returns the folder of the finished pipeline. Raises Stopped when asked to stop by a signal."""
-        deterministically = deterministic(self.config.train.deterministic)
-        with Peers(self.accelerator).watched(), self.progress, self.claimed(), deterministically:
-            self.set_up()
-            try:
-                with self.stop.listening():
-                    self.loop()
-                    target = self.weights.write(self.out)
-                    self.records.event(self.step, "finished")
-            except Exception as error:
-                if self.accelerator.is_main_process and not isinstance(error, Stopped):
-                    self.records.event(self.step, f"ended: {error}")
-                raise
-            finally:
-                self.records.page(now=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        return target
-
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """A context in which no other run writes to the output folder; raises InputError on every process when one does."""
         with ExitStack() as stack:
-            with together(self.accelerator):
+            with raise_on_all_ranks(self.accelerator):
                 if self.accelerator.is_main_process:
-                    self.records.claim = stack.enter_context(claimed(self.out))
+                    self.run_log.claim = stack.enter_context(claimed(self.out))
             yield
 
-    def set_up(self) -> None:
-        """Fills the cache, places the models, restores the newest checkpoint and opens the logs."""
-        config, accelerator = self.config, self.accelerator
-        self.data.prepare(self.progress)
-        accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
-        seed = config.train.seed
-        _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
-        bucket_of = self.data.bucket_of.copy()
-        bucket_of[self.held_out] = -1  # never drawn
-        self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
-        self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
-        # on the device: from a CPU's memory every step would wait for its copy
-        self.models.null = self.data.null({*self.lengths, self.plan.model.t5_tokens}, accelerator.device)
-        self.samples = SamplePictures(
-            config.sample, self.models, self.data.samples, self.plan.size, self.out / "samples", accelerator.device, self.data.encode
-        )
-        self.validation = Validation(
-            config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
-            max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
-        ) if self.held_out else None  # fmt: skip
-        self.data.release()
-        self.weights = Weights(self.models, config, accelerator, self.plan.micro_batch, sorted(self.lengths))
-        frozen = self.weights.trained.base
-        base = {"frozen weights": frozen} if frozen else {}
-        inputs = self.data.identity() | base | {"T5 lengths": ", ".join(map(str, sorted(self.lengths)))}
-        self.identity = {"config": config.model_dump(mode="json"), "inputs": inputs}
-        if self.resuming:
-            self.restore()
-        self.has_prior = any(sample.share.regularisation for sample in self.data.samples)
-        facts = self.facts()
-        self.records.open(self.step, self.identity["config"], facts, [self.data.samples[index].id for index in self.held_out])
+    def begin_records(self) -> None:
+        """Opens the logs and prints what is about to happen."""
+        config, accelerator, facts = self.config, self.accelerator, self.facts()
+        self.run_log.open(self.step, self.identity["config"], facts, [self.data.samples[index].id for index in self.held_out])
         init = {"tensorboard": {"purge_step": self.step + 1}, "wandb": {"name": self.out.name, "dir": str(self.out)}}
         accelerator.init_trackers("logs", init_kwargs={name: init[name] for name in config.output.trackers})
-        self.records.event(self.step, f"resumed after step {self.step}" if self.resuming else "started")
-        self.describe(facts)
+        self.run_log.event(self.step, f"resumed after step {self.step}" if self.resuming else "started")
+        train, out = config.train, f" and {len(self.held_out)} held out" if self.held_out else ""
+        accelerator.print(
+            f"{self.weights.trained.summary}: {facts['trained'] / 1e6:.1f}M of {facts['parameters'] / 1e6:.1f}M parameters in "
+            f"{train.weights}, {count(facts['pictures'], 'picture')} in {len(self.data.inventory.buckets.shapes)} bucket(s){out}, "
+            f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
+            f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
+            f"its curves and pictures: {shown(self.out / 'run.html')}"
+        )
+        if compute_dtype(train) == torch.bfloat16 and not has_bfloat16(accelerator.device):
+            accelerator.print(
+                "warning: this device has no bfloat16 of its own and imitates it, slowly; train.mixed_precision=no, with "
+                "train.weights=float32, is several times as fast"
+            )
 
     def facts(self) -> dict[str, Any]:
         """What the run page says of the run beside its options."""
         device = self.accelerator.device
+        sharding = ", weights split by FSDP2" * is_split(self.models.network) + ", on the CPU" * self.plan.parallelism.offload
         versions = {module.__name__: module.__version__ for module in map(__import__, ("torch", "diffusers", "transformers", "accelerate"))}
         encoders = len(self.models.encoders)
-        way = SPLIT if is_split(self.models.network) else ""
         return {
-            "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + way,
+            "devices": (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type) + sharding,
             "processes": self.accelerator.num_processes,
             "parameters": self.weights.size,
             "trained": self.weights.trained_size,
@@ -186,75 +175,86 @@ class Trainer:
             "versions": versions,
         }
 
-    def describe(self, facts: dict[str, Any]) -> None:
-        """Prints what is about to happen."""
-        train, out = self.config.train, f" and {len(self.held_out)} held out" if self.held_out else ""
-        trained, whole = facts["trained"] / 1e6, facts["parameters"] / 1e6
-        self.accelerator.print(
-            f"{self.weights.trained.summary}: {trained:.1f}M of {whole:.1f}M parameters in {train.weights}, "
-            f"{count(facts['pictures'], 'picture')} in {len(self.data.inventory.buckets.shapes)} bucket(s){out}, "
-            f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
-            f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
-            f"its curves and pictures: {shown(self.out / 'run.html')}"
-        )
-        if compute_dtype(train) == torch.bfloat16 and not has_bfloat16(self.accelerator.device):
-            self.accelerator.print(
-                "warning: this device has no bfloat16 of its own and imitates it, slowly; train.mixed_precision=no, with "
-                "train.weights=float32, is several times as fast"
-            )
+    # The training
 
-    def loop(self) -> None:
-        """The training loop: every optimizer step, its log row, and what is due after it."""
-        config = self.config.train
-        batches = iter(self.micro_batches())
-        self.look(first=True)
-        paused = 0.0  # seconds of validations, pictures and checkpoints, which are no training time
-        times = deque([time.monotonic()], STEPS_OF_PACE + 1)
-        self.progress.start(self.step, config.steps)
-        while self.step < config.steps:
-            row = self.gradient(batches)
-            self.weights.update(self.step + 1)
-            self.step += 1
-            if self.accelerator.num_processes == 1:  # nobody to agree with
-                self.asked_to_stop = bool(self.stop.signal)
-            times.append(time.monotonic() - paused)
-            row["images_per_second"] = (len(times) - 1) * config.batch_size / (times[-1] - times[0])
-            self.progress.step(self.step, row)
-            self.log(row)
-            last = self.step == config.steps
-            saving = self.due(self.config.output.checkpoint_every)
-            pause = time.monotonic()
-            self.look()
-            if saving or self.asked_to_stop:
-                self.save(must=last or self.asked_to_stop)
-            if self.asked_to_stop and not last:
-                self.leave()
-            paused += time.monotonic() - pause
-            self.records.page()
+    def train(self) -> Path:
+        """Trains to the last step and returns the folder of the finished pipeline. Raises Stopped when asked to stop by a signal."""
+        with self.resources, self.its_end_recorded(), self.stop.listening():
+            batches, steps = iter(self.micro_batches()), self.config.train.steps
+            self.validate_and_sample()
+            self.run_log.page(now=True)
+            self.progress.start(self.step, steps)
+            pace = Pace(self.config.train.batch_size)
+            while self.step < steps:
+                row = self.train_step(batches)
+                row["images_per_second"] = pace.step()
+                self.log(row)
+                with pace.pause():
+                    self.after_step()
+                self.run_log.page()
+            target = self.weights.write(self.out, storage.path_of(self.out / "checkpoints", self.step))
+            self.run_log.event(self.step, "finished")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return target
+
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One optimizer step; returns its log row (global mean loss, rate, gradient norm, loss by t). Raises as refuse_non_finite."""
+        passes = self.config.train.gradient_accumulation
+        rate, sums = self.weights.set_learning_rate(self.step), StepSums.zero(self.accelerator.device)
+        seen = [self.forward_backward_step(next(batches), number, sums, last=number + 1 == passes) for number in range(passes)]
+        norm = self.weights.shards.clip_gradient(self.config.train.max_grad_norm)
+        figures = sums.over_all_ranks(self.accelerator, bool(self.stop.signal), norm)
+        self.refuse_non_finite(figures, seen)
+        self.weights.update(self.step + 1)
+        self.step += 1
+        self.asked_to_stop = figures.stop or (self.accelerator.num_processes == 1 and bool(self.stop.signal))
+        return {
+            "loss": figures.loss, "learning_rate": rate, "gradient_norm": figures.gradient_norm, "loss_by_t": figures.loss_by_t,
+            "count_by_t": figures.count_by_t, **({} if figures.prior_loss is None else {"prior_loss": figures.prior_loss}),
+        }  # fmt: skip
+
+    def forward_backward_step(self, batch: Batch, number: int, sums: StepSums, last: bool) -> tuple[Tensor, list[str]]:
+        """One forward and backward pass, the `number`-th of its step, added to `sums`; returns (losses [B], the samples' names)."""
+        options, accelerator, shards = self.config.train, self.accelerator, self.weights.shards
+        batch = self.data.complete(batch, accelerator.device)
+        seed_dropout(options, self.step, number * accelerator.num_processes + accelerator.process_index)
+        with shards.accumulating(last):
+            with accelerator.autocast():
+                losses, t = cfm_losses(shards.model, batch, self.models.null, self.objective)
+            weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
+            loss = (weights * losses).mean() / options.gradient_accumulation
+            accelerator.backward(loss)
+        sums.add(losses.detach(), t, loss.detach(), batch)
+        return losses.detach(), batch.ids
+
+    def refuse_non_finite(self, figures: StepFigures, seen: list[tuple[Tensor, list[str]]]) -> None:
+        """Raises InputError on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
+        if abs(figures.loss) < float("inf") and figures.gradient_norm < float("inf"):
+            return
+        bad = [name for losses, names in seen for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
+        bad = gather_object(bad)
+        where = f"at step {self.step + 1}" + (f" for {', '.join(bad[:5])}" if bad else "")
+        if bad:
+            raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
+        raise InputError(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
+
+    def after_step(self) -> None:
+        """What is due after a step: validation, pictures, a checkpoint, the end of a run that was asked to stop."""
+        last = self.step == self.config.train.steps
+        self.validate_and_sample()
+        if self.due(self.config.output.checkpoint_every) or self.asked_to_stop:
+            self.save(must=last or self.asked_to_stop)
+        if self.asked_to_stop and not last:
+            self.run_log.event(self.step, "stopped by a signal, saved")
+            text = f"stopped after step {self.step} of {self.config.train.steps}, saved; go on with --resume"
+            if self.stop.signal == signal.SIGINT:
+                self.accelerator.print(text)
+                raise KeyboardInterrupt
+            raise Stopped(text)
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
-
-    def look(self, first: bool = False) -> None:
-        """Validates and draws when it is time: before the first step too, and again after a stop before the pictures of a step."""
-        if self.validation and self.due(self.config.validation.every):
-            self.validate()
-        if self.due(self.config.sample.every):
-            self.draw()
-            if first:
-                self.records.page(now=True)
-
-    def draw(self) -> None:
-        """The sample pictures of this step. What keeps them from being drawn or written is told and noted: the training matters more."""
-        problem = "no memory for them"
-        try:
-            with self.weights.averaged():
-                drawn = self.samples.draw(self.models.network, self.step, self.accelerator)
-        except InputError as error:
-            drawn, problem = None, str(error)
-            self.accelerator.print(f"warning: no pictures at step {self.step}: {shown(problem)}. The training goes on")
-        if drawn is None:
-            self.records.event(self.step, f"no pictures: {problem}")
 
     def micro_batches(self) -> Loader:
         """This process's batches from the current step on."""
@@ -266,61 +266,57 @@ class Trainer:
         loader.load_state_dict(self.stream.state(self.step))
         return loader
 
-    def gradient(self, batches: Any) -> dict[str, Any]:
-        """The log row of one optimizer step (global mean loss, rate, gradient norm, loss by t), its clipped gradient left in the parts."""
-        options, accelerator, parts = self.config.train, self.accelerator, self.weights.parts
-        rate = self.weights.begin(self.step)
-        sums = torch.zeros(4 + 2 * INTERVALS, device=accelerator.device)  # loss, stop, prior loss and count, loss and count by t
-        seen: list[tuple[Tensor, list[str]]] = []
-        for micro in range(options.gradient_accumulation):
-            batch = self.data.complete(next(batches), accelerator.device)
-            seed_dropout(options, self.step, micro * accelerator.num_processes + accelerator.process_index)
-            with parts.summing(last=micro + 1 == options.gradient_accumulation):
-                with accelerator.autocast():
-                    losses, t = cfm_losses(parts.model, batch, self.models.null, self.objective)
-                weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
-                loss = (weights * losses).mean() / options.gradient_accumulation
-                parts.backward(loss)
-            self.add(sums, losses.detach(), t, loss.detach(), batch)
-            seen.append((losses.detach(), batch.ids))
-        norm = parts.gradient_norm(options.max_grad_norm)
-        sums[1] = self.stop.signal
-        *found, length = torch.cat([accelerator.reduce(sums, "sum"), norm.view(1)]).tolist()  # the one wait of a step
-        self.asked_to_stop = found[1] > 0
-        total = found[0] / accelerator.num_processes
-        self.refuse_non_finite(total, length, seen)
-        by_t, counts = found[4 : 4 + INTERVALS], found[4 + INTERVALS :]
-        return {
-            "loss": total, "learning_rate": rate, "gradient_norm": length,
-            "loss_by_t": [value / count if count else None for value, count in zip(by_t, counts, strict=True)],
-            "count_by_t": [int(count) for count in counts],
-            # unweighted; none where no such sample was drawn
-            **({"prior_loss": found[2] / found[3]} if self.has_prior and found[3] else {}),
-        }  # fmt: skip
+    # Validations and pictures
 
-    def add(self, sums: Tensor, losses: Tensor, t: Tensor, loss: Tensor, batch: Batch) -> None:
-        """Adds what the row of a step needs of a forward pass to `sums`, without waiting for the device."""
-        sums[0] += loss
-        if batch.prior is not None:
-            sums[2] += torch.where(batch.prior, losses, 0.0).sum()
-            sums[3] += batch.prior.sum()
-        means, counts = flow.by_time(losses, t, INTERVALS)
-        sums[4 : 4 + INTERVALS] += torch.where(counts > 0, means * counts, 0.0)
-        sums[4 + INTERVALS :] += counts
+    def validate_and_sample(self) -> None:
+        """Both, when they are due: before the first step too, and again after a stop before the pictures of a step."""
+        if self.validation and self.due(self.config.validation.every):
+            self.validate()
+        if self.due(self.config.sample.every):
+            self.sample()
 
-    def refuse_non_finite(self, loss: float, norm: float, seen: list[tuple[Tensor, list[str]]]) -> None:
-        """Raises InputError on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
-        if abs(loss) < float("inf") and norm < float("inf"):
-            return
-        bad = [name for losses, names in seen for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
-        bad = gather_object(bad)
-        where = f"at step {self.step + 1}" + (f" for {', '.join(bad[:5])}" if bad else "")
-        if bad:
-            raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
-        raise InputError(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
+    def validate(self) -> None:
+        """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
+        row = broadcast_from_main(self.accelerator, self.run_log.validated(self.step))
+        if row is None:
+            with self.weights.averaged():
+                rank, world = self.accelerator.process_index, self.accelerator.num_processes
+                found = self.validation.run(self.models.network, rank, world, lambda table: self.accelerator.reduce(table, "sum"))
+            row = {"step": self.step, **found}
+            self.run_log.validation(row)
+            self.track({"validation_loss": row["validation_loss"]})
+        self.validation_loss = (self.step, row["validation_loss"])
+
+    def sample(self) -> None:
+        """The sample pictures of this step. What keeps them from being drawn or written is told and noted: the training matters more."""
+        problem = "no memory for them"
+        try:
+            with self.weights.averaged():
+                drawn = self.samples.draw(self.models.network, self.step, self.accelerator)
+        except InputError as error:
+            drawn, problem = None, str(error)
+            self.accelerator.print(f"warning: no pictures at step {self.step}: {shown(problem)}. The training goes on")
+        if drawn is None:
+            self.run_log.event(self.step, f"no pictures: {problem}")
+
+    # What is written down
+
+    @contextmanager
+    def its_end_recorded(self) -> Iterator[None]:
+        """A context whose error, if one ends it, is among the run's events, and after which the run page is up to date."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, Stopped):
+                self.run_log.event(self.step, f"ended: {error}")
+            raise
+        finally:
+            self.run_log.page(now=True)
 
     def log(self, row: dict[str, Any]) -> None:
-        self.records.metrics({"step": self.step, **row})
+        """Shows and writes down the row of a step."""
+        self.progress.step(self.step, row)
+        self.run_log.metrics({"step": self.step, **row})
         self.track({name: value for name, value in row.items() if isinstance(value, float)})
 
     def track(self, values: dict[str, float]) -> None:
@@ -329,67 +325,35 @@ class Trainer:
             self.accelerator.log(values, step=self.step)
         except Exception as error:  # TensorBoard's writer is broken for good after a write that the disk refused
             self.accelerator.trackers = []
-            self.records.event(self.step, f"no more for {', '.join(self.config.output.trackers)}: {error}")
             names = ", ".join(self.config.output.trackers)
+            self.run_log.event(self.step, f"no more for {names}: {error}")
             self.accelerator.print(f"warning: {names}: {shown(error, 300)}. It gets no more until --resume")
 
-    def validate(self) -> None:
-        """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""
-        row = from_main(self.accelerator, self.records.validated(self.step))
-        if row is None:
-            with self.weights.averaged():
-                rank, world = self.accelerator.process_index, self.accelerator.num_processes
-                found = self.validation.run(self.models.network, rank, world, lambda table: self.accelerator.reduce(table, "sum"))
-            row = {"step": self.step, **found}
-            self.records.validation(row)
-            self.track({"validation_loss": row["validation_loss"]})
-        self.validation_loss = (self.step, row["validation_loss"])
-
-    # Stopping, saving, going on
-
-    def leave(self) -> None:
-        """Raises what ends a run that was asked to stop and has saved: KeyboardInterrupt for Ctrl-C, Stopped for the others."""
-        self.records.event(self.step, "stopped by a signal, saved")
-        text = f"stopped after step {self.step} of {self.config.train.steps}, saved; go on with --resume"
-        if self.stop.signal == signal.SIGINT:
-            self.accelerator.print(text)
-            raise KeyboardInterrupt
-        raise Stopped(text)
+    # Checkpoints
 
     def save(self, must: bool) -> None:
         """Writes the checkpoint of the current step, all processes together.
 
         When the disk refuses it the training goes on, says so, and tries again when the next is due; not if it `must`.
         """
-        self.records.flush()
+        self.run_log.flush()
         info = self.identity | {"data": self.stream.state(self.step)}
         if self.validation_loss[0] == self.step:
             info["validation_loss"] = self.validation_loss[1]
         try:
             self.weights.save(self.out / "checkpoints", self.step, info)
         except InputError as error:
-            self.records.event(self.step, f"not saved: {error}")
+            self.run_log.event(self.step, f"not saved: {error}")
             if must:
                 raise
             self.accelerator.print(f"warning: {shown(error)}. The training goes on, the next attempt is at the next checkpoint")
 
-    def restore(self) -> None:
-        """Goes on from the newest whole checkpoint; raises InputError if it is another run's."""
-        info = self.weights.restore(self.out / "checkpoints", self.refuse_other_run)
-        self.step = self.stream.step_of(info["data"])
-        self.accelerator.print(f"resuming after step {self.step}")
-
-    def refuse_other_run(self, path: Path, info: dict[str, Any]) -> None:
-        """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models."""
-        check_options(path, info, self.config)
-        now = self.identity["inputs"]
-        before = {"T5 lengths": now["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
-        changed = ", ".join(what for what, value in now.items() if before.get(what) != value)
-        if changed:
-            named = " (pictures go by their source's name: give it where its folder has another)" if self.config.data.sources else ""
-            raise InputError(
-                f"{changed} of this run are not those {shown(path)} was trained on; restore them{named}, or choose another output.folder"
-            )
+    def restored_step(self) -> int:
+        """The step of the newest whole checkpoint, whose state is taken on; raises InputError if it is another run's."""
+        info = self.weights.restore(self.out / "checkpoints", partial(check_same_run, config=self.config, inputs=self.identity["inputs"]))
+        step = self.stream.step_of(info["data"])
+        self.accelerator.print(f"resuming after step {step}")
+        return step
 
 
 def train(config: RunConfig, resume: bool = False) -> Path:
@@ -398,7 +362,7 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     if model is not None:
         print(f"{shown(model.parent)} is finished already")
         return model
-    return Trainer(config, resume).run()
+    return Trainer(config, resume).train()
 
 
 def computing_device() -> torch.device:

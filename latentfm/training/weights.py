@@ -1,4 +1,4 @@
-"""What a run trains: its network where it computes, the parts of it that train, their averages, their optimizer, and the way to disk."""
+"""What a run trains: its network where it computes, the weights of it that train, their averages, their optimizer, and the way to disk."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,56 +9,55 @@ import torch
 from accelerate import Accelerator
 
 from latentfm.config import RunConfig
+from latentfm.interchange.tensors import Held, Stored
 from latentfm.training.adapters import cast_weights, choose_trainable
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.checkpoint import export
-from latentfm.training.distributed import zero
-from latentfm.training.distributed.processes import Gathering, from_main, together
-from latentfm.training.distributed.shards import Parts, is_sharded, resharded, shard
+from latentfm.training.checkpoint import export, storage
+from latentfm.training.checkpoint.state import pack, unpack
+from latentfm.training.distributed.processes import broadcast_from_main, raise_on_all_ranks
+from latentfm.training.distributed.shards import LocalShards, fully_sharded, is_fsdp, resharded
 from latentfm.training.models import Models
 from latentfm.training.optimizers.ema import EMA
-from latentfm.training.optimizers.optimizers import learning_rate, make_optimizer
+from latentfm.training.optimizers.factory import learning_rate, make_optimizer
 
 
-class Weights:
+class TrainedWeights:
     """The network of `models` placed as the options and the launcher say: on the device, or split over the processes.
 
-    micro_batch: pictures in one forward pass of one process. lengths: the T5 lengths that a saved pipeline has null conditions for.
+    lengths: the T5 lengths that a saved pipeline has null conditions for.
     """
 
-    def __init__(self, models: Models, config: RunConfig, accelerator: Accelerator, micro_batch: int, lengths: list[int]):
+    def __init__(self, models: Models, config: RunConfig, accelerator: Accelerator, lengths: list[int]):
         self.models, self.config, self.accelerator, self.lengths = models, config, accelerator, lengths
         options, network = config.train, models.network
         self.trained = choose_trainable(network, options, accelerator.device)
         self.size = sum(parameter.numel() for parameter in network.parameters())
-        sharded = is_sharded(accelerator)
-        if not sharded and not zero.is_zero():
+        fsdp = is_fsdp(accelerator)
+        if not fsdp:
             network.to(accelerator.device)
         self.network = network.train()
         network.set_gradient_checkpointing(options.gradient_checkpointing)
         exact = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}  # where averages and masters begin
+        drawn = fsdp and config.model.preset and options.blocks  # frozen weights that are in no file
+        self.frozen = {name: Held.of(p.cpu()) for name, p in network.named_parameters() if drawn and not p.requires_grad}
         cast_weights(network, options)
         if options.compile:
             torch._dynamo.config.recompile_limit = 64
             network.compile_repeated_blocks(dynamic=False)
-        if zero.is_zero():
-            self.parts, self.optimizer = zero.split(network, accelerator, options, micro_batch)
-        else:
-            self.parts = Parts(network, accelerator, shard(network, accelerator) if sharded else accelerator.prepare(network))
-            self.optimizer = make_optimizer(self.parts.parameters, options)
-        start = {name: self.parts.part(name, value) for name, value in exact.items()}
+        self.shards = LocalShards(network, accelerator, fully_sharded(network, accelerator) if fsdp else accelerator.prepare(network))
+        self.optimizer = make_optimizer(self.shards.parameters, options)
+        start = {name: self.shards.local(name, value) for name, value in exact.items()}
         self.ema = EMA(start, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
-        for name, master in self.parts.masters(self.optimizer).items():
+        for name, master in self.shards.masters(self.optimizer).items():
             master.copy_(start[name])
 
     @property
     def trained_size(self) -> int:
         """How many numbers train."""
-        return sum(self.parts.shape(name).numel() for name in self.parts.parameters)
+        return sum(self.shards.shape(name).numel() for name in self.shards.parameters)
 
     # A step
 
-    def begin(self, step: int) -> float:
+    def set_learning_rate(self, step: int) -> float:
         """Sets the rate of step `step`, counted from 0, and returns it."""
         rate = learning_rate(step, self.config.train)
         for group in self.optimizer.param_groups:
@@ -69,57 +68,53 @@ class Weights:
         """Moves the weights by their gradients and the averages after them, for the step-th time, counted from 1."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.parts.parameters, step, self.parts.masters(self.optimizer))
+        self.ema.update(self.shards.parameters, step, self.shards.masters(self.optimizer))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context in which the network holds the averaged weights, in the precision it trains in."""
         resharded(self.network)
-        try:
-            with self.ema.applied_to(self.parts.parameters):
-                self.parts.refresh()
-                with self.accelerator.autocast():
-                    yield
-                resharded(self.network)
-        finally:
-            self.parts.refresh()
+        with self.ema.applied_to(self.shards.parameters):
+            with self.accelerator.autocast():
+                yield
+            resharded(self.network)
 
     # To disk and back, all processes together
 
     def save(self, folder: Path, step: int, info: Mapping[str, Any]) -> None:
         """Writes the checkpoint of `step` into `folder`. Raises InputError, on every process, when the disk refuses it."""
-        with together(self.accelerator):
-            gathering = Gathering(self.accelerator, self.parts.sharded)
-            tensors = checkpoint.pack(self.parts, self.ema, self.optimizer)
-            keep = self.config.output.keep
-            checkpoint.save(folder, step, tensors, info, gathering, keep, lambda path: self.write_model(path, gathering, small=True))
+        chunks = pack(self.shards, self.ema, self.optimizer)
+        storage.save(folder, step, chunks, info, self.accelerator, self.config.output.keep, lambda path: self.write_model(path, path, True))
 
     def restore(self, folder: Path, check: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any]:
         """Takes on the newest whole checkpoint of `folder` and returns its info, after `check` has raised nothing of its path and it."""
         found: Path | None = None
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             if self.accelerator.is_main_process:
-                found = checkpoint.newest_whole(folder, self.accelerator.print)
-        path = from_main(self.accelerator, found)
-        tensors, info = checkpoint.load(path, verify=False)
+                found = storage.newest_whole(folder, self.accelerator.print)
+        path = broadcast_from_main(self.accelerator, found)
+        tensors, info = storage.load(path, verify=False)
         check(path, info)
-        checkpoint.unpack(tensors, self.parts, self.ema, self.optimizer)
-        self.parts.refresh()
+        unpack(tensors, self.shards, self.ema, self.optimizer)
         return info
 
-    def write(self, folder: Path) -> Path:
-        """Writes folder/model, the pipeline of the averaged weights, and returns its path."""
-        with together(self.accelerator):
-            self.write_model(folder, Gathering(self.accelerator, self.parts.sharded))
+    def write(self, folder: Path, checkpoint: Path) -> Path:
+        """Writes folder/model, the pipeline of the averaged weights, which `checkpoint` holds too, and returns its path."""
+        with raise_on_all_ranks(self.accelerator):
+            if self.accelerator.is_main_process:
+                self.write_model(folder, checkpoint)
         return folder / "model"
 
-    def write_model(self, folder: Path, gathering: Gathering, small: bool = False) -> None:
-        """As `write`; with `small`, for checkpoints, what is frozen is linked where it can be, and of an adapter there is only folder/lora.
+    def write_model(self, folder: Path, checkpoint: Path, small: bool = False) -> None:
+        """As `write`, by the main process; with `small` what is frozen is linked where it can be, and an adapter is in folder/lora alone.
 
-        Merged weights would be gigabytes for megabytes.
+        Merged weights would be gigabytes for megabytes. Averages that are split are read from the checkpoint: nobody holds all of them.
         """
-        averages: dict[str, Any] = {name: self.parts.late(name, value) for name, value in self.ema.shadow.items()}
+        averages: dict[str, Stored] = {name: Held.of(value) for name, value in self.ema.shadow.items()}
+        if self.shards.split:
+            stored = storage.tensors_of(checkpoint)
+            averages = self.frozen | {name: stored[f"ema.{name}"] for name in averages}
         if small and self.config.train.adapter:
-            return export.write_adapter_of(folder, self.network, averages, self.config, gathering)
-        network = resharded(self.network)
-        export.write_pipeline(folder / "model", self.models, network, averages, self.config, self.lengths, gathering, link=small)
+            export.write_adapter_of(folder, self.network, averages, self.config)
+        else:
+            export.write_pipeline(folder / "model", self.models, self.network, averages, self.config, self.lengths, link=small)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from latentfm.data.mixture import Mixture
 from latentfm.data.stream import Stream
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.distributed.processes import Gathering
-from latentfm.training.distributed.shards import Parts
+from latentfm.training.checkpoint import storage
+from latentfm.training.checkpoint.state import pack, unpack
+from latentfm.training.distributed.shards import LocalShards
 from latentfm.training.optimizers.ema import EMA, copy_into
 
 
@@ -117,17 +117,17 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     pictures = load_pictures(folder)
     out.mkdir(parents=True, exist_ok=True)
-    parts = Parts(vae)
-    ema = EMA(parts.parameters, options.ema_decay)
+    shards = LocalShards(vae)
+    ema = EMA(shards.parameters, options.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     start = 0
-    saved = checkpoint.checkpoints(out / "checkpoints")
+    saved = storage.checkpoints(out / "checkpoints")
     if saved:
-        tensors, info = checkpoint.load(saved[-1])
+        tensors, info = storage.load(saved[-1])
         if info["options"] != asdict(options):
             raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
         start = info["step"]
-        checkpoint.unpack(tensors, parts, ema, optimizer)
+        unpack(tensors, shards, ema, optimizer)
     model, optimizer = accelerator.prepare(vae, optimizer)
     began = time.monotonic()
     for step in range(start, options.steps):
@@ -149,18 +149,18 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(parts.parameters, step + 1)
+        ema.update(shards.parameters, step + 1)
         done = step + 1
         if done % options.checkpoint_every == 0 or done == options.steps:
             row = {"step": done, "loss": loss.item(), "kl": kl.item()}
             row["images_per_second"] = (done - start) * options.batch_size / (time.monotonic() - began)
             if held_out is not None:
-                with ema.applied_to(parts.parameters):
+                with ema.applied_to(shards.parameters):
                     row["held_out_psnr"] = psnr(vae, held_out).mean().item()
             with (out / "metrics.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             accelerator.print(json.dumps(row), flush=True)
-            tensors = checkpoint.pack(parts, ema, getattr(optimizer, "optimizer", optimizer))
-            checkpoint.save(out / "checkpoints", done, tensors, {"options": asdict(options)}, Gathering(accelerator, False), keep=2)
+            chunks = pack(shards, ema, getattr(optimizer, "optimizer", optimizer))
+            storage.save(out / "checkpoints", done, chunks, {"options": asdict(options)}, accelerator, keep=2)
     copy_into(dict(vae.named_parameters()), ema.shadow.items())
     return vae

@@ -153,7 +153,7 @@ def mmdit(work: Path) -> None:
 
 def training_command(work: Path, *more: str) -> list[str]:
     """The command that trains the MM-DiT, or goes on with it; `more` are further overrides."""
-    from latentfm.training.checkpoint.checkpoints import checkpoints
+    from latentfm.training.checkpoint.storage import checkpoints
 
     folders = {
         "data.folder": work / "pictures" / "train",

@@ -8,7 +8,6 @@ time the device was idle in between, and how often the host waited for it.
 
 import time
 from collections import defaultdict
-from contextlib import suppress
 
 import torch
 from cells import DEVICE, SHRUNK, Cells, network_settings, quiet
@@ -69,30 +68,13 @@ def training_step(mode: str) -> dict:
     from latentfm.config import load_config
     from latentfm.training.trainer import Trainer
 
-    case, found = Case(mode, 64 if SHRUNK else 1024), {}
-
-    class Recorded(Trainer):
-        def loop(self) -> None:
-            batches = iter(self.micro_batches())
-
-            def step() -> None:
-                self.gradient(batches)
-                self.weights.update(self.step + 1)
-                self.step += 1
-
-            found.update(recorded(step))
-            raise Enough
-
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    out = WORK / f"profiled {time.time():.0f} {mode}"
-    with suppress(Enough):
-        Recorded(load_config(None, options(case, out))).run()
-    return found
-
-
-class Enough(Exception):
-    """The step is recorded: the run ends, unsaved."""
+    case = Case(mode, 64 if SHRUNK else 1024)
+    trainer = Trainer(load_config(None, options(case, WORK / f"profiled {time.time():.0f} {mode}")))
+    with trainer.resources:  # the run ends unsaved
+        batches = iter(trainer.micro_batches())
+        return recorded(lambda: trainer.train_step(batches))
 
 
 def their_training_step() -> dict:

@@ -142,7 +142,7 @@ def ours(case: Case, same_batch: bool = False, steps: int = STEPS) -> dict[str, 
     times: list[float] = []
 
     class Timed(Trainer):
-        def look(self, *arguments, **named) -> None:
+        def validate_and_sample(self) -> None:
             """No picture before the first step: it is no part of a step."""
 
         def micro_batches(self) -> Any:
@@ -164,7 +164,7 @@ def ours(case: Case, same_batch: bool = False, steps: int = STEPS) -> dict[str, 
         trainer = Timed(config)
         forget_peak()
         with contextlib.suppress(Enough):
-            trainer.run()
+            trainer.train()
     taken = [after - before for before, after in zip(times, times[1:])][WARM:]
     return {
         "seconds": statistics.median(taken), "start_up": round(times[0] - began, 2), "memory_gib": peak_memory(),

@@ -12,7 +12,8 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.models.schedule import Precomputed
 from latentfm.training.adapters import cast_weights, choose_trainable
 from latentfm.training.optimizers.adamw import AdamW, clip_gradient
-from latentfm.training.optimizers.optimizers import make_optimizer, optimizer_state, restore_optimizer_state
+from latentfm.training.optimizers.factory import make_optimizer
+from latentfm.training.optimizers.state import optimizer_state, restore_optimizer_state
 
 WIDE = VARIANTS["sd3.5-medium"] | {"attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128}
 SHARED = {"flash", "efficient", "math", "cudnn"}  # what a GPU since Ampere computes

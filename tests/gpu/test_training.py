@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +53,11 @@ def stop_after(trainer, step: int) -> None:
 
 @pytest.fixture
 def begun(start):
-    """begun(out, *options, resume=False) -> a Trainer whose step methods may be changed: set up when its loop begins."""
+    """begun(out, *options, resume=False) -> a Trainer whose step methods `change` may change."""
 
     def build(out, *more, resume=False, change=lambda trainer: None):
         trainer = start(out, *more, resume=resume)
-        loop = trainer.loop
-        trainer.loop = lambda: (change(trainer), loop())[1]
+        change(trainer)
         return trainer
 
     return build
@@ -73,8 +72,8 @@ def test_a_stopped_run_resumes_to_the_bit(mode, tmp_path, run, begun, device):
     whole = run(tmp_path / "whole", *common)
     parted = tmp_path / "parted"
     with pytest.raises(Stopped):
-        begun(parted, *common, change=lambda trainer: stop_after(trainer, 3)).run()
-    assert checkpoint.checkpoints(parted / "checkpoints")[-1].name == "step-00000003" and len(column(parted, "loss")) == 3
+        begun(parted, *common, change=lambda trainer: stop_after(trainer, 3)).train()
+    assert storage.checkpoints(parted / "checkpoints")[-1].name == "step-00000003" and len(column(parted, "loss")) == 3
     run(parted, *common, resume=True)
     for name in ("loss", "gradient_norm", "loss_by_t"):
         assert column(whole, name) == column(parted, name), name
@@ -91,27 +90,22 @@ def test_a_step_waits_for_the_device_once(mode, tmp_path, begun, waits, device):
     found: dict[int, list[str]] = {}
 
     def change(trainer):
-        gradient, update = trainer.gradient, trainer.weights.update
+        train_step = trainer.train_step
         number = trainer.config.train.gradient_accumulation
 
         def watched(batches):
             ready = [next(batches) for _ in range(number)]  # what its own process has read
             with waits(found.setdefault(trainer.step, [])):
-                return gradient(iter(ready))
+                return train_step(iter(ready))
 
-        def updating(step):
-            with waits(found.setdefault(step - 1, [])):
-                update(step)
+        trainer.train_step = watched
 
-        trainer.gradient, trainer.weights.update = watched, updating
-
-    begun(tmp_path / "out", *MODES[mode], "data.workers=1", change=change).run()
+    begun(tmp_path / "out", *MODES[mode], "data.workers=1", change=change).train()
     assert [len(found[step]) for step in range(2, 6)] == [1] * 4, found
 
 
 def test_batches_come_in_pinned_memory_and_arrive_as_they_were(tmp_path, start, device, gpu_only):
     trainer = start(tmp_path / "out", "data.workers=2")
-    trainer.set_up()
     plain = [trainer.reader[request] for request, _ in zip(trainer.micro_batches().requests(), range(3))]
     for batch, expected in zip(trainer.micro_batches(), plain):
         assert batch.moments.is_pinned() and batch.eps.is_pinned() and all(value.is_pinned() for _, value in batch.parts.items())
@@ -125,22 +119,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_weight_moves(tmp_path,
     weights = {}
 
     def change(trainer):
-        gradient = trainer.gradient
+        train_step = trainer.train_step
 
         def poisoned(batches):
             if trainer.step == 4:
                 with torch.no_grad():
                     trainer.models.network.proj_out.bias[0] = float("nan")
                 weights["before"] = trainer.models.network.proj_out.weight.detach().clone()
-            return gradient(batches)
+            return train_step(batches)
 
-        trainer.gradient = poisoned
+        trainer.train_step = poisoned
 
     trainer = begun(tmp_path / "out", "output.checkpoint_every=2", change=change)
     with pytest.raises(InputError, match="the loss is not finite at step 5 for .*png"):
-        trainer.run()
+        trainer.train()
     assert torch.equal(weights["before"], trainer.models.network.proj_out.weight)
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(tmp_path / "out" / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(tmp_path / "out" / "checkpoints")[-1])
     assert all(torch.isfinite(stored.load().float()).all() for stored in tensors.values())
 
 
@@ -188,6 +182,5 @@ def test_fsdp2_in_one_process_is_a_plain_run(tmp_path, run, device):
 
 def test_the_encoders_leave_the_device_when_the_cache_is_full(tmp_path, start, device, gpu_only):
     trainer = start(tmp_path / "out")
-    trainer.set_up()
     assert trainer.models._vae is None and trainer.models._encoder is None
     assert {parameter.device.type for parameter in trainer.models.network.parameters()} == {"cuda"}

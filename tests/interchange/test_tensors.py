@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import latentfm
 from latentfm.errors import InputError
 from latentfm.interchange import tensors as room
-from latentfm.interchange.tensors import CHUNK, DTYPES, join, read_file, read_folder, write_file, write_shards
+from latentfm.interchange.tensors import CHUNK, DTYPES, join, read_chunks, read_file, read_folder, write_file, write_shards
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
@@ -230,3 +230,20 @@ def test_converting_holds_a_fraction_of_the_file_in_memory_and_loading_one_copy(
     print(f"file {size / 1e6:.0f} MB; peak raised by {copying / 1e6:.0f} copying, {casting / 1e6:.0f} casting, {loading / 1e6:.0f} loading")
     assert copying < 4 * CHUNK and casting < 6 * CHUNK and max(copying, casting) < size / 2
     assert size * 0.75 < loading < size + 4 * CHUNK  # what the process had freed before is used again
+
+
+def test_rows_written_into_several_files_are_one_tensor(tmp_path):
+    """As torch.distributed.checkpoint writes them: where a file's rows begin is in its metadata; a tensor that each has is in one."""
+    whole, step = torch.randn(5, 3), torch.tensor(7.0)
+    for number, (first, rows) in enumerate([(2, whole[2:5]), (0, whole[:2])]):
+        offsets = {"a": {"saved_offsets": [first, 0]}} | ({"step": {"saved_offsets": []}} if number else {})
+        save_file({"a": rows.contiguous()} | ({"step": step} if number else {}), tmp_path / f"{number}.safetensors",
+                  {"DCP_SHARDING_INFO": json.dumps(offsets)})  # fmt: skip
+    files = sorted(tmp_path.glob("*.safetensors"))
+    found = read_chunks(files)
+    assert found.keys() == {"a", "step"} and torch.equal(found["a"].load(), whole) and torch.equal(found["step"].load(), step)
+    for first in range(6):
+        for count in range(6 - first):
+            assert torch.equal(found["a"].rows(first, count).load(), whole[first : first + count])
+    with pytest.raises(InputError, match="lack rows of a"):
+        read_chunks(files[:1])

@@ -96,12 +96,25 @@ def start(options) -> Callable:
     return build
 
 
+@pytest.fixture
+def after_listing(monkeypatch) -> Callable:
+    """after_listing(act) has trainers call act() when their pictures are listed and none of them is cached yet."""
+    from latentfm.training.trainer import Trainer
+
+    claimed = Trainer.claimed
+
+    def call(act: Callable[[], None]) -> None:
+        monkeypatch.setattr(Trainer, "claimed", lambda trainer: (act(), claimed(trainer))[1])
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def run(start) -> Callable[..., Path]:
     """run(out, *overrides, resume=False) -> `out`, trained in this process."""
 
     def train(out: Path, *overrides: str, resume: bool = False) -> Path:
-        start(out, *overrides, resume=resume).run()
+        start(out, *overrides, resume=resume).train()
         return out
 
     return train

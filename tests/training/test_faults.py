@@ -24,8 +24,9 @@ from faults import files_no_larger_than
 from latentfm.data.cache.shard import read_shard
 from latentfm.errors import InputError
 from latentfm.randomness import permutation
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.records import records
+from latentfm.training.checkpoint import storage
+from latentfm.training.checkpoint.claim import claimed
+from latentfm.training.records import json_lines
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 EVERY_STEP = ["train.steps=6", "output.checkpoint_every=1", "sample.every=3", "train.decay=constant"]
@@ -44,12 +45,12 @@ def events(out):
 
 
 def state_of(out):
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(out / "checkpoints")[-1])
     return {name: stored.load() for name, stored in tensors.items()}
 
 
 def names_of(out):
-    return [path.name for path in checkpoint.checkpoints(out / "checkpoints")]
+    return [path.name for path in storage.checkpoints(out / "checkpoints")]
 
 
 def same_run(out, whole):
@@ -80,13 +81,13 @@ def own_cache(tmp_path, whole, whole_cache):
 
 def before_step(trainer, actions):
     """Has the trainer call actions[step] before that step, counted from 1."""
-    gradient = trainer.gradient
+    train_step = trainer.train_step
 
     def act(batches):
         actions.get(trainer.step + 1, lambda: None)()
-        return gradient(batches)
+        return train_step(batches)
 
-    trainer.gradient = act
+    trainer.train_step = act
 
 
 # The cache
@@ -129,24 +130,24 @@ def test_a_cache_damaged_during_a_run_stops_it_by_name_and_resume_repairs_it(tmp
 
     before_step(trainer, {4: damage_all})
     with pytest.raises(InputError, match=r"the cache entry [0-9a-f]{64} in .* is damaged \(it fails its checksum\); start again"):
-        trainer.run()
+        trainer.train()
     done = len(rows_of(out))
     assert 3 <= done < 40 and names_of(out)[-1] == f"step-{done:08d}" and "is damaged" in events(out)[-1]
     assert column(out, "loss")[:6] == column(whole, "loss")[:done]  # nothing damaged was trained on
     trainer = start(out, *more, resume=True)
     before_step(trainer, {done + 2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     with pytest.raises(Exception, match="go on with --resume"):
-        trainer.run()
+        trainer.train()
     assert column(out, "loss")[:6] == column(whole, "loss")[: done + 2]
 
 
-def test_a_picture_that_goes_while_it_is_cached_stops_the_run_and_what_was_made_stays(tmp_path, start, run, pictures, whole):
+def test_a_picture_that_goes_while_it_is_cached_stops_the_run_and_what_was_made_stays(tmp_path, run, pictures, whole, after_listing):
     data, more = tmp_path / "pictures", [*EVERY_STEP, f"data.cache={tmp_path / 'cache'}"]
     shutil.copytree(pictures, data)
-    trainer = start(tmp_path / "out", *more, f"data.folder={data}")
-    (data / "04.png").unlink()
+    after_listing(lambda: (data / "04.png").unlink(missing_ok=True))
     with pytest.raises(InputError, match=r"04\.png.*No such file.*was there when it was listed"):
-        trainer.run()
+        run(tmp_path / "out", *more, f"data.folder={data}")
+    after_listing(lambda: None)
     assert (tmp_path / "cache" / "prompts").is_dir() and not (tmp_path / "out" / "metrics.jsonl").exists()
     shutil.copy(pictures / "04.png", data)
     assert same_run(run(tmp_path / "out", *more, f"data.folder={data}"), whole)
@@ -169,7 +170,7 @@ def test_a_disk_that_is_full_for_a_while_costs_pictures_and_checkpoints_but_no_s
     trainer, full = start(tmp_path / "out", *EVERY_STEP), ExitStack()
     before_step(trainer, {2: lambda: full.enter_context(files_no_larger_than(1)), 5: full.close})
     with full:
-        trainer.run()
+        trainer.train()
     said = capsys.readouterr().out
     assert same_run(tmp_path / "out", whole)  # the rows that waited for room are there too
     assert names_of(tmp_path / "out") == names_of(whole) and (tmp_path / "out" / "model").is_dir()
@@ -187,7 +188,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_leaves_the_checkpoint_be
     trainer, full = start(tmp_path / "out", *EVERY_STEP), ExitStack()
     before_step(trainer, {6: lambda: full.enter_context(files_no_larger_than(1))})
     with full, pytest.raises(InputError, match="step-00000006.*nothing saved earlier was touched; free some space"):
-        trainer.run()
+        trainer.train()
     assert names_of(tmp_path / "out") == ["step-00000004", "step-00000005"] and not (tmp_path / "out" / "model").exists()
     run(tmp_path / "out", *EVERY_STEP, resume=True)
     assert same_run(tmp_path / "out", whole)
@@ -198,7 +199,7 @@ def test_an_output_folder_that_is_removed_is_made_again_and_the_run_goes_on(tmp_
     out = tmp_path / "out"
     trainer = start(out, *EVERY_STEP)
     before_step(trainer, {4: lambda: shutil.rmtree(out)})
-    trainer.run()
+    trainer.train()
     assert f"{out} is gone; it is made again" in capsys.readouterr().out
     assert column(out, "step") == [4, 5, 6] and column(out, "loss") == column(whole, "loss")[3:]
     assert all(torch.equal(value, state_of(whole)[name]) for name, value in state_of(out).items())
@@ -217,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_resume_goes_on_exac
 
     before_step(trainer, {5: poison})
     with pytest.raises(InputError, match=r"the loss is not finite at step 5 for \d\d\.png, .*untouched"):
-        trainer.run()
+        trainer.train()
     assert column(tmp_path / "out", "step") == [1, 2, 3, 4] and names_of(tmp_path / "out")[-1] == "step-00000004"
     assert all(value.isfinite().all() for value in state_of(tmp_path / "out").values())
     assert "not finite" in events(tmp_path / "out")[-1]
@@ -234,18 +235,18 @@ def test_a_loader_process_that_is_killed_ends_the_run_which_resumes_exactly(tmp_
     trainer = start(tmp_path / "out", *more)
     before_step(trainer, {4: lambda: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()]})
     with pytest.raises(InputError, match=r"reads batches ahead died \(pid \d+, signal 9\).*--resume"):
-        trainer.run()
+        trainer.train()
     done = len(rows_of(tmp_path / "out"))
     assert done >= 3 and names_of(tmp_path / "out")[-1] == f"step-{done:08d}"  # nothing is lost
     trainer = start(tmp_path / "out", *more, resume=True)
     before_step(trainer, {done + 3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     with pytest.raises(Exception, match="go on with --resume"):
-        trainer.run()
+        trainer.train()
     assert column(tmp_path / "out", "loss")[:6] == column(whole, "loss")
 
 
 def hold(folder, held):
-    with records.claimed(folder):
+    with claimed(folder):
         held.set()
         time.sleep(600)
 
@@ -306,7 +307,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes_exactly(tmp_p
     _, error = launched.communicate(timeout=120)
     assert launched.returncode != 0 and "Signal 9 (SIGKILL)" in error  # the launcher tells, and leaves nobody behind
     assert not main.is_running()
-    before = records.rows_of(out / "metrics.jsonl")
+    before = json_lines.rows_of(out / "metrics.jsonl")
     kept = int(names_of(out)[-1][5:])
     assert 10 <= len(before) < 60 and kept > len(before) - 5  # at most the steps since the last checkpoint
     resumed = launch(out, *more, resume=True)
@@ -342,7 +343,6 @@ def test_a_disk_that_is_full_stops_neither_of_two_processes_that_share_the_weigh
 def test_a_latent_that_is_not_finite_in_one_process_ends_both_by_its_name(tmp_path, start, launch, own_cache):
     trainer = start(tmp_path / "unused", f"data.cache={own_cache}")
     data = trainer.data
-    trainer.data.prepare(trainer.accelerator, trainer.progress)
     sample = data.samples[permutation(10, 0, "order", 0, 0)[5]]  # the second of the second step
     key = data.image_key(sample, False)
     moments = data.cache.read(key)["moments"]
@@ -370,12 +370,12 @@ def test_no_clock_matters(tmp_path, start, run, whole, own_cache, monkeypatch):
 
     before_step(trainer, {2: lambda: back(86_400), 4: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     with pytest.raises(Exception, match="stopped after step 4 of 6"):
-        trainer.run()
+        trainer.train()
     back(365 * 86_400)
     files = [path for folder in (own_cache, tmp_path / "out") for path in sorted(folder.rglob("*"))]
     for number, path in enumerate(files):
         os.utime(path, (0, 0) if number % 2 else (now + 1e9, now + 1e9))
-    oldest, newest = checkpoint.checkpoints(tmp_path / "out" / "checkpoints")
+    oldest, newest = storage.checkpoints(tmp_path / "out" / "checkpoints")
     os.utime(oldest, (now + 1e9, now + 1e9))
     os.utime(newest, (0, 0))
     shards = len(list(own_cache.rglob("*.safetensors")))

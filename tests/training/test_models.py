@@ -19,8 +19,7 @@ def test_a_run_whose_cache_is_full_never_loads_a_text_encoder(tmp_path, run, sta
     monkeypatch.setattr(frozen, "load_component", lambda folder, name, *rest: loaded.append(name) or load_component(folder, name, *rest))
     trainer = start(tmp_path / "second", *more)
     assert loaded == ["transformer"]
-    trainer.set_up()
-    assert loaded == ["transformer"] and trainer.models._vae is None and trainer.models._encoder is None
+    assert trainer.models._vae is None and trainer.models._encoder is None
     monkeypatch.undo()
     monkeypatch.setattr(frozen, "load_text_encoders", None)
     second = run(tmp_path / "third", *more)
@@ -33,7 +32,5 @@ def test_the_vae_is_loaded_for_pictures_and_the_text_encoders_are_gone_after_the
     trainer = start(tmp_path / "out", f"data.cache={tmp_path / 'cache'}")
     models = trainer.models
     assert models._vae is None and models._encoder is None
-    trainer.set_up()
-    assert models._vae is None and models._encoder is None
-    trainer.draw()
+    trainer.sample()
     assert models._vae is not None and models._vae.device.type == "cpu" and models._encoder is None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from latentfm import flow
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.step import cfm_losses, weights_of
 from latentfm.training.validation import Validation
 
@@ -23,7 +23,7 @@ def column(out, name):
 
 
 def state_of(out):
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(out / "checkpoints")[-1])
     return {name: stored.load() for name, stored in tensors.items()}
 
 
@@ -43,7 +43,7 @@ def stopped_and_resumed(run, start, monkeypatch, out, *more):
 
     monkeypatch.setattr(trainer, "log", log_then_die)
     with pytest.raises(RuntimeError, match="power cut"):
-        trainer.run()
+        trainer.train()
     return run(out, "train.steps=5", "output.checkpoint_every=2", *more, resume=True)
 
 
@@ -75,7 +75,7 @@ def test_an_adapter_trains_alone_and_is_saved_by_itself_and_merged(tmp_path, run
     out = run(tmp_path / "out", LORA, "train.steps=4", "train.learning_rate=1e-2", "output.checkpoint_every=2")
     state = state_of(out)
     assert state and all("lora_" in name for name in state if not name.startswith("optimizer.group"))
-    newest = checkpoint.checkpoints(out / "checkpoints")[-1]
+    newest = storage.checkpoints(out / "checkpoints")[-1]
     assert sorted(p.name for p in newest.iterdir()) == ["lora", "state.json", "state.safetensors"]
     base, merged = network_weights(tiny_folder), network_weights(out / "model")
     adapted = {name for name in base if not torch.equal(base[name], merged[name])}
@@ -92,7 +92,7 @@ def test_an_adapter_does_not_go_on_upon_another_base(tmp_path, run, tiny_folder)
     shutil.copytree(tiny_folder, base)
     more = [LORA, f"model.pipeline={base}", "train.steps=4", "output.checkpoint_every=2"]
     out = run(tmp_path / "out", *more)
-    shutil.rmtree(checkpoint.checkpoints(out / "checkpoints")[-1])
+    shutil.rmtree(storage.checkpoints(out / "checkpoints")[-1])
     file = base / "transformer" / "diffusion_pytorch_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
@@ -121,7 +121,6 @@ def test_online_is_the_cached_training_up_to_what_the_cache_rounds(tmp_path, run
 def test_the_weighting_and_the_density_are_flows(tmp_path, start, run):
     options = ["train.loss_weighting=beta_squared", "train.t_density=mode", "train.t_density_options={scale: -0.8}", "train.t_shift=3"]
     trainer = start(tmp_path / "out", *options)
-    trainer.set_up()
     batch = next(iter(trainer.micro_batches()))
     with torch.no_grad():
         losses, t = cfm_losses(trainer.models.network, batch, trainer.models.null, trainer.objective)
@@ -142,7 +141,6 @@ def test_buckets_keep_every_picture_and_a_batch_has_one_shape(tmp_path, run, sta
     more = [f"data.folder={data}", "data.buckets=3", "train.steps=9", "train.batch_size=2"]
     more += ["train.token_routing={keep: 0.5, first: 0, last: 0}"]
     trainer = start(tmp_path / "out", *more)
-    trainer.set_up()
     assert len(trainer.data.inventory.buckets.shapes) == 3 and len(set(trainer.data.bucket_of.tolist())) == 3
     seen = []
     for batch in trainer.micro_batches():
@@ -169,7 +167,6 @@ def test_held_out_pictures_are_never_drawn_and_the_best_checkpoint_stays(tmp_pat
     more = ["validation.held_out=3", "validation.every=2", "output.checkpoint_every=2", "output.keep=1"]
     more += ["train.steps=8", "train.batch_size=7"]
     trainer = start(tmp_path / "out", *more)
-    trainer.set_up()
     held = {trainer.data.samples[index].id for index in trainer.validation.indices}
     drawn = {id for batch in trainer.micro_batches() for id in batch.ids}
     assert len(held) == 3 and len(drawn) == 7 and not held & drawn
@@ -183,7 +180,7 @@ def test_held_out_pictures_are_never_drawn_and_the_best_checkpoint_stays(tmp_pat
     out = run(tmp_path / "run", *more)
     rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8] and len(rows[0]["by_t"]) == 8
-    assert [p.name for p in checkpoint.checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in storage.checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000008"]
 
 
 def test_wandb_gets_the_numbers(tmp_path, run, monkeypatch):

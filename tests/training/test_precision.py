@@ -59,7 +59,7 @@ def test_a_deterministic_run_takes_kernels_that_repeat_themselves_and_leaves_the
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     trainer = start(tmp_path, "train.deterministic=true", "train.steps=1")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    asked, gradient = [], trainer.gradient
-    trainer.gradient = lambda batches: asked.append(torch.are_deterministic_algorithms_enabled()) or gradient(batches)
-    trainer.run()
+    asked, train_step = [], trainer.train_step
+    trainer.train_step = lambda batches: asked.append(torch.are_deterministic_algorithms_enabled()) or train_step(batches)
+    trainer.train()
     assert asked == [True] and not torch.are_deterministic_algorithms_enabled()

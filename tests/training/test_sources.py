@@ -16,7 +16,7 @@ from latentfm import flow
 from latentfm.data.images import Transform, UnreadableImage, load_mask
 from latentfm.data.mixture import Mixture
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.step import cfm_losses
 
 
@@ -53,11 +53,11 @@ def rows_of(out):
 
 
 def last_state(out):
-    return loaded(checkpoint.checkpoints(out / "checkpoints")[-1])
+    return loaded(storage.checkpoints(out / "checkpoints")[-1])
 
 
 def loaded(path):
-    return {name: stored.load() for name, stored in checkpoint.load(path)[0].items()}
+    return {name: stored.load() for name, stored in storage.load(path)[0].items()}
 
 
 def same_to_the_bit(first, second):
@@ -111,7 +111,6 @@ def test_masks_reach_the_loss_of_their_own_samples(tmp_path, start, pictures):
     path = write_parquet(pictures, tmp_path / "x.parquet", masks=True)
     source = {"path": str(path), "caption_columns": {"long": 3, "short": 1}, "mask_column": "mask"}
     trainer = start(tmp_path / "out", *given(source), "data.flip=true", "train.batch_size=10", "train.dropout=0")
-    trainer.set_up()
     batch = next(iter(trainer.micro_batches()))
     assert batch.mask.shape == (10, 1, 8, 8)
     left, right = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)
@@ -159,7 +158,6 @@ def test_the_loss_of_a_regularisation_set_is_weighted_and_logged_by_itself(tmp_p
     more = [*sources, "train.batch_size=8", "train.gradient_accumulation=2", "train.steps=4", "train.learning_rate=1e-12"]
     logged = {w: rows_of(run(tmp_path / f"out{w}", *more, f"data.prior_weight={w}")) for w in (0, 1, 2.5)}
     trainer = start(tmp_path / "out", *more)
-    trainer.set_up()
     stream = iter(trainer.micro_batches())
     for step in range(4):
         losses, priors = [], []
@@ -227,13 +225,12 @@ def test_every_kind_shares_the_cache_of_a_folder_and_trains(tmp_path, run, start
 def test_once_cached_a_run_does_not_need_the_shard_again(tmp_path, start, pictures, kind):
     data = sources_of(kind, tmp_path, pictures)
     trainer = start(tmp_path / "out", *data, f"data.cache={tmp_path / 'cache'}")
-    trainer.set_up()
     (tmp_path / "x.tar").unlink() if kind == "shard" else shutil.rmtree(tmp_path / "saved")
-    trainer.loop()
+    trainer.train()
     assert len(rows_of(tmp_path / "out")) == 6
 
 
-def test_a_changed_shard_is_noticed_when_resuming_and_while_caching(tmp_path, run, start, pictures):
+def test_a_changed_shard_is_noticed_when_resuming_and_while_caching(tmp_path, run, start, pictures, after_listing):
     path = tmp_path / "x.tar"
     data = sources_of("shard", tmp_path, pictures)
     out = run(tmp_path / "out", *data, "train.steps=2", "output.checkpoint_every=1")
@@ -245,13 +242,12 @@ def test_a_changed_shard_is_noticed_when_resuming_and_while_caching(tmp_path, ru
     after[offset + 60] ^= 1  # one bit of a picture: size and time say nothing
     path.write_bytes(after)
     with pytest.raises(InputError, match="pictures.* of this run are not those"):
-        start(out, *data, "train.steps=2", resume=True).set_up()
+        start(out, *data, "train.steps=2", resume=True)
     path.write_bytes(before)
-    start(out, *data, "train.steps=2", resume=True).set_up()
-    trainer = start(tmp_path / "new", *data, f"data.cache={tmp_path / 'cache'}")
-    path.write_bytes(after)
+    start(out, *data, "train.steps=2", resume=True)
+    after_listing(lambda: path.write_bytes(after))
     with pytest.raises(InputError, match=r"x\.tar/02\.png changed while it was being cached; start again"):
-        trainer.set_up()
+        start(tmp_path / "new", *data, f"data.cache={tmp_path / 'cache'}")
 
 
 # Epochs and resuming
@@ -273,7 +269,7 @@ def test_a_run_of_weighted_sources_resumes_to_the_bit(tmp_path, run, start, pict
     (tmp_path / "parts").mkdir()
     for name in ("checkpoints", "metrics.jsonl"):
         (tmp_path / "whole" / name).rename(tmp_path / "parts" / name)
-    first = checkpoint.checkpoints(tmp_path / "parts" / "checkpoints")
+    first = storage.checkpoints(tmp_path / "parts" / "checkpoints")
     expected, rows = loaded(first[-1]), rows_of(tmp_path / "parts")
     assert len(first) == 2
     shutil.rmtree(first[-1])
@@ -311,7 +307,7 @@ def test_a_resumed_run_notices_what_changed(tmp_path, run, start, pictures, chan
     source = {"path": str(path), "caption_columns": weights, "mask_column": "mask"}
     out = run(tmp_path / "out", *given(source), "train.steps=2", "output.checkpoint_every=1")
     (out / "model").rename(tmp_path / "model")
-    start(out, *given(source), "train.steps=2", resume=True).set_up()
+    start(out, *given(source), "train.steps=2", resume=True)
     rows = pq.read_table(path).to_pylist()
     if change == "picture":
         rows[2]["image"] = rows[3]["image"]
@@ -326,4 +322,4 @@ def test_a_resumed_run_notices_what_changed(tmp_path, run, start, pictures, chan
     pq.write_table(pa.Table.from_pylist(rows), path)
     message = {"caption": "^captions of this run", "weight": "data.sources was"}.get(change, "^pictures of this run")
     with pytest.raises(InputError, match=message):
-        start(out, *given(source), "train.steps=2", resume=True).set_up()
+        start(out, *given(source), "train.steps=2", resume=True)

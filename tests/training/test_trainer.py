@@ -18,10 +18,8 @@ from safetensors.torch import load_file
 
 from latentfm.errors import InputError
 from latentfm.randomness import generator, permutation, uniform
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.checkpoint import export
-from latentfm.training.distributed.processes import Gathering
-from latentfm.training.records.records import differences
+from latentfm.training.checkpoint import export, storage
+from latentfm.training.checkpoint.resuming import differences
 from latentfm.training.step import cfm_losses
 
 
@@ -34,7 +32,7 @@ def column(out, name):
 
 
 def last_state(out):
-    tensors, _ = checkpoint.load(checkpoint.checkpoints(out / "checkpoints")[-1])
+    tensors, _ = storage.load(storage.checkpoints(out / "checkpoints")[-1])
     return {name: stored.load() for name, stored in tensors.items() if not name.startswith("optimizer.group")}
 
 
@@ -47,7 +45,6 @@ def same_to_the_bit(first, second):
 
 
 def first_batch(trainer):
-    trainer.set_up()
     return next(iter(trainer.micro_batches()))
 
 
@@ -200,7 +197,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, run, options, environment, ho
     died = killed_at(8, options(cut, *more, "data.workers=1"), environment)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert column(cut, "step") == list(range(1, 9))
-    assert [p.name for p in checkpoint.checkpoints(cut / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert [p.name for p in storage.checkpoints(cut / "checkpoints")] == ["step-00000003", "step-00000006"]
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # a row cut by the kill
     assert run(cut, *more, resume=True) == cut
@@ -234,26 +231,20 @@ def test_ctrl_c_in_the_middle_of_an_update_saves_a_whole_step(tmp_path, run, sta
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     whole = run(tmp_path / "whole", "train.steps=5")
     trainer = start(tmp_path / "cut", "train.steps=5")
-    set_up = trainer.set_up
+    step = trainer.weights.optimizer.step
 
-    def interrupted_set_up():
-        set_up()
-        step = trainer.weights.optimizer.step
+    def press(*arguments):
+        if trainer.step == 2 and moment == "before":
+            signal.raise_signal(signal.SIGINT)
+        step(*arguments)
+        if trainer.step == 2 and moment == "after":
+            signal.raise_signal(signal.SIGINT)
 
-        def press(*arguments):
-            if trainer.step == 2 and moment == "before":
-                signal.raise_signal(signal.SIGINT)
-            step(*arguments)
-            if trainer.step == 2 and moment == "after":
-                signal.raise_signal(signal.SIGINT)
-
-        monkeypatch.setattr(trainer.weights.optimizer, "step", press)
-
-    monkeypatch.setattr(trainer, "set_up", interrupted_set_up)
+    monkeypatch.setattr(trainer.weights.optimizer, "step", press)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        trainer.train()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")] == ["step-00000003"]
+    assert [p.name for p in storage.checkpoints(tmp_path / "cut" / "checkpoints")] == ["step-00000003"]
     run(tmp_path / "cut", "train.steps=5", resume=True)
     assert same_to_the_bit(last_state(tmp_path / "cut"), last_state(whole))
     assert column(tmp_path / "cut", "loss") == column(whole, "loss")
@@ -267,10 +258,10 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, start, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(trainer, "gradient", pressed_twice)
+    monkeypatch.setattr(trainer, "train_step", pressed_twice)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert checkpoint.checkpoints(tmp_path / "out" / "checkpoints") == []
+        trainer.train()
+    assert storage.checkpoints(tmp_path / "out" / "checkpoints") == []
 
 
 @pytest.mark.parametrize("other", ["train.gradient_accumulation=4", "train.gradient_checkpointing=true", "data.workers=2"])
@@ -352,10 +343,9 @@ def test_with_masters_the_averages_follow_them_and_begin_in_float32(tmp_path, ru
     more = ["train.weights=bfloat16", "train.master_weights=true", "train.ema_decay=0"]
     base = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     trainer = start(tmp_path / "first", *more)
-    trainer.set_up()
     assert {p.dtype for p in trainer.models.network.parameters()} == {torch.bfloat16}
     for parameter in trainer.models.network.parameters():
-        name = trainer.weights.parts.names[id(parameter)]
+        name = trainer.weights.shards.names[id(parameter)]
         assert torch.equal(trainer.weights.ema.shadow[name], base[name]) and torch.equal(parameter, base[name].to(torch.bfloat16))
         assert torch.equal(trainer.weights.optimizer.state[parameter]["master"], base[name])
     state = last_state(run(tmp_path / "run", *more, "train.steps=3"))
@@ -549,7 +539,7 @@ def test_pictures_while_training_leave_no_trace_in_it(tmp_path, run):
 def test_a_sample_that_is_not_finite_stops_the_run_by_name_and_touches_nothing(tmp_path, run, start):
     more = ["train.batch_size=2", "train.steps=5", "output.checkpoint_every=1", "train.dropout=0"]
     clean = run(tmp_path / "clean", *more, f"data.cache={tmp_path / 'cache'}", "train.steps=2", "train.decay=constant")
-    trainer = start(tmp_path / "out", *more, f"data.cache={tmp_path / 'cache'}", "train.decay=constant")
+    trainer = start(tmp_path / "unused", *more, f"data.cache={tmp_path / 'cache'}", "train.decay=constant")
     order = permutation(10, 0, "order", 0, 0)
     sample = trainer.data.samples[order[5]]  # the second of the third step
     key = trainer.data.image_key(sample, False)
@@ -558,7 +548,7 @@ def test_a_sample_that_is_not_finite_stops_the_run_by_name_and_touches_nothing(t
     trainer.data.cache.drop(key)
     trainer.data.cache.write("moments", {key: {"moments": moments}})
     with pytest.raises(InputError, match=rf"not finite at step 3 for {re.escape(sample.id)};.*untouched"):
-        trainer.run()
+        run(tmp_path / "out", *more, f"data.cache={tmp_path / 'cache'}", "train.decay=constant")
     assert column(tmp_path / "out", "step") == [1, 2]
     assert column(tmp_path / "out", "loss") == column(clean, "loss")
     assert same_to_the_bit(last_state(tmp_path / "out"), last_state(clean))
@@ -576,7 +566,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, start, monkeypatc
 
     monkeypatch.setattr(trainer.accelerator, "backward", overflow)
     with pytest.raises(InputError, match="gradient is not finite at step 2"):
-        trainer.run()
+        trainer.train()
     assert all(torch.isfinite(value).all() for value in last_state(tmp_path / "out").values())
     assert column(tmp_path / "out", "step") == [1]
 
@@ -587,7 +577,7 @@ def test_a_disk_that_fills_while_exporting_leaves_the_earlier_result(tmp_path, f
     before = {p: p.read_bytes() for p in target.rglob("*") if p.is_file()}
     trainer = start(tmp_path / "run")
     size = (finished / "model" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
-    arguments = (target, trainer.models, trainer.models.network, {}, trainer.config, [8], Gathering(trainer.accelerator, False))
+    arguments = (target, trainer.models, trainer.models.network, {}, trainer.config, [8])
     with files_no_larger_than(size // 2), pytest.raises(InputError, match=f"could not write {re.escape(str(target))}"):
         export.write_pipeline(*arguments)
     assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
@@ -647,9 +637,8 @@ def test_a_finished_run_resumed_has_nothing_left_to_do(tmp_path, finished, run):
 def test_a_changed_option_is_named_on_resume(tmp_path, finished, start, change, message):
     out = tmp_path / "again"
     shutil.copytree(finished, out)
-    trainer = start(out, "train.steps=7", change, resume=True)
     with pytest.raises(InputError, match=message):
-        trainer.set_up()
+        start(out, "train.steps=7", change, resume=True)
 
 
 def test_options_that_do_not_touch_the_training_may_change_on_resume(tmp_path, finished, start, cache_folder):
@@ -660,7 +649,6 @@ def test_options_that_do_not_touch_the_training_may_change_on_resume(tmp_path, f
         out, "train.steps=7", "data.workers=1", "output.keep=5", "sample.prompts=[a cat]", "train.gradient_checkpointing=true",
         "train.gradient_accumulation=2", f"data.cache={tmp_path / 'cache'}", resume=True,
     )  # fmt: skip
-    trainer.set_up()
     assert trainer.step == 7
 
 
@@ -683,10 +671,10 @@ def test_a_changed_dataset_is_refused_on_resume(tmp_path, finished, start, pictu
     out, data = tmp_path / "again", tmp_path / "pictures"
     shutil.copytree(finished, out)
     shutil.copytree(pictures, data)
-    start(out, "train.steps=7", f"data.folder={data}", resume=True).set_up()
+    start(out, "train.steps=7", f"data.folder={data}", resume=True)
     change(data)
     with pytest.raises(InputError, match=message):
-        start(out, "train.steps=7", f"data.folder={data}", resume=True).set_up()
+        start(out, "train.steps=7", f"data.folder={data}", resume=True)
 
 
 def test_a_batch_must_divide_by_processes_and_accumulation(tmp_path, start, monkeypatch):

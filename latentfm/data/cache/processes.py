@@ -4,25 +4,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Work = Callable[[Sequence[Any]], list[Any]]  # what it finds of each item, in their order
+Find = Callable[[Sequence[Any]], list[Any]]  # what it finds of each item, in their order
 
 
-def in_one_process(work: Work, items: Sequence[Any], name: str) -> list[Any]:
-    """work(items)."""
-    return work(items)
+def in_one_process(find: Find, items: Sequence[Any], name: str) -> list[Any]:
+    """find(items)."""
+    return find(items)
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process's rank, how many there are, and how they divide reading among them.
 
-    share(work, items, name) is work(items) for each of them, every process doing its share and told of the others': values that JSON
-    holds, tuples as lists. `name` is of this work alone.
+    share(find, items, name) is find(items) for each of them, every process doing its share and told of the others': values that JSON
+    holds, tuples as lists. `name` is of this call alone.
     """
 
     rank: int = 0
     world: int = 1
-    share: Callable[[Work, Sequence[Any], str], list[Any]] = in_one_process
+    share: Callable[[Find, Sequence[Any], str], list[Any]] = in_one_process
 
     def first(self, work: Callable[[], Any], name: str) -> Any:
         """work(), by the first process before the others, who find what it kept. Raises InputError on all when the first does."""

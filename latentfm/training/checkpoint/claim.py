@@ -17,7 +17,7 @@ HELD = (errno.EAGAIN, errno.EACCES)
 OPENING = b"process "  # of what stands in a lock file of ours
 
 
-class Taken(InputError):
+class FolderInUse(InputError):
     """Another run is writing to the folder."""
 
 
@@ -29,7 +29,7 @@ class Claim:
         self.told = False
 
     def take(self) -> None:
-        """Takes the claim. Raises Taken where another run has it; where the file system knows no locks, that is told."""
+        """Takes the claim. Raises FolderInUse where another run has it; where the file system knows no locks, that is told."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             descriptor = self.opened()
@@ -68,14 +68,14 @@ class Claim:
             raise InputError(f"{shown(self.path)} is no lock of a run; move it away, or choose another output.folder")
 
     def lock(self, descriptor: int) -> None:
-        """Locks the file. Raises Taken where another process has."""
+        """Locks the file. Raises FolderInUse where another process has."""
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, loader processes do not inherit it
         except OSError as error:
             if error.errno in HELD:
                 holder = shown(os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip())
                 folder = shown(self.path.parent)
-                raise Taken(
+                raise FolderInUse(
                     f"a run is writing to {folder} ({holder}); wait for its end or stop it, or choose another output.folder"
                 ) from None
             if not self.told:
@@ -93,14 +93,14 @@ class Claim:
             return False
 
     def renew(self) -> None:
-        """Takes the claim again where its file went, as with the folder around it. Raises Taken where another run has come instead."""
+        """Takes the claim again where its file went, as with the folder around it. Raises FolderInUse where another run came instead."""
         if self.descriptor < 0 or self.is_at(self.descriptor):
             return
         old = self.descriptor
         self.take()
         os.close(old)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Gives the claim up; what keeps its file from being removed hides no other error."""
         if self.descriptor < 0:
             return
@@ -114,10 +114,10 @@ class Claim:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[Claim]:
-    """A context in which no other run, on whatever machine, writes to `folder`. Raises Taken when one does."""
+    """A context in which no other run, on whatever machine, writes to `folder`. Raises FolderInUse when one does."""
     claim = Claim(folder)
     claim.take()
     try:
         yield claim
     finally:
-        claim.leave()
+        claim.release()

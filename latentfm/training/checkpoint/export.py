@@ -14,19 +14,17 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as ADAPTER_FILE
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from latentfm.config import RunConfig
 from latentfm.files import whole_or_nothing
 from latentfm.interchange.lora import Adapter, diffusers_adapter
-from latentfm.interchange.tensors import Held, Stored, read_folder, write_file
+from latentfm.interchange.tensors import Held, LazyTensor, Stored, Tensors, read_folder, write_file, write_shards
 from latentfm.models.folder import INFO_FILE, read_index, write_stock_names
 from latentfm.models.manifest import MANIFEST, Saved, files_of, hash_of, read_manifest, write_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import is_pickle
 from latentfm.models.text import NULL_FILE
-from latentfm.training.distributed.processes import Gathering, Late
-from latentfm.training.distributed.zero import gathered
+from latentfm.training.checkpoint.storage import LARGEST_FILE
 from latentfm.training.models import Models
 
 ADAPTER_FOLDER = "lora"  # beside the pipeline
@@ -34,12 +32,11 @@ NETWORK_FILE = "diffusion_pytorch_model"
 
 
 def write_pipeline(
-    target: Path, models: Models, network: MMDiT, averages: Mapping[str, Late], config: RunConfig, lengths: list[int],
-    gathering: Gathering, link: bool = False,
-) -> None:  # fmt: skip
+    target: Path, models: Models, network: MMDiT, averages: Mapping[str, Stored], config: RunConfig, lengths: list[int], link: bool = False
+) -> None:
     """Writes `target`: the frozen components of the base folder, the network, the null condition; all of it or nothing.
 
-    All processes call it, the main one writes. The network's weights are its float32 `averages` by name, and its own where there is none.
+    The network's weights are its float32 `averages` by name, and its own where there is none.
     An adapter is merged, in float32, into the weights of the base folder, whatever the training held these in, and is also written to
     lora/ beside `target` (`write_adapter`). Frozen blocks are the base folder's too. With `link` the components' files are the base
     folder's own under a second name where the file system allows it, copies elsewhere, so that a checkpoint can be a pipeline without the
@@ -47,32 +44,21 @@ def write_pipeline(
     """
     dtype = getattr(torch, config.output.dtype)
     if config.train.adapter:
-        values = write_adapter_of(target.parent, network, averages, config, gathering)
-        if not gathering.main:
-            return
-        weights: Mapping[str, Stored] = merged(models, network, values)
+        weights = merged(models, network, write_adapter_of(target.parent, network, averages, config))
     else:
         weights = trained_weights(models, network, averages, config)
-    if not gathering.main:
-        return gathering.write(target, NETWORK_FILE, weights, dtype)
     with whole_or_nothing(target) as folder:
-        with gathering.careful():
-            (folder / "transformer").mkdir(parents=True)
-            network.save_config(folder / "transformer")
-            write_around(folder, models, config, lengths, link)
-        gathering.write(folder / "transformer", NETWORK_FILE, weights, dtype)
-        gathering.raise_error()
+        (folder / "transformer").mkdir(parents=True)
+        network.save_config(folder / "transformer")
+        write_around(folder, models, config, lengths, link)
+        write_shards(folder / "transformer", NETWORK_FILE, weights, {"format": "pt"}, dtype, LARGEST_FILE)
         write_manifest(folder, hashes_of_frozen(models.folder))
 
 
-def write_adapter_of(
-    folder: Path, network: MMDiT, averages: Mapping[str, Late], config: RunConfig, gathering: Gathering
-) -> dict[str, Tensor]:
-    """Writes folder/lora, the adapter in its `averages`, and returns these whole. All processes call it, the main one writes."""
-    values = {name: late.value() for name, late in averages.items()}
-    if gathering.main:
-        with gathering.careful():
-            write_adapter(folder / ADAPTER_FOLDER, network, values, getattr(torch, config.output.dtype))
+def write_adapter_of(folder: Path, network: MMDiT, averages: Mapping[str, Stored], config: RunConfig) -> dict[str, Tensor]:
+    """Writes folder/lora, the adapter in its `averages`, and returns these in memory."""
+    values = {name: stored.load() for name, stored in averages.items()}
+    write_adapter(folder / ADAPTER_FOLDER, network, values, getattr(torch, config.output.dtype))
     return values
 
 
@@ -115,34 +101,15 @@ def hash_once(path: Path, status: tuple[int, ...]) -> Saved:
     return hash_of(path)
 
 
-def trained_weights(models: Models, network: MMDiT, averages: Mapping[str, Late], config: RunConfig) -> dict[str, Stored]:
-    """The state dict of the trained network, each tensor made or read when it is written; frozen blocks from the base folder.
-
-    The training may have rounded what was frozen to bfloat16.
-    """
+def trained_weights(models: Models, network: MMDiT, averages: Mapping[str, Stored], config: RunConfig) -> Tensors:
+    """The state dict of the trained network; frozen blocks from the base folder, as the training may have rounded its own to bfloat16."""
     if config.train.blocks is None or config.model.preset:
-        frozen: Mapping[str, Stored] = held(network)
-    else:
-        frozen, _ = read_folder(models.folder / "transformer")
+        return {name: averages[name] if name in averages else Held.of(value) for name, value in network.state_dict().items()}
+    frozen, _ = read_folder(models.folder / "transformer")
     return {name: averages.get(name, stored) for name, stored in frozen.items()}
 
 
-def held(network: MMDiT) -> dict[str, Stored]:
-    """The state dict of a network as it is written; what is split over the processes is made whole only then."""
-    return {
-        name: Late.of(value.dtype, getattr(value, "ds_shape", value.shape), partial(whole_of, value))
-        for name, value in network.state_dict(keep_vars=True).items()
-    }
-
-
-def whole_of(value: Tensor) -> Tensor:
-    """A tensor that FSDP2 or ZeRO 3 may have split over the processes, whole. A collective where it is."""
-    if hasattr(value, "ds_id"):
-        return gathered(value)
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def merged(models: Models, network: MMDiT, values: Mapping[str, Tensor]) -> dict[str, Stored]:
+def merged(models: Models, network: MMDiT, values: Mapping[str, Tensor]) -> Tensors:
     """The base folder's network with the adapter of `network`, in the given values, merged into it in float32, a linear at a time."""
     found, _ = read_folder(models.folder / "transformer")
     by_module: dict[str, dict[str, Tensor]] = {}
@@ -154,7 +121,7 @@ def merged(models: Models, network: MMDiT, values: Mapping[str, Tensor]) -> dict
         if weight is None or weight.shape[::-1] != linear_size(own):
             raise ValueError(f"the adapter does not fit the network in {models.folder}: {module}")
         merge = partial(merged_weight, weight, network.peft_config["default"], own)
-        found[f"{module}.weight"] = Late.of(torch.float32, weight.shape, merge)
+        found[f"{module}.weight"] = LazyTensor(torch.float32, weight.shape, (), merge)
     return found
 
 
@@ -191,7 +158,7 @@ def write_adapter(
     targets are in the file's metadata, and `metadata` beside them.
     """
     tensors = get_peft_model_state_dict(network, state_dict=own_weights(network, averages))
-    held = {name: Held(value.dtype, tuple(value.shape), (), value.detach().cpu().contiguous()) for name, value in tensors.items()}
+    held = {name: Held.of(value) for name, value in tensors.items()}
     with whole_or_nothing(folder) as partial:
         partial.mkdir()
         path = partial / ADAPTER_FILE

@@ -9,7 +9,7 @@ from latentfm.config import RunConfig, SourceOptions
 from latentfm.errors import InputError
 from latentfm.files import expanded, read_json
 from latentfm.models.folder import read_info
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.records.json_lines import number
 from latentfm.words import shown
 
@@ -71,18 +71,30 @@ def check_options(path: Path, info: Mapping[str, Any], config: RunConfig) -> Non
     raise InputError(f"{shown(path)} was made with other options: {'; '.join(changed)}{why}. Restore them, or {way_on(config)}")
 
 
+def check_same_run(path: Path, info: Mapping[str, Any], config: RunConfig, inputs: Mapping[str, str]) -> None:
+    """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models than `inputs` tell."""
+    check_options(path, info, config)
+    before = {"T5 lengths": inputs["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
+    changed = ", ".join(what for what, value in inputs.items() if before.get(what) != value)
+    if changed:
+        named = " (pictures go by their source's name: give it where its folder has another)" if config.data.sources else ""
+        raise InputError(
+            f"{changed} of this run are not those {shown(path)} was trained on; restore them{named}, or choose another output.folder"
+        )
+
+
 def check_goes_on(config: RunConfig) -> None:
     """As `check_options` of the newest checkpoint there is, for a look before a run; one that cannot be read is left to the run."""
-    saved = checkpoint.checkpoints(expanded(config.output.folder) / "checkpoints")
+    saved = storage.checkpoints(expanded(config.output.folder) / "checkpoints")
     if saved:
-        with suppress(checkpoint.Damaged):
-            check_options(saved[-1], checkpoint.state_of(saved[-1]), config)
+        with suppress(storage.DamagedCheckpoint):
+            check_options(saved[-1], storage.state_of(saved[-1]), config)
 
 
 def options_of_run(out: Path) -> dict[str, Any] | None:
     """The options that a run's newest checkpoint was made with, or its config.json; None where neither can be read."""
-    saved = checkpoint.checkpoints(out / "checkpoints")
-    for read in (lambda: checkpoint.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
+    saved = storage.checkpoints(out / "checkpoints")
+    for read in (lambda: storage.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
         with suppress(InputError, LookupError, OSError):
             found = read()
             if isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in RunConfig.model_fields):
@@ -126,8 +138,8 @@ def finished(config: RunConfig) -> Path | None:
         )
     if changed:
         raise InputError(f"{shown(out)} is finished, with other options: {'; '.join(changed)}. Restore them, or {way_on(config)}")
-    late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
+    too_late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
             if before[section].get(key, value) != value]  # fmt: skip
-    if late:
-        print(f"warning: {', '.join(late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)
+    if too_late:
+        print(f"warning: {', '.join(too_late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)
     return model

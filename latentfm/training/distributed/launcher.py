@@ -3,9 +3,11 @@
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +15,11 @@ from accelerate.utils import gather_object
 
 from latentfm.errors import InputError
 from latentfm.files import reason
+from latentfm.training.distributed.processes import in_words
+from latentfm.training.stop import Stopped
 from latentfm.words import count, shortened, shown
 
+SECONDS_BETWEEN_POLLS, SECONDS_TO_NOTICE = 1.0, 5.0
 LOST = ("gloo", "NCCL", "Connection", "connection", "Socket", "Broken pipe", "TCPStore")  # in what torch says where a peer went
 
 
@@ -74,17 +79,49 @@ class Peers:
 
     def __init__(self, accelerator: Accelerator):
         self.rank = accelerator.process_index
-        alone = accelerator.num_processes == 1
-        self.places: list[tuple[str, int]] = [] if alone else gather_object([(platform.node(), os.getpid())])
+        own = [(platform.node(), os.getpid())]
+        self.places: list[tuple[str, int]] = gather_object(own) if accelerator.num_processes > 1 else []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A context in which a connection that breaks is an InputError that names the process at its other end."""
+        """A context in which a connection that breaks is an InputError that names the process at its other end.
+
+        An error of one process ends the others: at once where its connections break with it (gloo), else (NCCL waits for minutes)
+        SECONDS_TO_NOTICE after it has left word in the store that they all met at.
+        """
+        if not self.places:
+            yield
+            return
+        store, left = torch.distributed.PrefixStore("latentfm peers", torch.distributed.distributed_c10d._get_default_store()), Event()
+        Thread(target=self.end_with_the_others, args=(store, left), daemon=True).start()
+        try:
+            with self.lost_ones_named():
+                yield
+        except Exception as error:
+            with suppress(RuntimeError, OSError):  # who holds the store may be gone
+                if not isinstance(error, Stopped):  # which all are
+                    store.set("ended", f"process {self.rank} of {len(self.places)}: {in_words(error)}")
+            raise
+        finally:
+            left.set()
+
+    def end_with_the_others(self, store: torch.distributed.Store, left: Event) -> None:
+        """Ends this process, in whatever collective it waits, when another one has ended by an error; not when it has `left` by itself."""
+        with suppress(RuntimeError, OSError):
+            while not left.wait(SECONDS_BETWEEN_POLLS):
+                if store.check(["ended"]) and not left.wait(SECONDS_TO_NOTICE):
+                    said = shown(store.get("ended").decode())
+                    print(f"error: {said}; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    @contextmanager
+    def lost_ones_named(self) -> Iterator[None]:
+        """A context whose broken connections are InputErrors that name who is gone."""
         try:
             yield
         except (RuntimeError, OSError) as error:
             lost = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in LOST)
-            if not self.places or isinstance(error, torch.OutOfMemoryError) or not lost:
+            if isinstance(error, torch.OutOfMemoryError) or not lost:
                 raise
             said = re.sub(r"^\[[^]]*\] ", "", reason(error, 300))  # without the line of C++ that says it
             raise InputError(f"{self.who_is_gone()} ({shortened(said)}); --resume goes on from the newest checkpoint") from error

@@ -154,15 +154,15 @@ def masters_of(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[
 
 @torch.no_grad()
 def clip_gradient(
-    parameters: Iterable[nn.Parameter], max_norm: float, over_parts: Callable[[Tensor], Tensor] = lambda squares: squares
+    parameters: Iterable[nn.Parameter], max_norm: float, over_shards: Callable[[Tensor], Tensor] = lambda squares: squares
 ) -> Tensor:
     """The 2-norm of the whole gradient, a float32 scalar; a gradient longer than `max_norm` is scaled down to it.
 
-    Where the parameters are parts (`parallel.Parts`), over_parts sums the squares of all of them. torch.nn.utils.clip_grad_norm_ keeps the
-    norm in the gradient's own dtype: three digits of it in bfloat16.
+    Where the parameters are shards (`distributed.shards`), over_shards sums the squares of all of them. torch.nn.utils.clip_grad_norm_
+    keeps the norm in the gradient's own dtype: three digits of it in bfloat16.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
-    norm = over_parts(squares).sqrt()
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    norm = over_shards(squares).sqrt()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(squares.device))  # offloaded they are on the CPU
     return norm

@@ -30,11 +30,11 @@ class EMA:
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         current = dict(parameters) | dict(masters or {})
-        for names in self.parts():
+        for names in self.groups():
             towards = [current[name].detach().to(self.shadow[name].device, torch.float32) for name in names]
             torch._foreach_lerp_([self.shadow[name] for name in names], towards, 1.0 - decay)
 
-    def parts(self) -> Iterator[list[str]]:
+    def groups(self) -> Iterator[list[str]]:
         """All names, in lists of at most PART elements or of one tensor."""
         names, size = [], 0
         for name, value in self.shadow.items():

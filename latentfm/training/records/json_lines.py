@@ -20,7 +20,7 @@ MOST_STEP = 10**12
 Tell = Callable[[str], None]
 
 
-class Unread(Exception):
+class ReadFailed(Exception):
     """A file could not be read this time; what it holds is not known."""
 
 
@@ -52,11 +52,11 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def read_through(path: Path) -> Iterator[bytes]:
-    """As `lines_of`, but raises Unread where reading fails, which is not to be taken for a failure to write."""
+    """As `lines_of`, but raises ReadFailed where reading fails, which is not to be taken for a failure to write."""
     try:
         yield from lines_of(path)
     except OSError as error:
-        raise Unread(error.strerror) from error
+        raise ReadFailed(error.strerror) from error
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def keep_rows(path: Path, tell: Tell, step: float = math.inf) -> list[dict[str, 
                     damaged.append(line)
     except SpecialFile as error:
         set_aside(path, tell, str(error))
-    except (OSError, Unread) as error:  # a link to nowhere, or a disk that does not answer
+    except (OSError, ReadFailed) as error:  # a link to nowhere, or a disk that does not answer
         tell(f"warning: {shown(path)} cannot be read now ({reason(error)}); it is left as it is, and the run goes on")
         return []
     if damaged:
@@ -113,12 +113,18 @@ def add_whole(path: Path, text: bytes) -> None:
         os.close(descriptor)
 
 
-def set_aside(path: Path, tell: Tell, why: object) -> None:
-    """Gives what cannot be used another name, `.damaged`, `.damaged-2`, ...; nothing is removed."""
+def name_aside(path: Path) -> Path:
+    """The first of PATH.damaged, PATH.damaged-2, ... that is free."""
     target, number = path.with_name(f"{path.name}.damaged"), 1
     while os.path.lexists(target):
         number += 1
         target = path.with_name(f"{path.name}.damaged-{number}")
+    return target
+
+
+def set_aside(path: Path, tell: Tell, why: object) -> None:
+    """Gives what cannot be used another name, `.damaged`, `.damaged-2`, ...; nothing is removed."""
+    target = name_aside(path)
     try:
         path.rename(target)
         tell(f"warning: {shown(why)}; it is now called {shown(target.name)}, and the run goes on")

@@ -11,17 +11,15 @@ import torch
 
 from latentfm.errors import InputError
 from latentfm.files import flush, read_json, whole_or_nothing
-from latentfm.training.checkpoint.claim import Claim, Taken, claimed
-from latentfm.training.checkpoint.resuming import differences
+from latentfm.training.checkpoint.claim import Claim, FolderInUse
 from latentfm.training.records.json_lines import add_whole, keep_rows, number, read_or_set_aside, rows_of, set_aside
 from latentfm.training.records.run_page import RunPage
 from latentfm.words import shown
 
-__all__ = ["Records", "claimed", "differences", "peak_memory", "rows_of"]
 SECONDS_BETWEEN_PAGES = 60.0
 
 
-class Records:
+class RunLog:
     """The files of a run's folder that tell its course; only the main process writes.
 
     config.json, run.json and held_out.json say what it is, metrics.jsonl has a row an optimizer step, validation.jsonl one a validation,
@@ -81,7 +79,7 @@ class Records:
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Adds a row to a file. When the disk refuses it, that is told and it is written with the next: the training matters more.
 
-        Raises Taken when another run has come to write to the folder, after this one's claim on it was removed.
+        Raises FolderInUse when another run has come to write to the folder, after this one's claim on it was removed.
         """
         if not self.main:
             return
@@ -96,7 +94,7 @@ class Records:
             for name in list(self.waiting):
                 add_whole(self.folder / name, self.waiting[name].encode())
                 del self.waiting[name]
-        except Taken:
+        except FolderInUse:
             raise
         except (OSError, InputError) as error:
             if not told:

@@ -12,9 +12,9 @@ from faults import files_no_larger_than
 from torch import nn
 
 from latentfm.errors import InputError
-from latentfm.training.checkpoint import checkpoints as checkpoint
-from latentfm.training.distributed.processes import Gathering, Late
-from latentfm.training.distributed.shards import Parts
+from latentfm.training.checkpoint import storage
+from latentfm.training.checkpoint.state import pack, unpack
+from latentfm.training.distributed.shards import Chunk, LocalShards
 from latentfm.training.optimizers.adamw import AdamW
 from latentfm.training.optimizers.ema import EMA
 
@@ -22,8 +22,8 @@ MAIN = SimpleNamespace(is_main_process=True, num_processes=1)
 
 
 def save(folder, step, tensors, info=None, **more):
-    late = {name: Late.of(value.dtype, value.shape, lambda value=value: value) for name, value in tensors.items()}
-    return checkpoint.save(folder, step, late, info or {}, Gathering(MAIN, sharded=False), **more)
+    chunks = {name: Chunk(value, 0, value.shape) for name, value in tensors.items()}
+    return storage.save(folder, step, chunks, info or {}, MAIN, **more)
 
 
 def everything_in(folder):
@@ -37,7 +37,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
     }  # fmt: skip
     path = save(tmp_path, 12, tensors, {"config": {"a": [1, 2]}})
     assert path == tmp_path / "step-00000012"
-    loaded, info = checkpoint.load(path)
+    loaded, info = storage.load(path)
     assert info["step"] == 12 and info["config"] == {"a": [1, 2]} and list(info["files"]) == ["state.safetensors"]
     assert loaded.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -46,17 +46,17 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 
 
 def test_a_large_state_lies_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentfm.training.distributed.processes.LARGEST_FILE", 1000)
+    monkeypatch.setattr("latentfm.training.checkpoint.storage.LARGEST_FILE", 1000)
     tensors = {str(i): torch.randn(200) for i in range(3)}
     path = save(tmp_path, 1, tensors)
-    loaded, info = checkpoint.load(path)
+    loaded, info = storage.load(path)
     assert len(info["files"]) == 3 and all(torch.equal(loaded[name].load(), value) for name, value in tensors.items())
 
 
 def test_the_newest_are_kept(tmp_path):
     for step in (2, 10, 100, 9):  # 9: a run that goes on from an older one
         save(tmp_path, step, {"a": torch.tensor([float(step)])}, keep=3)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000009", "step-00000010", "step-00000100"]
+    assert [p.name for p in storage.checkpoints(tmp_path)] == ["step-00000009", "step-00000010", "step-00000100"]
     save(tmp_path, 101, {"a": torch.zeros(1)}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000101"]
 
@@ -64,20 +64,20 @@ def test_the_newest_are_kept(tmp_path):
 def test_the_best_is_kept_besides(tmp_path):
     for step, loss in ((1, 0.9), (2, 0.3), (3, 0.5), (4, None), (5, float("nan")), (6, 0.4)):
         save(tmp_path, step, {"a": torch.zeros(1)}, {} if loss is None else {"validation_loss": loss}, keep=2)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000005", "step-00000006"]
-    assert checkpoint.best(checkpoint.checkpoints(tmp_path)).name == "step-00000002"
+    assert [p.name for p in storage.checkpoints(tmp_path)] == ["step-00000002", "step-00000005", "step-00000006"]
+    assert storage.best(storage.checkpoints(tmp_path)).name == "step-00000002"
     save(tmp_path, 7, {"a": torch.zeros(1)}, {"validation_loss": 0.1}, keep=1)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000007"]
+    assert [p.name for p in storage.checkpoints(tmp_path)] == ["step-00000007"]
 
 
 def test_what_is_not_a_whole_checkpoint_is_ignored(tmp_path):
-    assert checkpoint.checkpoints(tmp_path / "missing") == []
+    assert storage.checkpoints(tmp_path / "missing") == []
     whole = save(tmp_path, 5, {"a": torch.zeros(1)})
     for name in ("step-00000009.partial", "step-00000009", "step-9", "other"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000009.partial" / "state.json").write_text("{}")
     (tmp_path / "other" / "state.json").write_text("{}")
-    assert checkpoint.checkpoints(tmp_path) == [whole]
+    assert storage.checkpoints(tmp_path) == [whole]
 
 
 def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path):
@@ -99,9 +99,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, fil
     before, path = (save(tmp_path, step, {"a": torch.randn(64)}, {"config": {}}) for step in (1, 2))
     (path / file).write_bytes(damage((path / file).read_bytes()))
     with pytest.raises(InputError, match="step-00000002 cannot be read.*move it away"):
-        checkpoint.load(path)
+        storage.load(path)
     told = []
-    assert checkpoint.newest_whole(tmp_path, told.append) == before
+    assert storage.newest_whole(tmp_path, told.append) == before
     assert len(told) == 1 and "step-00000002" in told[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002.damaged"]  # nothing is deleted
 
@@ -110,7 +110,7 @@ def test_with_no_whole_checkpoint_the_reason_is_said(tmp_path):
     path = save(tmp_path, 1, {"a": torch.randn(64)})
     (path / "state.safetensors").unlink()
     with pytest.raises(InputError, match="step-00000001 cannot be read"):
-        checkpoint.newest_whole(tmp_path, lambda text: None)
+        storage.newest_whole(tmp_path, lambda text: None)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
     with files_no_larger_than(100_000), pytest.raises(InputError, match="step-00000002.*nothing saved earlier was touched"):
         save(tmp_path, 2, {"a": torch.zeros(100_000)}, {"config": {}})
     assert everything_in(tmp_path) == before
-    assert torch.equal(checkpoint.load(checkpoint.checkpoints(tmp_path)[-1])[0]["a"].load(), torch.ones(100))
+    assert torch.equal(storage.load(storage.checkpoints(tmp_path)[-1])[0]["a"].load(), torch.ones(100))
 
 
 def test_a_full_disk_at_the_description_leaves_nothing_either(tmp_path):
@@ -142,40 +142,40 @@ def test_a_restored_run_takes_the_same_steps(tmp_path, make, dtype):
         torch.manual_seed(1)
         module = nn.Linear(4, 3).to(dtype)
         groups = [{"params": [module.weight], "weight_decay": 0.1}, {"params": [module.bias], "weight_decay": 0.0}]
-        parts = Parts(module)
-        return module, parts, EMA(parts.parameters, 0.5), make(groups, lr=0.1)
+        shards = LocalShards(module)
+        return module, shards, EMA(shards.parameters, 0.5), make(groups, lr=0.1)
 
-    def step(module, parts, ema, optimizer, seed):
+    def step(module, shards, ema, optimizer, seed):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
         optimizer.zero_grad()
         module(x).square().sum().backward()
         optimizer.step()
-        ema.update(parts.parameters, seed + 1)
+        ema.update(shards.parameters, seed + 1)
 
     first = fresh()
     for seed in range(3):
         step(*first, seed)
-    path = checkpoint.save(tmp_path, 3, checkpoint.pack(*first[1:]), {}, Gathering(MAIN, sharded=False))
+    path = storage.save(tmp_path, 3, pack(*first[1:]), {}, MAIN)
     second = fresh()
-    checkpoint.unpack(checkpoint.load(path)[0], *second[1:])
+    unpack(storage.load(path)[0], *second[1:])
     for seed in range(3, 6):
         step(*first, seed)
         step(*second, seed)
-    expected, found = ({name: late.value() for name, late in checkpoint.pack(*run[1:]).items()} for run in (first, second))
+    expected, found = ({name: chunk.value for name, chunk in pack(*run[1:]).items()} for run in (first, second))
     assert expected.keys() == found.keys() and len(expected) >= 10
     assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_a_state_of_other_parameters_is_refused_by_name(tmp_path):
-    parts = Parts(nn.Linear(2, 2))
-    ema, optimizer = EMA(parts.parameters, 0.5), torch.optim.AdamW(parts.parameters.values())
-    path = checkpoint.save(tmp_path, 1, checkpoint.pack(parts, ema, optimizer), {}, Gathering(MAIN, sharded=False))
-    tensors = checkpoint.load(path)[0]
-    other = Parts(nn.Linear(2, 2, bias=False))
+    shards = LocalShards(nn.Linear(2, 2))
+    ema, optimizer = EMA(shards.parameters, 0.5), torch.optim.AdamW(shards.parameters.values())
+    path = storage.save(tmp_path, 1, pack(shards, ema, optimizer), {}, MAIN)
+    tensors = storage.load(path)[0]
+    other = LocalShards(nn.Linear(2, 2, bias=False))
     with pytest.raises(InputError, match=r"ema\.bias, model\.bias"):
-        checkpoint.unpack(tensors, other, EMA(other.parameters, 0.5), torch.optim.AdamW(other.parameters.values()))
+        unpack(tensors, other, EMA(other.parameters, 0.5), torch.optim.AdamW(other.parameters.values()))
     with pytest.raises(InputError, match="nothing_like_it"):
-        checkpoint.unpack(tensors | {"optimizer.exp_avg/nothing_like_it": tensors["model.bias"]}, parts, ema, optimizer)
+        unpack(tensors | {"optimizer.exp_avg/nothing_like_it": tensors["model.bias"]}, shards, ema, optimizer)
 
 
 def test_the_description_is_readable(tmp_path):
@@ -193,16 +193,16 @@ def test_any_letter_of_the_description_that_is_flipped_is_noticed(tmp_path):
     config = {"train": {"steps": 9, "learning_rate": 1e-4}, "data": {"t5_lengths": {8: 0.5, 12: 0.5}}}
     info = {"config": config, "inputs": {"pictures": "af"}}
     path = save(tmp_path, 7, {"a": torch.zeros(1)}, info | {"data": {"step": 7, "seed": 0}, "validation_loss": 0.25})
-    assert checkpoint.load(path)[1]["config"]["data"]["t5_lengths"] == {"8": 0.5, "12": 0.5}
+    assert storage.load(path)[1]["config"]["data"]["t5_lengths"] == {"8": 0.5, "12": 0.5}
     text, places = state_texts(path)
     rng = np.random.default_rng(0)
     for place in places:
         other = chr(ord(text[place]) ^ int(rng.choice([1, 2, 4, 16])))
         (path / "state.json").write_text(text[:place] + other + text[place + 1 :])
-        with pytest.raises(checkpoint.Damaged, match="move it away"):
-            checkpoint.load(path)
+        with pytest.raises(storage.DamagedCheckpoint, match="move it away"):
+            storage.load(path)
     (path / "state.json").write_text(json.dumps(json.loads(text), indent=3))  # laid out otherwise it says the same
-    assert checkpoint.load(path)[1]["inputs"] == {"pictures": "af"}
+    assert storage.load(path)[1]["inputs"] == {"pictures": "af"}
 
 
 DAMAGES = ["{", "[]", "5", "", "\x00", "[" * 100_000, '{"files": []}', '{"files": {}, "checksum": "x"}', "\ud800"]
@@ -214,17 +214,17 @@ def test_a_damaged_description_is_renamed_and_the_one_before_is_taken(tmp_path, 
     (second / "state.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     (tmp_path / "step-00000002.damaged").mkdir()  # of another time
     told = []
-    assert checkpoint.newest_whole(tmp_path, told.append) == first
+    assert storage.newest_whole(tmp_path, told.append) == first
     assert (tmp_path / "step-00000002.damaged-2" / "state.safetensors").is_file()
     assert len(told) == 1 and "step-00000002.damaged-2, going on from the one before" in told[0] and "\n" not in told[0]
-    assert checkpoint.best([first, tmp_path / "step-00000002.damaged-2"]) is None
+    assert storage.best([first, tmp_path / "step-00000002.damaged-2"]) is None
 
 
 def test_a_description_that_is_no_file_is_not_waited_for(tmp_path):
     first, second = (save(tmp_path, step, {"a": torch.zeros(1)}) for step in (1, 2))
     (second / "state.json").unlink()
     os.mkfifo(second / "state.json")
-    assert checkpoint.newest_whole(tmp_path, print) == first
+    assert storage.newest_whole(tmp_path, print) == first
 
 
 def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
@@ -237,15 +237,21 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
 
         return read
 
-    for place in ("read_bytes", "checksum", "read_file"):
+    for place in ("read_bytes", "checksum", "read_chunks"):
+        for number in (5, 116, 2):  # an error of the disk, of a network's file system, and what is gone for a moment
+            with monkeypatch.context() as patch:
+                patch.setattr(storage, place, fails(OSError(number, os.strerror(number))))
+                with pytest.raises(InputError, match="cannot be read now"):
+                    storage.newest_whole(tmp_path, print)
+            assert [path.name for path in storage.checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
         for error, kind in ((OSError(5, "Input/output error"), InputError), (MemoryError(), MemoryError)):
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, place, fails(error))
+                patch.setattr(storage, place, fails(error))
                 with pytest.raises(kind) as caught:
-                    checkpoint.newest_whole(tmp_path, print)
-            assert not isinstance(caught.value, checkpoint.Damaged)
+                    storage.newest_whole(tmp_path, print)
+            assert not isinstance(caught.value, storage.DamagedCheckpoint)
             assert kind is MemoryError or "Input/output error. Nothing was renamed" in str(caught.value)
-    assert checkpoint.newest_whole(tmp_path, print) == path
+    assert storage.newest_whole(tmp_path, print) == path
 
 
 def test_a_description_of_before_there_were_checksums_is_taken(tmp_path):
@@ -253,11 +259,11 @@ def test_a_description_of_before_there_were_checksums_is_taken(tmp_path):
     info = json.loads((path / "state.json").read_text())
     del info["checksum"]
     (path / "state.json").write_text(json.dumps(info))
-    assert checkpoint.load(path)[1] == info
+    assert storage.load(path)[1] == info
     for odd in (info | {"chfcksum": 1}, info | {"config": 5}, {name: info[name] for name in info if name != "data"}):
         (path / "state.json").write_text(json.dumps(odd))
-        with pytest.raises(checkpoint.Damaged):
-            checkpoint.load(path)
+        with pytest.raises(storage.DamagedCheckpoint):
+            storage.load(path)
 
 
 def test_an_older_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_is_saved(tmp_path, monkeypatch, capsys):
@@ -266,6 +272,30 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_is_s
     def refuses(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuses)
+    monkeypatch.setattr(storage.shutil, "rmtree", refuses)
     path = save(tmp_path, 2, {"a": torch.zeros(1)}, keep=1)
-    assert checkpoint.load(path) and "step-00000001 could not be removed: Permission denied" in capsys.readouterr().out
+    assert storage.load(path) and "step-00000001 could not be removed: Permission denied" in capsys.readouterr().out
+
+
+def test_what_fails_after_a_checkpoint_is_in_place_does_not_make_it_unsaved(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 2, {"a": torch.zeros(1)})
+    save(tmp_path, 1, {"a": torch.zeros(1)}, keep=2)
+
+    def refuses(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentfm.files.shutil.rmtree", refuses)  # of what stood under the same name
+        path = save(tmp_path, 2, {"a": torch.ones(1)})
+    assert storage.load(path)[0]["a"].load() == 1 and storage.checkpoints(tmp_path)[-1] == path
+    monkeypatch.setattr(storage, "best", refuses)
+    assert storage.load(save(tmp_path, 3, {"a": torch.ones(1)}))
+    assert "could not be removed: Input/output error; what was saved since is whole" in capsys.readouterr().out
+
+
+def test_an_older_checkpoint_is_under_another_name_while_it_is_removed(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"a": torch.zeros(1)}, keep=1)
+    removed = []
+    monkeypatch.setattr(storage.shutil, "rmtree", lambda path: removed.append(path.name))
+    path = save(tmp_path, 2, {"a": torch.zeros(1)}, keep=1)
+    assert removed == ["step-00000001.partial"] and storage.checkpoints(tmp_path) == [path]

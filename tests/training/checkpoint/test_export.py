@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +15,13 @@ from latentfm import LatentFMPipeline
 from latentfm.config import ModelOptions, RunConfig
 from latentfm.errors import InputError
 from latentfm.interchange.lora import open_adapter
+from latentfm.interchange.tensors import Held
 from latentfm.models.folder import INFO_FILE
 from latentfm.models.linears import parse_blocks
 from latentfm.models.manifest import MANIFEST
 from latentfm.training.adapters import cast_weights, choose_trainable
 from latentfm.training.checkpoint import export
 from latentfm.training.checkpoint.export import own_weights, write_adapter
-from latentfm.training.distributed.processes import Gathering, Late
 from latentfm.training.models import load_models
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -56,9 +55,8 @@ def trained(folder, out, adapter=None, blocks=None, weights="float32", dtype="fl
 
 
 def write_pipeline(target, models, network, averages, config, lengths, link=False):
-    late = {name: Late.of(value.dtype, value.shape, lambda value=value: value.detach()) for name, value in averages.items()}
-    main = SimpleNamespace(is_main_process=True, num_processes=1)
-    export.write_pipeline(target, models, network, late, config, lengths, Gathering(main, sharded=False), link)
+    held = {name: Held.of(value) for name, value in averages.items()}
+    export.write_pipeline(target, models, network, held, config, lengths, link)
 
 
 def picture(pipe):

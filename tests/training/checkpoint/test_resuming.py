@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from latentfm.config import SourceOptions, load_config
 from latentfm.errors import InputError
 from latentfm.training import trainer
-from latentfm.training.checkpoint import checkpoints as checkpoint
+from latentfm.training.checkpoint import storage
 from latentfm.training.checkpoint.resuming import FREE_ON_RESUME, check_options, differences, without_places
 from latentfm.training.dry_run import dry_run
 
@@ -112,7 +112,7 @@ def test_the_dry_run_fails_where_the_run_would(again, options, monkeypatch):
     assert look("train.steps=5")["steps"]["steps"] == 5
     with pytest.raises(InputError, match=r"train\.learning_rate was 0\.001"):
         look("train.learning_rate=1")
-    (checkpoint.checkpoints(again / "checkpoints")[-1] / "state.json").write_text("{")  # the run will take the one before
+    (storage.checkpoints(again / "checkpoints")[-1] / "state.json").write_text("{")  # the run will take the one before
     assert look("train.steps=5")
 
 
@@ -125,11 +125,10 @@ def test_data_and_models_that_moved_are_the_same(tmp_path, monkeypatch, again, s
     monkeypatch.chdir(tmp_path)
     for folder in ("moved", "./moved/", str(tmp_path / "moved"), "again/../moved"):
         trainer = start(again, *CONSTANT, f"data.folder={folder}", "model.pipeline=model", resume=True)
-        trainer.set_up()
         assert trainer.step == 3
     (tmp_path / "moved" / "00.txt").write_text("another caption")
     with pytest.raises(InputError, match="captions of this run are not those"):
-        start(again, *CONSTANT, "data.folder=moved", resume=True).set_up()
+        start(again, *CONSTANT, "data.folder=moved", resume=True)
 
 
 def test_another_length_of_prompts_in_the_model_is_another_training(tmp_path, run, start, tiny_folder):
@@ -139,7 +138,7 @@ def test_another_length_of_prompts_in_the_model_is_another_training(tmp_path, ru
     out = run(tmp_path / "out", *more)
     (folder / "latentfm.json").write_text('{"max_sequence_length": 12}')
     with pytest.raises(InputError, match="T5 lengths of this run are not those"):
-        start(out, *more, resume=True).set_up()
+        start(out, *more, resume=True)
 
 
 def test_sources_are_compared_without_their_places():

@@ -1,26 +1,18 @@
-"""What a run wrote down, read as what it may have become; the claim on its folder; what a launcher was asked for."""
+"""What a run wrote down, read as what it may have become."""
 
-import errno
-import fcntl
 import json
 import os
 import random
-import shutil
 import sys
-import time
 
 import pytest
 from PIL import Image
 
-from latentfm.errors import InputError
 from latentfm.files import read_json
-from latentfm.training.checkpoint import claim as claim_room
-from latentfm.training.checkpoint.claim import NAME, Taken, claimed
-from latentfm.training.distributed import launcher
 from latentfm.training.records import json_lines as rows
 from latentfm.training.records.json_lines import keep_rows, rows_of
 from latentfm.training.records.progress import Progress
-from latentfm.training.records.records import Records
+from latentfm.training.records.run_log import RunLog
 from latentfm.training.records.run_page import RunPage
 from latentfm.training.records.sample_files import cells_of, settings_of, write_step
 
@@ -55,7 +47,7 @@ def test_lines_that_are_no_rows_are_set_aside_and_said(tmp_path, line, capsys):
 def test_what_is_no_file_is_set_aside_whole(tmp_path, make):
     for name in ("metrics.jsonl", "validation.jsonl", "events.jsonl", "run.json", "config.json"):
         make(tmp_path / name)
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
     records.open(3, {"train": {}}, {"epochs": 1}, [])
     records.metrics({"step": 4})
     assert rows_of(tmp_path / "metrics.jsonl")[0]["step"] == 4 and read_json(tmp_path / "run.json")["epochs"] == 1
@@ -82,7 +74,7 @@ def test_a_link_to_nowhere_and_a_disk_that_does_not_answer_stop_nothing(tmp_path
 def test_a_damaged_description_is_set_aside_and_the_run_goes_on(tmp_path, text, capsys):
     (tmp_path / "run.json").write_text(text, "utf-8")
     written(tmp_path / "metrics.jsonl", {"step": 1, "seconds": "x"})
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
     records.open(1, {}, {"epochs": 2}, [])
     assert records.before == 0.0 and isinstance(read_json(tmp_path / "run.json")["started"], str)
     said, aside = capsys.readouterr().out, (tmp_path / "run.json.damaged").exists()
@@ -91,12 +83,12 @@ def test_a_damaged_description_is_set_aside_and_the_run_goes_on(tmp_path, text, 
 
 def test_a_validation_without_its_loss_is_made_again(tmp_path):
     written(tmp_path / "validation.jsonl", {"step": 2}, {"step": 2, "validation_loss": "x"}, {"step": 3, "validation_loss": 0.5})
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
     assert records.validated(2) is None and records.validated(3)["validation_loss"] == 0.5 and records.validated(4) is None
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, capsys):
-    records = Records(tmp_path, True)
+    records = RunLog(tmp_path, True)
 
     def fails(self):
         raise KeyError("loss")
@@ -202,161 +194,12 @@ def test_a_run_goes_on_over_whatever_became_of_its_files(tmp_path, name, capsys)
         if "samples" in name:
             small(tmp_path / "samples", 3)
             continue
-        records = Records(tmp_path, True)
+        records = RunLog(tmp_path, True)
         records.open(2, {"train": {"steps": 9}}, {"epochs": 1}, [])
         assert records.validated(1) is None or records.validated(1)["validation_loss"] is not None
         records.metrics({"step": 3})
         assert rows_of(tmp_path / "metrics.jsonl")[-1]["step"] == 3
     assert "\x1b" not in capsys.readouterr().out
-
-
-# The claim
-
-
-def test_a_link_is_not_followed_and_what_is_not_ours_is_not_emptied(tmp_path):
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    ways = (lambda p: p.symlink_to(victim), lambda p: os.link(victim, p), lambda p: shutil.copy(victim, p), os.mkfifo, os.mkdir)
-    for number, make in enumerate(ways):
-        folder = tmp_path / f"run {number}"
-        folder.mkdir()
-        make(folder / NAME)
-        with pytest.raises(InputError, match=rf"run {number}/{NAME} .*(remove it|move it away)"), claimed(folder):
-            pass
-        assert victim.read_text() == "precious" and os.path.lexists(folder / NAME)
-
-
-def test_removing_the_lock_hides_no_error(tmp_path):
-    with pytest.raises(KeyError, match="the real one"), claimed(tmp_path):
-        (tmp_path / NAME).unlink()
-        (tmp_path / NAME).mkdir()
-        raise KeyError("the real one")
-    assert (tmp_path / NAME).is_dir()  # it was not ours
-
-
-def other_process(act):
-    """What `act` answers in another process: locks of one process do not hold against itself."""
-    read, write = os.pipe()
-    if not (pid := os.fork()):
-        try:
-            os.write(write, act().encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    os.waitpid(pid, 0)
-    with os.fdopen(read) as answer:
-        return answer.read()
-
-
-def attempt(folder):
-    try:
-        with claimed(folder):
-            return "admitted"
-    except Taken as error:
-        return str(error)
-
-
-def test_of_two_that_meet_at_a_removal_one_is_admitted(tmp_path, monkeypatch):
-    """The first leaves between the second's opening of the file and its lock: the file is no longer under the name."""
-    first = claim_room.Claim(tmp_path)
-    first.take()
-    real, third = claim_room.Claim.lock, []
-
-    def lock(self, descriptor):
-        if not third:
-            first.leave()
-            third.append(True)
-        real(self, descriptor)
-
-    monkeypatch.setattr(claim_room.Claim, "lock", lock)
-    second = claim_room.Claim(tmp_path)
-    second.take()
-    assert os.path.samestat(os.fstat(second.descriptor), (tmp_path / NAME).stat())
-    assert "a run is writing to" in other_process(lambda: attempt(tmp_path))
-    second.leave()
-    assert not (tmp_path / NAME).exists() and other_process(lambda: attempt(tmp_path)) == "admitted"
-
-
-def test_a_claim_whose_file_went_is_taken_again(tmp_path, capsys):
-    records = Records(tmp_path / "run", True)
-    with claimed(tmp_path / "run") as claim:
-        records.claim = claim
-        records.open(0, {}, {}, [])
-        shutil.rmtree(tmp_path / "run")
-        records.metrics({"step": 1})
-        assert "a run is writing to" in other_process(lambda: attempt(tmp_path / "run"))
-        assert "is gone; it is made again" in capsys.readouterr().out
-        (tmp_path / "run" / NAME).unlink()
-        read, write = os.pipe()
-        if not (pid := os.fork()):
-            with claimed(tmp_path / "run"):
-                os.write(write, b"x")
-                time.sleep(60)
-        assert os.read(read, 1) == b"x"
-        try:
-            with pytest.raises(Taken, match="a run is writing to .*run .process"):
-                records.metrics({"step": 2})
-        finally:
-            os.kill(pid, 9)
-            os.waitpid(pid, 0)
-    assert [row["step"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1]
-
-
-def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, capsys):
-    def lockf(*given):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "lockf", lockf)
-    with claimed(tmp_path):
-        assert "cannot be locked (No locks available)" in capsys.readouterr().out
-
-
-# The launcher
-
-
-@pytest.mark.parametrize(
-    ("environment", "command", "asked"),
-    [
-        ({}, [], None), ({"WORLD_SIZE": "2"}, [], 2), ({"WORLD_SIZE": "x"}, [], None),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "4", "x.py"], 4),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["/bin/accelerate", "launch", "--num-processes=3"], 3),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["/bin/accelerate", "launch", "--num-processes"], None),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["/bin/bash", "--num_processes", "4"], None),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["accelerate", "launch", "--config_file", "configs/accelerate/cpu-2.yaml"], 2),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["accelerate", "launch", "--config_file", "nowhere.yaml"], None),
-    ],
-)  # fmt: skip
-def test_fewer_processes_than_asked_are_said(monkeypatch, request, environment, command, asked):
-    monkeypatch.chdir(request.config.rootpath)
-    monkeypatch.setattr(launcher, "parent_command", lambda: command)
-    said = launcher.fewer_than_asked(1, environment)
-    if asked is None:
-        assert said is None
-    else:
-        assert said.startswith(f"{asked} processes were asked for and 1 started") and f"torchrun --nproc_per_node {asked}" in said
-        assert launcher.fewer_than_asked(asked, environment) is None
-
-
-def test_a_process_that_is_gone_is_seen_and_named(monkeypatch):
-    assert launcher.parent_command() and not launcher.is_gone(os.getpid())
-    if not (pid := os.fork()):
-        os._exit(0)
-    deadline = time.monotonic() + 10
-    while not launcher.is_gone(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    peers = launcher.Peers.__new__(launcher.Peers)
-    peers.rank, peers.places = 0, [(os.uname().nodename, os.getpid()), (os.uname().nodename, pid), ("elsewhere", 1)]
-    said = r"process 1 of 3 \(pid \d+ on .*\) is gone, .* \(Read error \[1\]: Connection reset by peer\); --resume goes on"
-    with pytest.raises(InputError, match=said), peers.watched():
-        raise RuntimeError("[/a/b/pair.cc:545] Read error [1]: Connection reset by peer")
-    os.waitpid(pid, 0)
-    peers.places = [*peers.places[:1], *peers.places[2:]]
-    with pytest.raises(InputError, match="a process of this run no longer answers on elsewhere"), peers.watched():
-        raise ConnectionError("Connection closed")
-    for error in (RuntimeError("a kernel died"), InputError("gloo"), KeyError("x")):
-        with pytest.raises(type(error)) as caught, peers.watched():
-            raise error
-        assert caught.value is error
 
 
 def test_plain_progress_goes_to_its_end(capsys, monkeypatch):

@@ -17,13 +17,12 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.training.adapters import choose_trainable
 from latentfm.training.optimizers.adamw import AdamW
-from latentfm.training.optimizers.optimizers import (
+from latentfm.training.optimizers.factory import (
     check_optimizer,
     learning_rate,
     make_optimizer,
-    optimizer_state,
-    restore_optimizer_state,
 )
+from latentfm.training.optimizers.state import optimizer_state, restore_optimizer_state
 
 DECAYS = ["constant", "linear", "cosine"]
 RATES = {"lion": 1e-4, "prodigy": 1.0}  # the others' is AdamW's

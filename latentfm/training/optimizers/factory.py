@@ -1,0 +1,79 @@
+"""The optimizer that moves the trained weights, and the course of its rate."""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentfm.config import TrainOptions
+from latentfm.errors import InputError
+from latentfm.optimizers import OPTIMIZERS
+from latentfm.training.optimizers.adamw import AdamW
+
+
+def package(name: str, option: str) -> Any:
+    """The optional package `name`, imported. Raises InputError saying that `option` needs it and how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise missing(name, option) from error
+
+
+def missing(name: str, option: str) -> InputError:
+    """What to say where `option` needs the package `name` and it is not installed."""
+    return InputError(f"{option} needs {name.split('.')[0].replace('_', '-')}, which is not installed: pip install 'latentfm[optimizers]'")
+
+
+def check_optimizer(options: TrainOptions) -> None:
+    """Raises InputError where train.optimizer is not installed, or cannot use what other options ask of it. Imports nothing."""
+    name = options.optimizer
+    kind = OPTIMIZERS[name]
+    if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+        raise missing(kind.package, f"train.optimizer={name}")
+    if options.learning_rate < kind.least_rate:
+        raise InputError(
+            f"{name} finds its own rate and multiplies it by train.learning_rate, which is {options.learning_rate:g}; set it to 1"
+        )
+    if not kind.betas and options.betas != TrainOptions.model_fields["betas"].default:
+        raise InputError(f"{name} keeps no momentum and takes no train.betas, got {list(options.betas)}; leave them out")
+    if name != "adamw" and options.moments != "float32":
+        raise InputError(f"train.moments={options.moments} is for train.optimizer=adamw, not {name}; leave it out")
+    if options.master_weights and options.adapter:
+        raise InputError("train.master_weights copies bfloat16 weights; those of train.adapter are float32 already: leave it out")
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
+    """The optimizer of train.optimizer over those of the named `parameters` that take a gradient; biases and norms are not decayed.
+
+    The classes are those of latentfm.optimizers, but for adamw with bfloat16 weights: one that rounds them stochastically or keeps masters,
+    which begin as the parameters are here. Raises InputError as check_optimizer does.
+    """
+    check_optimizer(options)
+    trainable = [p for p in parameters.values() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]  # a LoRA has matrices alone
+    name, rate = options.optimizer, options.learning_rate
+    narrow = options.weights == "bfloat16" and options.adapter is None  # an adapter's own weights are float32 always
+    if name == "adamw" and (narrow or options.moments != "float32"):
+        moments = getattr(torch, options.moments)
+        return AdamW(groups, rate, options.betas, master_weights=options.master_weights, moments=moments, seed=options.seed)
+    kind = OPTIMIZERS[name]
+    module, target = kind.target.split(":")
+    made = getattr(package(module, f"train.optimizer={name}"), target)
+    return made(groups, lr=rate, **({"betas": options.betas} if kind.betas else {}), **kind.keywords)
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """The rate of optimizer step `step` (from 0): linear warm-up over warmup_steps, then the decay to 0 at `steps`."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return options.learning_rate * factor[options.decay]
