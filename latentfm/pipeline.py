@@ -288,11 +288,7 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         generator = generators(generator)
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"no output_type {told(output_type)}; there are {', '.join(OUTPUT_TYPES)}")
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise InputError(f"callback_on_step_end must be a function, not {told(callback_on_step_end)}")
-        wanted = names("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        wanted = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._guidance_scale, self._interrupt, self._evaluations = scale, False, 0
         guided = self.do_classifier_free_guidance and reference is None
         device = self._execution_device
@@ -312,63 +308,32 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
                     f"max_sequence_length, here {length}, must be the one that the given embeddings were made with"
                 )
         condition = repeated(condition, images_each, device)
-        negative = repeated(negative, images_each, device) if guided else None
+        if negative is not None:
+            condition = joined(repeated(negative, images_each, device), condition)
 
-        channels = self.transformer.config.in_channels
-        shape = (count * images_each, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        if latents is None:
-            if isinstance(generator, list) and len(generator) != shape[0]:
-                raise InputError(f"{len(generator)} generators for {shape[0]} pictures; give one for each, or a single one")
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=condition.embeds.dtype)
-        elif not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
-            what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else told(latents)
-            raise InputError(f"latents {what}, these arguments need floating-point ones of shape {shape}")
-
+        shape = (count * images_each, self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        latents = starting_noise(latents, shape, generator, device, condition.embeds.dtype)
         grid = sampler.grid(self.scheduler, shape[-2] * shape[-1] // self.transformer.config.patch_size**2)
         self._num_timesteps = steps
-        state = joined(negative, condition) if guided else condition
-        visited, moving_from = sampler.times(grid), grid[sampler.zero_init]
-        precomputed, networks = self.precompute(visited), () if reference is None else (reference,)
+        field = GuidedVelocity(self, sampler, grid, condition, reference)
 
-        def field(x: Tensor, t: Tensor) -> Tensor:
-            if self._interrupt or (sampler.zero_init and t < moving_from):
-                return torch.zeros_like(x)
-            self._evaluations += 1
-            guiding = self.do_classifier_free_guidance and sampler.guides_at(t)  # asked at each step, since a callback may end it
-            with self.transformer_cache():
-                if guiding and reference is None:
-                    weaker, conditional = velocity(self.transformer, torch.cat([x, x]), t, state, precomputed=precomputed).chunk(2)
-                else:
-                    rows = state if len(state.embeds) == len(x) else last_rows(state, len(x))
-                    conditional = velocity(self.transformer, x, t, rows, precomputed=precomputed if rows is state else None)
-            if not guiding:
-                return conditional
-            weaker = weaker if reference is None else velocity(reference, x, t, state)
-            return sampler.guided(conditional, weaker, x, t, self._guidance_scale)
+        def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
+            if self._interrupt:
+                return None
+            bar.update()
+            if callback_on_step_end is None:
+                return None
+            tensors = {"latents": x, "prompt_embeds": field.condition.embeds, "pooled_prompt_embeds": field.condition.pooled}
+            answer = callback_on_step_end(self, i, timesteps(grid[i]), {name: tensors[name] for name in wanted}) or {}
+            if not isinstance(answer, dict):
+                raise InputError(f"callback_on_step_end must return a dict of tensors or nothing, not {told(answer)}")
+            field.change(answer.get("prompt_embeds"), answer.get("pooled_prompt_embeds"))
+            return answer.get("latents")
 
-        with self.progress_bar(total=steps) as bar, evaluating(self.transformer, self.vae, *networks):
-
-            def on_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
-                nonlocal state, precomputed
-                if self._interrupt:
-                    return None
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                tensors = {"latents": x, "prompt_embeds": state.embeds, "pooled_prompt_embeds": state.pooled}
-                answer = callback_on_step_end(self, i, timesteps(grid[i]), {name: tensors[name] for name in wanted}) or {}
-                if not isinstance(answer, dict):
-                    raise InputError(f"callback_on_step_end must return a dict of tensors or nothing, not {told(answer)}")
-                before = state
-                state = Condition(answer.get("prompt_embeds", state.embeds), answer.get("pooled_prompt_embeds", state.pooled))
-                if state.embeds is not before.embeds or state.pooled is not before.pooled:
-                    precomputed = self.precompute(visited)
-                return answer.get("latents")
-
-            latents = sampler.integrate(field, latents.to(device), grid, generator, on_step)
-            images = latents
+        with self.progress_bar(total=steps) as bar, evaluating(self.transformer, self.vae, reference):
+            images = sampler.integrate(field, latents, grid, generator, on_step)
             if output_type != "latent":
-                images = self.image_processor.postprocess(vae_room.decode(self.vae, latents).float(), output_type=output_type)
+                images = self.image_processor.postprocess(vae_room.decode(self.vae, images).float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
@@ -403,6 +368,65 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         if len(prompts) != count:
             raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
         return self.assemble(self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts)))
+
+
+class GuidedVelocity:
+    """The field that a call's solver integrates: the network's velocity at (x, t) for the condition, guided as the sampler says.
+
+    condition: of a guided call the rows guided against, then the prompts'; with a reference network the prompts' alone.
+    """
+
+    def __init__(self, pipe: LatentFMPipeline, sampler: Sampler, grid: Tensor, condition: Condition, reference: torch.nn.Module | None):
+        self.pipe, self.sampler, self.condition, self.reference = pipe, sampler, condition, reference
+        self.moving_from, self.times = grid[sampler.zero_init], sampler.times(grid)
+        self.precomputed = pipe.precompute(self.times)
+
+    def change(self, embeds: Tensor | None, pooled: Tensor | None) -> None:
+        """Takes on a condition that a callback gave; None is as before."""
+        before = self.condition
+        self.condition = Condition(before.embeds if embeds is None else embeds, before.pooled if pooled is None else pooled)
+        if self.condition.embeds is not before.embeds or self.condition.pooled is not before.pooled:
+            self.precomputed = self.pipe.precompute(self.times)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        pipe, sampler, network = self.pipe, self.sampler, self.pipe.transformer
+        if pipe.interrupt or (sampler.zero_init and t < self.moving_from):
+            return torch.zeros_like(x)
+        pipe._evaluations += 1
+        guiding = pipe.do_classifier_free_guidance and sampler.guides_at(t)  # asked at each step, since a callback may end it
+        with pipe.transformer_cache():
+            if guiding and self.reference is None:
+                weaker, conditional = velocity(network, torch.cat([x, x]), t, self.condition, precomputed=self.precomputed).chunk(2)
+            else:
+                whole = len(self.condition.embeds) == len(x)
+                rows = self.condition if whole else last_rows(self.condition, len(x))
+                conditional = velocity(network, x, t, rows, precomputed=self.precomputed if whole else None)
+        if not guiding:
+            return conditional
+        if self.reference is not None:
+            weaker = velocity(self.reference, x, t, self.condition)
+        return sampler.guided(conditional, weaker, x, t, pipe.guidance_scale)
+
+
+def callback_tensors(callback: Any, inputs: Any, known: list[str]) -> list[str]:
+    """The names of the tensors that a step callback is given. Raises InputError for what is none, or a name that is not known."""
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        inputs = callback.tensor_inputs
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end must be a function, not {told(callback)}")
+    return names("callback_on_step_end_tensor_inputs", inputs, known)
+
+
+def starting_noise(latents: Any, shape: tuple[int, ...], generator: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The noise that a call begins with, on `device`: `latents` as given, or drawn. Raises InputError for another shape than `shape`."""
+    if latents is None:
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise InputError(f"{len(generator)} generators for {shape[0]} pictures; give one for each, or a single one")
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
+        what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else told(latents)
+        raise InputError(f"latents {what}, these arguments need floating-point ones of shape {shape}")
+    return latents.to(device)
 
 
 def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | None:
