@@ -322,7 +322,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes_exactly(tmp_p
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_stops_neither_of_two_processes_that_share_the_weights(tmp_path, run, launch):
-    """The main process alone meets the disk, in the middle of gathering tensors that the other one helps to make."""
+    """The main process alone meets the full disk, while each writes its own rows."""
     more = [*EVERY_STEP, "train.steps=80", "output.checkpoint_every=4"]
     one, out = run(tmp_path / "one", *more), tmp_path / "out"
     launched = launch(out, *more, sharded=True)

@@ -79,8 +79,8 @@ class LocalShards:
     """
 
     def __init__(self, network: nn.Module, accelerator: Accelerator | None = None, model: nn.Module | None = None):
-        self.network, self.accelerator, self.model = resharded(network), accelerator, network if model is None else model
-        self.of_network = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.accelerator, self.model = accelerator, network if model is None else model
+        self.of_network = {name: p for name, p in resharded(network).named_parameters() if p.requires_grad}
         split = {name: p for name, p in self.of_network.items() if isinstance(p, DTensor)}
         self.parameters = self.of_network | {name: nn.Parameter(p.detach().to_local()) for name, p in split.items()}
         self.first_row = {name: p.__create_chunk_list__()[0].offsets[0] for name, p in split.items()}
