@@ -4,21 +4,35 @@ So no draw depends on batch, rank, worker or the number of processes, a run resu
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 
+def encoded(*parts: int | str) -> bytes:
+    """The parts of a place as bytes, none of which runs into the next; those of two places follow one another."""
+    return b"".join(b"%d:%b" % (len(part), part) for part in (str(part).encode() for part in parts))
+
+
+def hashed(place: bytes) -> int:
+    """A number below 2^63 that depends on what was encoded."""
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
+
+
 def seed_of(seed: int, purpose: str, *place: int | str) -> int:
     """A number below 2^63 that depends on exactly these: by it a generator of any kind is seeded."""
-    parts = [str(part).encode() for part in (seed, purpose, *place)]
-    digest = hashlib.blake2b(b"".join(b"%d:%b" % (len(part), part) for part in parts), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hashed(encoded(seed, purpose, *place))
 
 
 def uniform(seed: int, purpose: str, *place: int | str) -> float:
     """A number drawn uniformly from [0, 1), of 24 bits: exact in float32."""
-    return (seed_of(seed, purpose, *place) >> 39) * 2.0**-24
+    return uniforms(encoded(seed, purpose), [encoded(*place)])[0]
+
+
+def uniforms(purpose: bytes, places: Sequence[bytes]) -> list[float]:
+    """`uniform` at many places, encoded as seed and purpose are."""
+    return [(hashed(purpose + place) >> 39) * 2.0**-24 for place in places]
 
 
 def generator(seed: int, purpose: str, *place: int | str, device: torch.device | str = "cpu") -> torch.Generator:

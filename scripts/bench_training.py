@@ -75,8 +75,8 @@ def ours(case: dict, folder: Path, precision: str) -> list[float]:
     from latentfm.training.trainer import Trainer
 
     class Timed(Trainer):
-        def look(self, *arguments, **named) -> None:
-            super().look(*arguments, **named)
+        def validate_and_sample(self) -> None:
+            super().validate_and_sample()
             if not self.step:
                 times.append(time.perf_counter())
 
@@ -92,7 +92,7 @@ def ours(case: dict, folder: Path, precision: str) -> list[float]:
             f"train.steps={case['steps']}", f"train.batch_size={case['batch']}", f"train.learning_rate={LEARNING_RATE}",
             "train.warmup_steps=0", "train.decay=constant", f"train.mixed_precision={precision}", "sample.every=1000000",
             "sample.prompts=[a]", "sample.steps=1", "output.checkpoint_every=1000000",
-        ])).run()  # fmt: skip
+        ])).train()  # fmt: skip
     return times
 
 

@@ -27,7 +27,7 @@ from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
-from latentfm.randomness import generator, seed_of, uniform
+from latentfm.randomness import encoded, hashed, uniforms
 
 AHEAD = 4  # batches that each loader process reads ahead
 
@@ -121,9 +121,11 @@ class Draws:
         A member's draws are those of `randomness` for its purposes, its epoch, and its id and turn.
         """
         ids = [table.ids[index] for _, index, _ in members]
-        places = [(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
+        places = [encoded(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
         vae_noise, eps = self.normal("vae_noise", places, shape), self.normal("eps", places, shape)
-        routed = [self.routing.draw(*shape[1:], generator(self.seed, "routing", *place)) for place in places] if self.routing else []
+        routed, source, routing = [], torch.Generator(), encoded(self.seed, "routing")
+        if self.routing:
+            routed = [self.routing.draw(*shape[1:], source.manual_seed(hashed(routing + place))) for place in places]
         joint = self.uniform("dropout", places) < self.dropout.joint
         each = {kind.parts[0]: self.uniform(f"dropout/{kind.parts[0]}", places) < self.dropout.each for kind in ENCODERS}
         prior = table.prior[[index for _, index, _ in members]]
@@ -144,15 +146,15 @@ class Draws:
         flipped = (self.uniform("flip", places) < 0.5).tolist() if self.flip else [False] * len(members)
         return batch, captions, flipped
 
-    def uniform(self, purpose: str, places: Sequence[tuple[int, str]]) -> Tensor:
-        """[N] float32 in [0, 1), one at each (epoch, id)."""
-        return torch.tensor([uniform(self.seed, purpose, *place) for place in places])
+    def uniform(self, purpose: str, places: Sequence[bytes]) -> Tensor:
+        """[N] float32 in [0, 1), one at each place, an encoded epoch and id."""
+        return torch.tensor(uniforms(encoded(self.seed, purpose), places))
 
-    def normal(self, purpose: str, places: Sequence[tuple[int, str]], shape: tuple[int, int, int]) -> Tensor:
+    def normal(self, purpose: str, places: Sequence[bytes], shape: tuple[int, int, int]) -> Tensor:
         """[N, *shape] float32, standard normal."""
-        found, source = torch.empty(len(places), *shape), torch.Generator()
+        found, source, begins = torch.empty(len(places), *shape), torch.Generator(), encoded(self.seed, purpose)
         for row, place in zip(found, places, strict=True):
-            torch.randn(shape, generator=source.manual_seed(seed_of(self.seed, purpose, *place)), out=row)
+            torch.randn(shape, generator=source.manual_seed(hashed(begins + place)), out=row)
         return found
 
 

@@ -27,6 +27,7 @@ def tested(file: Path, left: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", str(file)]
+        command += ["-o", "addopts=-ra --import-mode=importlib"]  # in one process, with whatever of pytest is there
         command += os.environ.get("KIT_PYTEST", "").split()
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(30, left))
         if not report.exists():

@@ -178,7 +178,8 @@ def test_seven_images_give_seven_losses_each_its_own(quantity, name):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize(
-    "weighting", [*WEIGHTINGS.values(), *(MinSNR(quantity=quantity) for quantity in QUANTITIES)], ids=str
+    "weighting", [*WEIGHTINGS.values(), *(MinSNR(quantity=quantity) for quantity in QUANTITIES)],
+    ids=lambda weighting: getattr(weighting, "__name__", str(weighting)),
 )
 def test_weights_are_finite_and_not_negative_up_to_the_ends(weighting, schedule):
     t = torch.tensor([0.0, 1e-30, 1e-7, 0.3, 1 - 6e-8, 1.0])
