@@ -215,6 +215,7 @@ except Exception as error:
     assert "8.png" in str(error), error
 else:
     raise AssertionError("no error")
+accelerator.end_training()  # or gloo's threads are still there when the process ends
 """
 
 
