@@ -98,6 +98,8 @@ def fill(run: "RunConfig") -> None:
         captions = len({caption for sample in data.samples for caption in sample.captions})
         show(data.cache.folder, data.contents(before, made), seconds)
         print(f"{count(len(data.samples), 'picture')}, {count(captions, 'caption')}", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # or its threads are still there when the process ends
 
 
 def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -> None:

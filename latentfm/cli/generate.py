@@ -4,7 +4,7 @@ import secrets
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -29,7 +29,9 @@ from latentfm.words import count as count_of
 from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
+
+    from latentfm.pipeline import LatentFMPipeline
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -119,9 +121,7 @@ def generate(
         check_at_most({"--grid of pictures,": (count, MOST_AT_ONCE)})
     if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
         raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
-    sampler = Sampler(
-        steps, guidance, solver, schedule, shift, guidance_rule, guidance_rescale, guidance_interval, zero_init, noise
-    )
+    sampler = Sampler(steps, guidance, solver, schedule, shift, guidance_rule, guidance_rescale, guidance_interval, zero_init, noise)
     if (reference is None) == (guidance_rule == "autoguidance"):
         raise InputError("--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
     if solver == "dormand_prince":
@@ -142,8 +142,6 @@ def generate(
             raise InputError(f"--lora {shown(path)} does not exist; a training writes one to OUTPUT/lora")
         if (path / "lora").is_dir() and not any(path.glob("*.safetensors")):
             raise InputError(f"--lora {shown(path)} holds no LoRA; did you mean {shown(path / 'lora')}?")
-
-    from latentfm.pictures import cell
 
     quiet_libraries()
     with progress_bar() as bar:
@@ -179,38 +177,51 @@ def generate(
             "attention": attention,
             **versions(),
         }
-        with_grid = count > 1 and (count <= GRID_UP_TO if grid is None else grid)
-        made, thumbnails, saved, failures = [], [], 0, Failures(count)
-
         bar.update(task, description="drawing", total=count * steps)
         move(pipe, chosen)
         arguments = {"negative_prompt": negative or None, "height": height, "width": width, **asdict(sampler)}
         if weaker is not None:
             arguments["reference"] = weaker.to(chosen)
-        for start in range(0, count, batch):
-            part = [(texts[index // number], seed + index) for index in range(start, min(start + batch, count))]
-            images = draw(pipe, part, arguments, lambda pictures: bar.advance(task, pictures))
-            bar.update(task, completed=(start + len(part)) * steps)
-            with uninterrupted():  # what is drawn is saved, and told
-                for (text, picture_seed), image in zip(part, images, strict=True):
-                    if isinstance(image, InputError):
-                        failures.tell(text, picture_seed, image, bar)
-                        continue
-                    own = {"prompt": text, "seed": picture_seed}
-                    path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
-                    saved += 1
-                    if with_grid:
-                        made.append({"file": path.name, **own, "prompt": shortened(text, MOST_IN_SHEET)})
-                        thumbnails.append(cell(image))
-                    show(path, bar)
-            if not saved and failures.number >= ENOUGH:
-                break
-        if with_grid and thumbnails:
-            sheet = contact_sheet(thumbnails, [(picture["prompt"], picture["seed"]) for picture in made], number, len(texts))
-            show(save(sheet, out, f"grid-{seed}", settings | {"seed": seed, "pictures": made}), bar)
-        if getattr(sys.stdout, "lost", False):
-            say(f"note: standard output was closed; {count_of(saved, 'picture')} saved in {out}", bar)
-        failures.raise_any(saved)
+        with_grid = count > 1 and (count <= GRID_UP_TO if grid is None else grid)
+        draw_all(pipe, texts, number, seed, batch, arguments, settings, out, with_grid, bar, task)
+
+
+def draw_all(
+    pipe: "LatentFMPipeline", texts: list[str], number: int, seed: int, batch: int, arguments: dict[str, Any], settings: dict[str, Any],
+    out: Path, with_grid: bool, bar: "Progress", task: "TaskID",
+) -> None:  # fmt: skip
+    """Draws `number` pictures of each text, a batch at a time, and saves each at once, under its seed and prompt; prints the paths.
+
+    Raises InputError, at the end, for those that could not be drawn.
+    """
+    from latentfm.pictures import cell
+
+    count, steps = len(texts) * number, settings["steps"]
+    made, thumbnails, saved, failures = [], [], 0, Failures(count)
+    for start in range(0, count, batch):
+        part = [(texts[index // number], seed + index) for index in range(start, min(start + batch, count))]
+        images = draw(pipe, part, arguments, lambda pictures: bar.advance(task, pictures))
+        bar.update(task, completed=(start + len(part)) * steps)
+        with uninterrupted():  # what is drawn is saved, and told
+            for (text, picture_seed), image in zip(part, images, strict=True):
+                if isinstance(image, InputError):
+                    failures.tell(text, picture_seed, image, bar)
+                    continue
+                own = {"prompt": text, "seed": picture_seed}
+                path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
+                saved += 1
+                if with_grid:
+                    made.append({"file": path.name, **own, "prompt": shortened(text, MOST_IN_SHEET)})
+                    thumbnails.append(cell(image))
+                show(path, bar)
+        if not saved and failures.number >= ENOUGH:
+            break
+    if with_grid and thumbnails:
+        sheet = contact_sheet(thumbnails, [(picture["prompt"], picture["seed"]) for picture in made], number, len(texts))
+        show(save(sheet, out, f"grid-{seed}", settings | {"seed": seed, "pictures": made}), bar)
+    if getattr(sys.stdout, "lost", False):
+        say(f"note: standard output was closed; {count_of(saved, 'picture')} saved in {out}", bar)
+    failures.raise_any(saved)
 
 
 class Failures:
