@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +21,13 @@ from torch import Tensor
 from latentfm.arguments import generators, names, pair, real_number, tensor, texts, told, whole_number
 from latentfm.bounds import MOST_STEPS, MOST_TOKENS
 from latentfm.errors import InputError
+from latentfm.guided import GuidedVelocity, joined, repeated
 from latentfm.interchange.pipelines import PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.folder import t5_length
-from latentfm.models.mmdit import MMDiT
-from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition, NullCondition, PromptEncoder, PromptParts, assemble, evaluating
-from latentfm.models.velocity import timesteps, velocity
+from latentfm.models.velocity import timesteps
 from latentfm.sampling import Sampler
 from latentfm.words import shown
 
@@ -337,14 +335,6 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
 
-    def precompute(self, times: Tensor) -> Precomputed | None:
-        """What an MMDiT will compute once for all the times it is asked at; None for another network."""
-        return Precomputed(timesteps(times)) if isinstance(self.transformer, MMDiT) else None
-
-    def transformer_cache(self) -> AbstractContextManager[None]:
-        """The context diffusers' feature caches (transformer.enable_cache) work in; nothing where none is on."""
-        return self.transformer.cache_context("guided") if getattr(self.transformer, "is_cache_enabled", False) else nullcontext()
-
     def assemble(self, parts: PromptParts) -> Condition:
         config = self.transformer.config
         return assemble(parts, config.joint_attention_dim, config.pooled_projection_dim)
@@ -368,44 +358,6 @@ class LatentFMPipeline(PipelineFiles, DiffusionPipeline):
         if len(prompts) != count:
             raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
         return self.assemble(self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts)))
-
-
-class GuidedVelocity:
-    """The field that a call's solver integrates: the network's velocity at (x, t) for the condition, guided as the sampler says.
-
-    condition: of a guided call the rows guided against, then the prompts'; with a reference network the prompts' alone.
-    """
-
-    def __init__(self, pipe: LatentFMPipeline, sampler: Sampler, grid: Tensor, condition: Condition, reference: torch.nn.Module | None):
-        self.pipe, self.sampler, self.condition, self.reference = pipe, sampler, condition, reference
-        self.moving_from, self.times = grid[sampler.zero_init], sampler.times(grid)
-        self.precomputed = pipe.precompute(self.times)
-
-    def change(self, embeds: Tensor | None, pooled: Tensor | None) -> None:
-        """Takes on a condition that a callback gave; None is as before."""
-        before = self.condition
-        self.condition = Condition(before.embeds if embeds is None else embeds, before.pooled if pooled is None else pooled)
-        if self.condition.embeds is not before.embeds or self.condition.pooled is not before.pooled:
-            self.precomputed = self.pipe.precompute(self.times)
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        pipe, sampler, network = self.pipe, self.sampler, self.pipe.transformer
-        if pipe.interrupt or (sampler.zero_init and t < self.moving_from):
-            return torch.zeros_like(x)
-        pipe._evaluations += 1
-        guiding = pipe.do_classifier_free_guidance and sampler.guides_at(t)  # asked at each step, since a callback may end it
-        with pipe.transformer_cache():
-            if guiding and self.reference is None:
-                weaker, conditional = velocity(network, torch.cat([x, x]), t, self.condition, precomputed=self.precomputed).chunk(2)
-            else:
-                whole = len(self.condition.embeds) == len(x)
-                rows = self.condition if whole else last_rows(self.condition, len(x))
-                conditional = velocity(network, x, t, rows, precomputed=self.precomputed if whole else None)
-        if not guiding:
-            return conditional
-        if self.reference is not None:
-            weaker = velocity(self.reference, x, t, self.condition)
-        return sampler.guided(conditional, weaker, x, t, pipe.guidance_scale)
 
 
 def callback_tensors(callback: Any, inputs: Any, known: list[str]) -> list[str]:
@@ -436,18 +388,3 @@ def aligned(given: str | list[str] | None, prompts: list[str]) -> list[str] | No
     if len(given) != len(prompts):
         raise InputError(f"{len(given)} texts for another encoder beside {len(prompts)} prompts; give one for each, or a single one")
     return list(given)
-
-
-def repeated(condition: Condition, times: int, device: torch.device) -> Condition:
-    """Each row `times` times, next to each other, on `device`."""
-    return Condition(*(v.to(device).repeat_interleave(times, dim=0) for v in (condition.embeds, condition.pooled)))
-
-
-def last_rows(condition: Condition, count: int) -> Condition:
-    """The last `count` rows: of a guided batch, those of the prompts."""
-    return Condition(condition.embeds[-count:], condition.pooled[-count:])
-
-
-def joined(first: Condition, second: Condition) -> Condition:
-    """The rows of both, as one batch."""
-    return Condition(torch.cat([first.embeds, second.embeds]), torch.cat([first.pooled, second.pooled]))
