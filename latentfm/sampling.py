@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
     from latentfm.config import SampleOptions
 
-Solver = Literal["euler", "midpoint", "heun", "rk4", "adams_bashforth2", "dormand_prince", "euler_maruyama", "stochastic_heun"]
+# the solvers of flow.ode and flow.sde, and how often each evaluates the network a step; None: as its tolerance needs
+SOLVERS = {
+    "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "adams_bashforth2": 1, "dormand_prince": None,
+    "euler_maruyama": 1, "stochastic_heun": 2,
+}  # fmt: skip
+Solver = Literal[tuple(SOLVERS)]
 Schedule = Literal["model", "uniform", "diffusers", "karras", "beta"]
 Guidance = Literal["cfg", "cfg_zero_star", "apg", "autoguidance"]
 
@@ -25,8 +30,7 @@ Guidance = Literal["cfg", "cfg_zero_star", "apg", "autoguidance"]
 class Sampler:
     """How pictures are drawn. The defaults are StableDiffusion3Pipeline's: Euler's method on the model's own schedule, guided by CFG.
 
-    num_inference_steps: intervals of the schedule. The network is evaluated as often by euler, adams_bashforth2 and euler_maruyama, twice
-        as often by midpoint, heun and stochastic_heun, four times by rk4, and as its tolerance needs by dormand_prince.
+    num_inference_steps: intervals of the schedule. How often the network is evaluated in each is in SOLVERS.
     guidance_scale: w; 1 or less is no guidance.
     solver: of flow.ode, or of flow.sde, which draws fresh noise at each step.
     schedule: "model", the times that the model's own scheduler visits, or one of flow.grids.
@@ -53,7 +57,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         for what, value, known in (
-            ("solver", self.solver, get_args(Solver)),
+            ("solver", self.solver, tuple(SOLVERS)),
             ("schedule", self.schedule, get_args(Schedule)),
             ("guidance", self.guidance, get_args(Guidance)),
         ):

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "models": LEAVES | {"flow"},
     "interchange": LEAVES | {"models"},
     "data": LEAVES | {"flow", "models", "interchange", "config"},
-    "planning": LEAVES | {"config", "models", "data"},
+    "planning": LEAVES | {"config", "models", "data", "sampling"},
     "sampling": {"errors", "words", "flow", "models", "config"},
     "pipeline": LEAVES | {"flow", "models", "interchange", "sampling", "guided"},
     "guided": {"models", "sampling", "pipeline"},

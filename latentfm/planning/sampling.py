@@ -9,9 +9,7 @@ from latentfm.planning.devices import Device
 from latentfm.planning.memory import Phase, drawing_phases, fullest
 from latentfm.planning.model import ModelSpec
 from latentfm.planning.training import WIDTHS
-
-# how often a solver of latentfm.flow evaluates the network a step; dormand_prince does as its tolerance needs
-EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "adams_bashforth2": 1, "euler_maruyama": 1, "stochastic_heun": 2}
+from latentfm.sampling import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,9 @@ class Sampling:
     solver: str = "euler"
 
     def __post_init__(self) -> None:
-        if self.solver not in EVALUATIONS:
-            raise InputError(f"how often {self.solver} evaluates the network is not known beforehand; plan with {', '.join(EVALUATIONS)}")
+        if SOLVERS[self.solver] is None:
+            others = ", ".join(name for name, evaluations in SOLVERS.items() if evaluations)
+            raise InputError(f"how often {self.solver} evaluates the network is not known beforehand; plan with {others}")
 
     @property
     def each(self) -> int:
@@ -54,7 +53,7 @@ class Sampling:
     def flops(self) -> dict[str, dict[str, int]]:
         """FLOP of one picture by part: of one forward pass, and of all its steps and decoding."""
         once = forward_flops(self.model.network, self.model.image_tokens(self.size), self.text_tokens)
-        evaluations = self.steps * EVALUATIONS[self.solver] * (1 + (self.guidance > 1))
+        evaluations = self.steps * SOLVERS[self.solver] * (1 + (self.guidance > 1))
         decoding = self.model.decoder.flops(self.size[0] * self.size[1])
         return {"forward": once, "picture": {"the network's steps": evaluations * sum(once.values()), "decoding": decoding}}
 
