@@ -59,16 +59,16 @@ class StepSums:
         self.stop.fill_(stop)
         own = [getattr(self, field.name) for field in fields(self)]
         summed = accelerator.reduce(torch.cat([tensor.reshape(-1) for tensor in own]), "sum")
-        *found, norm = torch.cat([summed, gradient_norm.view(1)]).cpu().split([*(tensor.numel() for tensor in own), 1])
-        total = StepSums(*found)
-        counts = total.count_by_t.tolist()
+        numbers = iter(torch.cat([summed, gradient_norm.view(1)]).tolist())
+        loss, stopped, prior_loss, prior_count = (next(numbers) for _ in range(4))
+        by_t, counts = ([next(numbers) for _ in range(INTERVALS)] for _ in range(2))
         return StepFigures(
-            loss=total.loss.item() / accelerator.num_processes,
-            gradient_norm=norm.item(),
-            prior_loss=(total.prior_loss / total.prior_count).item() if total.prior_count else None,
-            loss_by_t=[value / count if count else None for value, count in zip(total.loss_by_t.tolist(), counts, strict=True)],
+            loss=loss / accelerator.num_processes,
+            gradient_norm=next(numbers),
+            prior_loss=prior_loss / prior_count if prior_count else None,
+            loss_by_t=[value / count if count else None for value, count in zip(by_t, counts, strict=True)],
             count_by_t=[int(count) for count in counts],
-            stop=total.stop.item() > 0,
+            stop=stopped > 0,
         )
 
 
