@@ -75,6 +75,7 @@ launcher=$!
 trap "pkill -USR1 -P $launcher" USR1
 wait "$launcher" && status=0 || status=$?
 while kill -0 "$launcher" 2> /dev/null; do wait "$launcher" && status=0 || status=$?; done  # a signal ends a wait
+wait "$launcher" && status=0 || status=$?  # what it ended with, if a signal came last
 exit "$status"
 '
 export CONFIG="$config" NODES="$nodes" PROCESSES=$((nodes * gpus)) FIRST="$first" PORT="$port"
@@ -98,6 +99,7 @@ stop() {
 trap stop USR1
 wait "$step" && status=0 || status=$?
 while kill -0 "$step" 2> /dev/null; do wait "$step" && status=0 || status=$?; done
+wait "$step" && status=0 || status=$?
 
 if [ -n "$stopped" ] && [ ! "$out/model" -nt "$began" ] && { [ "$status" -eq 0 ] || [ "$status" -gt 128 ]; }; then
     echo "saved; back into the queue"
