@@ -7,6 +7,7 @@ from collections.abc import Iterable
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # of bytes
 
 
 def shown(text: object, most: int | None = None) -> str:
@@ -36,3 +37,9 @@ def listed(names: Iterable[object], most: int = 4) -> str:
     names = list(names)
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(shown(name, 200) for name in names[:most]) + rest
+
+
+def in_units(size: float) -> str:
+    """Bytes in words: "4.34 GB"."""
+    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "")
+    return f"{size / UNITS[unit]:.2f} {unit}" if unit else f"{size} bytes"

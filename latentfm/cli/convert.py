@@ -10,15 +10,14 @@ import typer
 from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
 from latentfm.errors import InputError
-from latentfm.words import shown
+from latentfm.models.folder import GROUPS
+from latentfm.words import UNITS, shown
 
 if TYPE_CHECKING:
     from latentfm.interchange.conversion import Conversion
 
 DTYPES = ("float16", "bfloat16", "float32")
 NAMINGS = ("original", "diffusers")
-GROUPS = ("transformer", "vae", "text")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SHARD_SIZE = "10GB"
 
 
@@ -122,7 +121,7 @@ def wanted_groups(text: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
-        check_name("--with", name, GROUPS)
+        check_name("--with", name, tuple(GROUPS))
     return names
 
 

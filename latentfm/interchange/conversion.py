@@ -15,13 +15,9 @@ from latentfm.interchange.lora_names import ENCODERS
 from latentfm.interchange.tensors import Tensors, target_dtype, written_bytes
 from latentfm.interchange.weights import Weights, architecture, completed, open_weights
 from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
-from latentfm.models.encoders import TEXT
-from latentfm.models.folder import PARTS
+from latentfm.models.folder import GROUPS, PARTS
 from latentfm.models.manifest import write_manifest
-from latentfm.words import count, shown
-
-GROUPS = {"transformer": ("transformer",), "vae": ("vae",), "text": TEXT}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from latentfm.words import count, in_units, shown
 
 
 class Conversion(NamedTuple):
@@ -147,9 +143,3 @@ def row(name: str, tensors: Tensors, dtype: torch.dtype | None, source: str, tar
     kinds = before if before == after else f"{before} -> {after}"
     parameters = sum(stored.numel for stored in tensors.values())
     return [name, f"{len(tensors):,}", f"{parameters:,}", kinds, in_units(written_bytes(tensors, dtype)), source, target]
-
-
-def in_units(size: float) -> str:
-    """Bytes in words: "4.34 GB"."""
-    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "")
-    return f"{size / UNITS[unit]:.2f} {unit}" if unit else f"{size} bytes"

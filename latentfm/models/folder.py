@@ -16,6 +16,7 @@ from latentfm.words import shown
 
 INFO_FILE, INDEX_FILE = "latentfm.json", "model_index.json"
 PARTS = ("transformer", "vae", *TEXT)
+GROUPS = {"transformer": ("transformer",), "vae": ("vae",), "text": TEXT}  # as people ask for parts
 LIBRARIES = ("diffusers", "transformers")  # what a component's class may be of; nothing else is imported because a file names it
 COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # a component's name, which is its folder's, and a class's
 

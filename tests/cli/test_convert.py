@@ -15,8 +15,8 @@ from latentfm.cli.convert import parse_bytes
 from latentfm.cli.main import app
 from latentfm.errors import InputError
 from latentfm.interchange import conversion
-from latentfm.interchange.conversion import in_units
 from latentfm.interchange.weights import open_weights
+from latentfm.words import in_units
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
