@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models import attention_processor
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 
@@ -15,15 +16,18 @@ from latentfm.models.packing import Heads, each_with_its_own
 PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
 
 
-class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
+class Attention(FusedProjections, AttentionModuleMixin, attention_processor.Attention):
     """Attention over [image, text] tokens, each modality with its own projections.
 
     joint=False leaves the text out (SD3.5's second attention). context_pre_only drops the text's output projection and with it
-    the text's queries, as in the last block. qk_norm is None or "rms_norm" (per head, eps 1e-6).
+    the text's queries, as in the last block. qk_norm is None or "rms_norm" (per head, eps 1e-6). It is one of diffusers' by class alone,
+    for those who look for these (PAG): nothing of theirs is built or run.
     """
 
+    is_cross_attention = False
+
     def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None, joint: bool, context_pre_only: bool = False):
-        super().__init__()
+        nn.Module.__init__(self)
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm must be None or 'rms_norm', got {qk_norm!r}")
         self.heads, self.joint, self.context_pre_only = heads, joint, context_pre_only
