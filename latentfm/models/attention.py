@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models import attention_processor
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 

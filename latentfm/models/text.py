@@ -205,8 +205,8 @@ class PromptEncoder:
         for index, (kind, _, encoder) in enumerate(self.rows()):
             if encoder is None:
                 continue
-            whole = chunks == 1 or kind.family is not CLIP
-            ids = self.tokenize(index, prompts[index], self.lengths(t5_length)[index]) if whole else self.pieces(index, prompts[index], chunks)
+            whole, texts = chunks == 1 or kind.family is not CLIP, prompts[index]
+            ids = self.tokenize(index, texts, self.lengths(t5_length)[index]) if whole else self.pieces(index, texts, chunks)
             ids = ids.to(encoder.device)
             out = encoder(ids, output_hidden_states=kind.family is CLIP)
             if kind.family is CLIP and clip_skip + 2 > len(out.hidden_states):

@@ -72,10 +72,10 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
-def run(pipe: Any, seed: int | list[int] = 0, **changes: Any) -> Tensor:
-    """The latents, or what else is asked for, of BASE with `changes`."""
+def run(pipe: Any, seeds: int | list[int] = 0, **changes: Any) -> Tensor:
+    """The latents, or what else is asked for, of BASE with `changes`; `seeds` makes one generator, or one for each picture."""
     make = torch.Generator
-    generator = make().manual_seed(seed) if isinstance(seed, int) else [make().manual_seed(each) for each in seed]
+    generator = make().manual_seed(seeds) if isinstance(seeds, int) else [make().manual_seed(each) for each in seeds]
     torch.manual_seed(5)  # for schedulers that draw noise
     found = pipe(**{"generator": generator, **BASE, **changes}).images
     return torch.as_tensor(np.stack([np.asarray(each) for each in found])) if not torch.is_tensor(found) else found
@@ -222,7 +222,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "prompt_2, prompt_3": {"prompt_2": OTHER, "prompt_3": "two green trees"}, "height, width": {"height": 24, "width": 48},
     "max_sequence_length 64": {"max_sequence_length": 64}, "latents": {"latents": LATENTS}, "two prompts": {"prompt": [PROMPT, OTHER]},
     "num_images_per_prompt": {"prompt": [PROMPT, OTHER], "num_images_per_prompt": 2},
-    "generators": {"prompt": [PROMPT, OTHER], "seed": [3, 4]},
+    "generators": {"prompt": [PROMPT, OTHER], "seeds": [3, 4]},
     "negatives in a list": {"prompt": [PROMPT, OTHER], "negative_prompt": ["the moon", ""]},
     "sigmas": {"sigmas": [1.0, 0.7, 0.3]}, "clip_skip 0": {"clip_skip": 0}, "clip_skip 1": {"clip_skip": 1},
     "joint_attention_kwargs {}": {"joint_attention_kwargs": {}},
@@ -237,7 +237,7 @@ REDRAW: dict[str, dict[str, Any]] = {
     "image as an array": {"image": np.asarray(picture(), np.float32)[None] / 255}, "image of another size": {"image": picture(side=50)},
     "image as latents": {"image": LATENTS * 0.5}, "two prompts": {"prompt": [PROMPT, OTHER]}, "latents": {"latents": LATENTS},
     "sigmas": {"sigmas": [1.0, 0.8, 0.5, 0.2]}, "clip_skip": {"clip_skip": 1}, "two images": {"prompt": [PROMPT, OTHER],
-    "image": [picture(), picture(2)]}, "generators": {"prompt": [PROMPT, OTHER], "image": [picture(), picture(2)], "seed": [3, 4]},
+    "image": [picture(), picture(2)]}, "generators": {"prompt": [PROMPT, OTHER], "image": [picture(), picture(2)], "seeds": [3, 4]},
     "output_type np": {"output_type": "np"},
 }  # fmt: skip
 FILL: dict[str, dict[str, Any]] = {
@@ -366,7 +366,7 @@ ROWS: dict[str, Callable[[Pipes], Any]] = {
     "error: embeds without pooled": lambda p: error(lambda: run(p.draw, prompt=None, prompt_embeds=torch.zeros(1, 32, 48))),
     "error: unknown callback tensor": lambda p: error(lambda: run(p.draw, callback_on_step_end_tensor_inputs=["nothing"])),
     "error: strength 2": lambda p: error(lambda: run(p.redraw, image=picture(), strength=2.0)),
-    "error: generators": lambda p: error(lambda: run(p.draw, seed=[1, 2])),
+    "error: generators": lambda p: error(lambda: run(p.draw, seeds=[1, 2])),
     "error: negative prompts": lambda p: error(lambda: run(p.draw, negative_prompt=["a", "b"])),
 }  # fmt: skip
 # rounding grows where a scheduler divides by the last noise level, a thousandth
