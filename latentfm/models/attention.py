@@ -5,18 +5,15 @@ from typing import Any
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from latentfm.models.backends import Backend, attend
+from latentfm.models.backends import Backend, Processed, attend
 from latentfm.models.fused_qkv import FusedProjections, apart
 from latentfm.models.kernels import HeadNorm, unread
 from latentfm.models.packing import Heads, each_with_its_own
 
-PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
 
-
-class Attention(FusedProjections, AttentionModuleMixin, attention_processor.Attention):
+class Attention(Processed, FusedProjections, AttentionModuleMixin, attention_processor.Attention):
     """Attention over [image, text] tokens, each modality with its own projections.
 
     joint=False leaves the text out (SD3.5's second attention). context_pre_only drops the text's output projection and with it
@@ -47,16 +44,6 @@ class Attention(FusedProjections, AttentionModuleMixin, attention_processor.Atte
             self.norm_added_q, self.norm_added_k = norm(), norm()
             if not context_pre_only:
                 self.to_add_out = nn.Linear(inner, dim)
-
-    def set_processor(self, processor: Any) -> None:
-        """Has a processor of diffusers' compute the attention (an IP-Adapter's, PAG's); a plain one of theirs gives it back to us.
-
-        Raises ValueError for what cannot be called.
-        """
-        if not (callable(processor) or isinstance(processor, Backend)):
-            raise ValueError(f"MMDiT's attention takes a processor of diffusers', got {type(processor).__name__}")
-        self._modules.pop("processor", None)  # an IP-Adapter's has weights
-        self.processor = Backend() if type(processor) in PLAIN_PROCESSORS else processor
 
     def forward(
         self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None, **extra: Any
