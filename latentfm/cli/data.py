@@ -104,7 +104,7 @@ def check(
         number, seed = run.validation.held_out, run.train.seed
         report = examine(dataset, plan, encoder, start, lambda samples: split_held_out(samples, number, seed)[1])
         if target is not None:
-            sheet = contact_sheet(dataset.samples, report, plan, pictures, start("cropping", min(pictures, report.findings["used"])))
+            sheet = contact_sheet(report.placement, pictures, start("cropping", min(pictures, report.findings["used"])))
     findings = report.findings
     if as_json:
         print(json.dumps(findings, indent=2))

@@ -170,7 +170,7 @@ class Trainer:
             "trained": self.weights.trained_size,
             "pictures": len(self.data.samples) - len(self.held_out),
             "held_out": len(self.held_out),
-            "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch, 3),
+            "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch(), 3),
             "no_condition": round(self.dropout.p_unconditional(encoders), 4),
             "versions": versions,
         }

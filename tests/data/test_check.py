@@ -313,7 +313,7 @@ def test_the_sheet_shows_the_pixels_that_are_trained_worst_crops_first(tmp_path,
         put(tmp_path / "p", f"{i:02d}.png", picture(i, *size), f"caption {i}")
     dataset = read_folder(tmp_path / "p")
     report = check(dataset, PLAN, encoder)
-    sheet = contact_sheet(dataset.samples, report, PLAN, 100)
+    sheet = contact_sheet(report.placement, 100)
     assert sorted(crop.name for crops in sheet for crop in crops) == [f"{i:02d}.png" for i in range(len(sizes))]
     for (width, height), crops in zip(PLAN.buckets.shapes, sheet, strict=True):
         assert [crop.lost for crop in crops] == sorted((crop.lost for crop in crops), reverse=True)
@@ -321,7 +321,7 @@ def test_the_sheet_shows_the_pixels_that_are_trained_worst_crops_first(tmp_path,
             assert np.array_equal(np.asarray(crop.image), load(tmp_path / "p" / crop.name, Transform(height, width)))
             assert crop.size == sizes[int(crop.name[:2])] and crop.caption == f"caption {int(crop.name[:2])}"
             assert crop.lost == PLAN.buckets.of([crop.size])[1].item() and crop.scale == max(width / crop.size[0], height / crop.size[1])
-    few = contact_sheet(dataset.samples, report, PLAN, 4)
+    few = contact_sheet(report.placement, 4)
     assert [len(crops) for crops in few] == quotas([len(crops) for crops in sheet], 4) and sum(map(len, few)) == 4
     assert all([crop.name for crop in some] == [crop.name for crop in crops[: len(some)]] for some, crops in zip(few, sheet, strict=True))
 
@@ -356,7 +356,7 @@ def test_the_page_is_complete_in_itself_and_shows_texts_as_they_are(tmp_path, en
         put(tmp_path / "p", f"{i} <i>&.png", picture(i), text)
     dataset = read_folder(tmp_path / "p")
     report = check(dataset, PLAN, encoder)
-    made = page(report.findings, contact_sheet(dataset.samples, report, PLAN, 2))
+    made = page(report.findings, contact_sheet(report.placement, 2))
     tags = Tags()
     tags.feed(made)
     assert not tags.open and len(tags.links) == 2 and all(link.startswith("data:image/jpeg;base64,") for link in tags.links)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import posixpath
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -97,6 +97,14 @@ class Dataset:
     def pictures(self) -> int:
         """How many pictures there are, used or not."""
         return len(self.samples) if self.found is None else self.found
+
+    def problems_by_reason(self, used: bool) -> dict[str, list[str]]:
+        """What is not used, or what is `used` and only said, by its reason."""
+        found: dict[str, list[str]] = {}
+        for problem in self.problems:
+            if problem.used == used:
+                found.setdefault(problem.reason, []).append(problem.path)
+        return found
 
 
 @dataclass(frozen=True)
@@ -236,11 +244,9 @@ def summary(dataset: Dataset) -> str:
             f"{shown(share.source)}: {count(number, 'picture')}, {share.rate:g} x an epoch"
             + (", a regularisation set" if share.regularisation else "")
         )
-    kinds = defaultdict(list)
-    for problem in dataset.problems:
-        kinds[problem.used, problem.reason].append(problem.path)
-    for (used, reason), paths in sorted(kinds.items(), key=lambda item: item[0][0]):
-        lines.append(f"{'used' if used else 'not used'}, {shown(reason)}: {len(paths):,} ({listed(paths, NAMES_SHOWN)})")
+    for used, what in ((False, "not used"), (True, "used")):
+        for reason, paths in dataset.problems_by_reason(used).items():
+            lines.append(f"{what}, {shown(reason)}: {len(paths):,} ({listed(paths, NAMES_SHOWN)})")
     return "\n".join(lines)
 
 
