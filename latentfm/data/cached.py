@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from latentfm.data.cache.entries import Entries
 from latentfm.data.cache.fill import Job, Made
 from latentfm.data.cache.store import key_of
-from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Routing
+from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
 from latentfm.data.prepared import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, PreparedData
 from latentfm.data.sources import Sample
 from latentfm.data.sources.base import sha256
@@ -181,6 +182,38 @@ class CachedData(PreparedData):
             more = (len(there), new, int(self.cache.index["length"][there].sum()))
             found[job.kind] = tuple(a + b for a, b in zip(found[job.kind], more, strict=True))
         return found
+
+
+class CachedReader(Reader):
+    """Micro-batches out of the cache.
+
+    `moments` has an entry for each sample as it is and, with flips, one for each mirrored, after one another; `prompts` has one
+    for each of the table's texts, by length; `masks` one for each that `mask_of` [N, flips] numbers, -1 where a sample has none.
+    """
+
+    def __init__(
+        self, table: SampleTable, draws: Draws, moments: Entries, prompts: dict[int, Entries], masks: Entries | None = None,
+        mask_of: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.table, self.draws = table, draws
+        self.moments, self.prompts, self.masks, self.mask_of = moments, prompts, masks, mask_of
+
+    def __getitem__(self, request: Request) -> Batch:
+        members, t5_length = request
+        step = 2 if self.draws.flip else 1
+        channels, height, width = dict(self.moments.layout(members[0][1] * step).shapes)["moments"]
+        batch, captions, flipped = self.draws.make(self.table, members, (channels // 2, height, width))
+        chosen = [(index, int(flip)) for (_, index, _), flip in zip(members, flipped, strict=True)]
+        masks = (
+            [] if self.masks is None else [self.masks.read(place)["mask"] if (place := self.mask_of[at]) >= 0 else None for at in chosen]
+        )
+        return replace(
+            batch,
+            moments=self.moments.stack([index * step + flip for index, flip in chosen])["moments"].float(),
+            parts=PromptParts(**self.prompts[t5_length].stack(captions)),
+            mask=stacked_masks(masks, height, width),
+            t5_length=t5_length,
+        )
 
 
 def masks_of(masks: Sequence[Tensor | None]) -> list[dict[str, Tensor] | None]:
