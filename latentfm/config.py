@@ -1,5 +1,6 @@
 """A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides to any depth."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+SourceKind = Literal["folder", "parquet", "webdataset", "datasets"]  # each with its reader in data.sources.several
+
+
 class ModelOptions(Section):
     """Where the network and its frozen encoders come from."""
 
@@ -38,7 +42,7 @@ class SourceOptions(Section):
     split: str | None = Field(None, description="of a dataset: train if not given")
     revision: str | None = Field(None, description="of a dataset on the hub")
     streaming: bool = Field(False, description="read a dataset in order instead of downloading it whole")
-    kind: Literal["folder", "parquet", "webdataset", "datasets"] | None = Field(None, description="told by what is there if not given")
+    kind: SourceKind | None = Field(None, description="told by what is there if not given")
     name: str | None = Field(None, description="stands before the ids of its samples; the last part of the path if not given")
     image_column: str | None = None
     caption_columns: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
@@ -61,6 +65,16 @@ class SourceOptions(Section):
         if self.caption_columns == {}:
             raise ValueError("caption_columns names no column; leave it out or name one")
         return self
+
+    @property
+    def place(self) -> str:
+        """Where it is: a path, an fsspec URL or the name of a dataset."""
+        return self.path or self.url or self.dataset
+
+    @property
+    def title(self) -> str:
+        """What the ids of its samples begin with."""
+        return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
 
 
 class DataOptions(Section):

@@ -204,9 +204,8 @@ class CachedReader(Reader):
         channels, height, width = dict(self.moments.layout(members[0][1] * step).shapes)["moments"]
         batch, captions, flipped = self.draws.make(self.table, members, (channels // 2, height, width))
         chosen = [(index, int(flip)) for (_, index, _), flip in zip(members, flipped, strict=True)]
-        masks = (
-            [] if self.masks is None else [self.masks.read(place)["mask"] if (place := self.mask_of[at]) >= 0 else None for at in chosen]
-        )
+        places = [] if self.mask_of is None else [self.mask_of[at] for at in chosen]
+        masks = [None if place < 0 else self.masks.read(place)["mask"] for place in places]
         return replace(
             batch,
             moments=self.moments.stack([index * step + flip for index, flip in chosen])["moments"].float(),

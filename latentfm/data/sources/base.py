@@ -4,7 +4,7 @@ import hashlib
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
@@ -119,13 +119,17 @@ class Columns:
     mask: str | None = None
     caption: str | None = None
 
+    def check_in(self, names: Collection[str], otherwise: str) -> None:
+        """Raises InputError, beginning with `otherwise`, for a column that is not among `names`."""
+        for wanted in (self.image, self.mask, *self.captions):
+            if wanted is not None and wanted not in names:
+                raise InputError(f"{otherwise} '{shown(wanted)}'{shown(nearest(wanted, names))}; there are {listed(names, 50)}")
+
     def found_in(self, names: Iterable[str], where: str) -> "Columns":
         """These columns, the ones left open chosen among `names`. Raises InputError for one that is not there."""
         names = list(names)
+        self.check_in(names, f"{shown(where)} has no column")
         there = f"there are {listed(names, 50)}"
-        for wanted in (self.image, self.mask, *self.captions):
-            if wanted is not None and wanted not in names:
-                raise InputError(f"{shown(where)} has no column '{shown(wanted)}'{shown(nearest(wanted, names))}; {there}")
         image = self.image or next((name for name in IMAGE_COLUMNS if name in names), None)
         if image is None:
             raise InputError(f"{shown(where)} has no column {' or '.join(IMAGE_COLUMNS)}; name one as image_column, {there}")

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,20 +54,21 @@ def expand(place: str, suffixes: Sequence[str]) -> list[str]:
 
 def braces(name: str) -> list[str]:
     """The names that {first..last} stands for, leading zeros kept: "a-{08..10}" is a-08, a-09, a-10. Raises InputError above FILES."""
-    numbers = [range(int(first), int(last) + 1) for first, last in re.findall(BRACES, name)]
+    parts = re.split(BRACES, name)  # a text, the first and the last number, a text, ...
+    numbers = [range(int(first), int(last) + 1) for first, last in zip(parts[1::3], parts[2::3], strict=True)]
     if math.prod(map(len, numbers)) > FILES or len(numbers) > MOST_BRACES:
         raise InputError(f"{shown(name, 300)} stands for more than {FILES:,} files; name the folder that holds them, or use *")
-    return unfolded_braces(name)
+    written = ([str(number).zfill(len(first)) for number in each] for each, first in zip(numbers, parts[1::3], strict=True))
+    return ["".join(chain.from_iterable(zip_longest(parts[::3], chosen, fillvalue=""))) for chosen in product(*written)]
 
 
-def unfolded_braces(name: str) -> list[str]:
-    """What `braces` gives, however many they are."""
-    match = re.search(BRACES, name)
-    if match is None:
-        return [name]
-    first, last = match.groups()
-    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [whole for number in numbers for whole in unfolded_braces(name[: match.start()] + number + name[match.end() :])]
+def names_of(files: Sequence[str], what: str) -> list[str]:
+    """The names of files, which are `what`, without their folders. Raises InputError when two are the same."""
+    names = [file.rpartition("/")[2] for file in files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        called = f"two {what} are called {shown(twice[0])}"
+        raise InputError(f"{called}: their samples could not be told apart; rename one, or make them two sources")
+    return names
 
 
 def located(url: str) -> tuple[Any, str]:
