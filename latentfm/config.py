@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentfm import option_text
 from latentfm.adapters import ADAPTERS
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
+from latentfm.bundled import bundled_model
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
@@ -30,6 +31,11 @@ class ModelOptions(Section):
     pipeline: str | None = Field(None, description="pipeline folder with VAE and text encoders; the bundled model if not given")
     preset: str | None = Field(None, description="train a new network of this size from scratch, instead of the pipeline's")
     text_encoders: Literal["float32", "bfloat16"] = Field("float32", description="their precision; bfloat16 halves the 19 GiB of T5-XXL")
+
+    @property
+    def folder(self) -> Path:
+        """The pipeline's folder."""
+        return expanded(self.pipeline) if self.pipeline else bundled_model()
 
 
 class SourceOptions(Section):

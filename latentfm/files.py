@@ -128,6 +128,20 @@ def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_o
     return value
 
 
+def existing_parent(place: Path) -> Path:
+    """The path itself, or the nearest one above it that is there."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists() or path.parent == path)
+
+
+def check_can_be_written(folder: Path, option: str) -> None:
+    """Raises InputError where the folder that `option` names cannot be made or written; makes nothing."""
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        raise InputError(f"{option} {folder}: {existing} is a file, not a folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {folder}: no permission to write in {existing}; choose another")
+
+
 def follow_umask(files: Iterable[Path]) -> None:
     """Gives files that were just written the mode that any other new file has: safetensors' own writer leaves its to the owner alone."""
     mask = os.umask(0)

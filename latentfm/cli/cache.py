@@ -9,8 +9,6 @@ import typer
 from latentfm.words import count, shown
 
 if TYPE_CHECKING:
-    import torch
-
     from latentfm.config import RunConfig
     from latentfm.data.cache.store import Cache
 
@@ -71,6 +69,7 @@ def fill(run: "RunConfig") -> None:
     from latentfm.planning.run import plan_run
     from latentfm.training.distributed.processes import find_by_all
     from latentfm.training.models import load_models
+    from latentfm.training.precision import computing_device
     from latentfm.training.records.progress import Progress
     from latentfm.training.samples import prompts_of
 
@@ -85,7 +84,7 @@ def fill(run: "RunConfig") -> None:
     dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
     if processes.rank == 0:
         print(summary(dataset), flush=True)
-    models = load_models(run.model, weights=False, device=device_of(int(os.environ.get("LOCAL_RANK", 0))))
+    models = load_models(run.model, weights=False, device=computing_device(int(os.environ.get("LOCAL_RANK", 0))))
     plan = plan_run(run)
     data = prepared_data(dataset, plan.data, models, run.data, processes)
     before, began = data.existing_keys(), time.monotonic()
@@ -112,15 +111,6 @@ def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -
     pictures = found["moments"][1]
     pace = f", {pictures / seconds:,.1f} images/s" if pictures else ""
     print(f"{sum(size for _, _, size in found.values()) / 2**20:,.1f} MiB in {shown(folder)}, {seconds:.1f} s{pace}")
-
-
-def device_of(local_rank: int) -> "torch.device":
-    """The accelerator of a machine's process `local_rank`, the CPU where there is none."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, local_rank % torch.accelerator.device_count())
 
 
 def check(cache: "Cache") -> None:

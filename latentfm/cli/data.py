@@ -11,7 +11,6 @@ import typer
 
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
-from latentfm.files import expanded
 from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def check(
         check_target(target, overwrite)
     from latentfm.planning.run import plan_run
 
-    folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
+    folder = model_folder(run.model.folder)
     plan = plan_run(run).data
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries

@@ -22,13 +22,13 @@ from latentfm.data.placement import Placement
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError, Problems
-from latentfm.files import expanded
+from latentfm.files import existing_parent, expanded
 from latentfm.planning.devices import GIB, Device
 from latentfm.planning.run import Parallelism, RunPlan, with_precision
 from latentfm.planning.summary import training_summary
 from latentfm.planning.training import cache_bytes, checkpoint_bytes, model_bytes
 from latentfm.training.checkpoint.resuming import check_goes_on
-from latentfm.training.checks import cautions, check, existing_parent
+from latentfm.training.checks import cautions, check
 from latentfm.training.precision import has_bfloat16
 from latentfm.training.validation import split_held_out
 

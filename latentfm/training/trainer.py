@@ -42,7 +42,7 @@ from latentfm.training.distributed.processes import broadcast_from_main, find_by
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.figures import Pace, StepFigures, StepSums
 from latentfm.training.models import load_models
-from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
+from latentfm.training.precision import choose_workspace, compute_dtype, computing_device, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.run_log import RunLog
 from latentfm.training.samples import SamplePictures
@@ -363,8 +363,3 @@ def train(config: RunConfig, resume: bool = False) -> Path:
         print(f"{shown(model.parent)} is finished already")
         return model
     return Trainer(config, resume).train()
-
-
-def computing_device() -> torch.device:
-    """The kind of device that a training computes on here."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
