@@ -10,11 +10,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from latentfm.bounds import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE
 from latentfm.data.cache.entries import Entries
 from latentfm.data.cache.fill import Job, Made
 from latentfm.data.cache.store import key_of
 from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
-from latentfm.data.prepared import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, PreparedData
+from latentfm.data.prepared import PreparedData
 from latentfm.data.sources import Sample
 from latentfm.data.sources.base import sha256
 from latentfm.data.table import SampleTable

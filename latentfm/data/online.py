@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from latentfm.bounds import IMAGES_AT_ONCE
 from latentfm.data.cache.fill import Job
 from latentfm.data.cache.store import key_of
 from latentfm.data.images import apply, decoders, load_mask, opened_rgb
 from latentfm.data.inventory import Inventory, unchanged
 from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
-from latentfm.data.prepared import IMAGES_AT_ONCE, Picture, PreparedData
+from latentfm.data.prepared import Picture, PreparedData
 from latentfm.data.sources import Sample
 from latentfm.data.table import SampleTable
 from latentfm.models.text import NullCondition, PromptParts

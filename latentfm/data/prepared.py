@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentfm.bounds import LARGE
 from latentfm.config import DataOptions
 from latentfm.data.cache.fill import Job, fill
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
@@ -28,8 +29,7 @@ from latentfm.models.text import NullCondition, PromptEncoder, PromptParts
 from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
-IMAGES_AT_ONCE, CAPTIONS_AT_ONCE, TOKENIZED_AT_ONCE = 8, 32, 1024
-LARGE = 512**2  # pixels: pictures beyond it are encoded one by one
+TOKENIZED_AT_ONCE = 1024
 
 Picture = tuple[Sample, bool]  # a sample, and whether it is mirrored
 
