@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentfm import option_text
 from latentfm.adapters import ADAPTERS
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
-from latentfm.bundled import bundled_model
 from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
@@ -31,11 +30,6 @@ class ModelOptions(Section):
     pipeline: str | None = Field(None, description="pipeline folder with VAE and text encoders; the bundled model if not given")
     preset: str | None = Field(None, description="train a new network of this size from scratch, instead of the pipeline's")
     text_encoders: Literal["float32", "bfloat16"] = Field("float32", description="their precision; bfloat16 halves the 19 GiB of T5-XXL")
-
-    @property
-    def folder(self) -> Path:
-        """The pipeline's folder."""
-        return expanded(self.pipeline) if self.pipeline else bundled_model()
 
 
 class SourceOptions(Section):
@@ -341,7 +335,6 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
             raise InputError(f"override '{shown(override, 120)}' should look like section.key=value, {shown(meant, 120)}")
         option_text.put(data, RunConfig, override)
-    option_text.check_names(data, RunConfig)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
@@ -370,9 +363,14 @@ def read_options(path: Path) -> dict[str, Any]:
 
 def in_words(error: ValidationError) -> str:
     """What pydantic found wrong, in one line."""
-    lines, missing = [], []
-    for found in error.errors(include_url=False):
+    lines, missing, errors = [], [], error.errors(include_url=False)
+    if unknown := [found["loc"] for found in errors if found["type"] == "extra_forbidden"]:
+        return option_text.unknown(RunConfig, unknown[0])
+    for found in errors:
         name = ".".join(map(str, found["loc"]))
+        if found["type"] == "model_type" and len(found["loc"]) == 1:
+            known = ", ".join(RunConfig.model_fields[name].annotation.model_fields)
+            return f"section '{name}' should hold options ({known}), it holds {shown(repr(found['input']), 60)}"
         if found["type"] == "missing":
             missing.append({"data": "data.folder", "output": "output.folder"}.get(name, name))  # what such a section needs
         said = found["msg"].removeprefix("Value error, ")

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "files": {"errors", "words"},
     "bounds": set(),
     "arguments": {"errors", "words"},
-    "bundled": {"errors"},
+    "bundled": {"errors", "files"},
     "pictures": {"errors", "files", "words"},
     "quantised": set(),
     "__init__": {"quantised"},

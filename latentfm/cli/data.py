@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentfm.bundled import pipeline_folder
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
 from latentfm.words import listed, shown
@@ -80,7 +81,7 @@ def check(
         check_target(target, overwrite)
     from latentfm.planning.run import plan_run
 
-    folder = model_folder(run.model.folder)
+    folder = model_folder(pipeline_folder(run.model.pipeline))
     plan = plan_run(run).data
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries

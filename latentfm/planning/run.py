@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from latentfm.adapters import ADAPTERS
+from latentfm.bundled import pipeline_folder
 from latentfm.config import DataOptions, RunConfig, TrainOptions
 from latentfm.data.buckets import Buckets, DataPlan, base_shape
 from latentfm.errors import InputError, Problems
@@ -100,7 +101,8 @@ def plan_run(config: RunConfig, parallelism: Parallelism | None = None, model: M
     """
     parallelism = parallelism or Parallelism.here()
     if model is None:
-        model = read_model(config.model.folder, network_settings(config.model.folder, config.model.preset))
+        folder = pipeline_folder(config.model.pipeline)
+        model = read_model(folder, network_settings(folder, config.model.preset))
     problems = Problems()
     with problems.collected():
         check_batch(config.train, parallelism.processes)

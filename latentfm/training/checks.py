@@ -12,7 +12,7 @@ from latentfm.models.folder import PARTS, read_config
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.run import Parallelism, RunPlan, check_batch, plan_run
 from latentfm.training.checkpoint import storage
-from latentfm.training.models import pipeline_folder
+from latentfm.training.models import checked_folder
 from latentfm.training.optimizers.factory import check_optimizer, missing
 from latentfm.training.step import density
 from latentfm.words import count, shown
@@ -121,7 +121,7 @@ def check_source(option: str, place: str) -> None:
 
 def check_parts(options: ModelOptions) -> None:
     """A pipeline folder has all that its model_index.json names, in safetensors that are whole and fit their configurations."""
-    folder, own_network = pipeline_folder(options), options.preset is None
+    folder, own_network = checked_folder(options), options.preset is None
     quantised = own_network and "quantization_config" in read_config(folder / "transformer" / "config.json")
     weights = open_pipeline(folder, PARTS[1:] if quantised or not own_network else PARTS)
     texts = [name for name in weights.parts if name.startswith("text_encoder")]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from latentfm.bundled import pipeline_folder
 from latentfm.config import ModelOptions
 from latentfm.errors import InputError
 from latentfm.interchange.components import load_component
@@ -24,9 +25,9 @@ class Models(FrozenModels):
         self.network, self.info = network, read_info(folder)
 
 
-def pipeline_folder(options: ModelOptions) -> Path:
+def checked_folder(options: ModelOptions) -> Path:
     """The pipeline folder of `options`. Raises InputError for one that lacks something."""
-    folder = options.folder
+    folder = pipeline_folder(options.pipeline)
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
@@ -39,7 +40,7 @@ def load_models(options: ModelOptions, weights: bool = True, device: torch.devic
     The frozen ones are loaded when they are asked for, onto `device`, the VAE in float32 and the text encoders as the options say; with
     weights=False the network has no memory (it is on the meta device). Raises InputError for a folder that lacks something.
     """
-    folder = pipeline_folder(options)
+    folder = checked_folder(options)
     if (folder / NULL_FILE).exists():
         read_header(folder / NULL_FILE)
     settings = network_settings(folder, options.preset)
