@@ -321,6 +321,19 @@ class RunConfig(Section):
         return self
 
 
+# every option by its name, "section.key"
+OPTIONS = {
+    f"{section}.{key}": option
+    for section, field in RunConfig.model_fields.items()
+    for key, option in field.annotation.model_fields.items()
+}
+
+
+def default_of(name: str) -> Any:
+    """The default of an option, None for one that must be given."""
+    return None if OPTIONS[name].is_required() else OPTIONS[name].get_default(call_default_factory=True)
+
+
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
     """The options of the YAML or JSON file `path` with `overrides` ("section.key=value", at any depth) on top.
 
@@ -331,7 +344,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for override in overrides or []:
         name, equals, text = override.partition("=")
         if not (equals and all(name.strip().split(".")) and "." in name):
-            known = {key: f"{section}.{key}" for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields}
+            known = {name.split(".")[1]: name for name in OPTIONS}
             meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
             raise InputError(f"override '{shown(override, 120)}' should look like section.key=value, {shown(meant, 120)}")
         option_text.put(data, RunConfig, override)

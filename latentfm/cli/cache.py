@@ -56,7 +56,6 @@ def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
     from functools import partial
-    from types import SimpleNamespace
 
     import torch
 
@@ -80,7 +79,7 @@ def fill(run: "RunConfig") -> None:
     processes = Processes(rank, world)
     if world > 1 and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group("gloo")
-        processes = Processes(rank, world, partial(find_by_all, SimpleNamespace(process_index=rank, num_processes=world)))
+        processes = Processes(rank, world, partial(find_by_all, rank, world))
     dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
     if processes.rank == 0:
         print(summary(dataset), flush=True)

@@ -46,10 +46,6 @@ class CachedData(PreparedData):
         """The key of a prompt that is drawn from: not rounded."""
         return key_of("prompt in float32", prompt, str(length), self.text_print)
 
-    def keys(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        """The keys of samples, S32, each as it is and then, with flips, mirrored."""
-        return np.array([bytes.fromhex(key(sample, flip)) for sample in samples for flip in self.inventory.flips], "S32")
-
     # Making entries
 
     def jobs(self) -> list[Job]:
@@ -91,14 +87,10 @@ class CachedData(PreparedData):
 
     def unusable(self) -> list[bool]:
         """Which samples have a picture or a mask of which nothing could be made."""
-        self.cache.refresh()
         bad = self.lacking(self.image_key, self.samples)
         masked = [index for index, sample in enumerate(self.samples) if sample.mask]
         bad[masked] |= self.lacking(self.mask_key, [self.samples[index] for index in masked])
         return bad.tolist()
-
-    def lacking(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        return (self.cache.find(self.keys(key, samples)) < 0).reshape(len(samples), len(self.inventory.flips)).any(axis=1)
 
     # Conditions that belong to no picture
 

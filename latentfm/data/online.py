@@ -42,9 +42,7 @@ class OnlineData(PreparedData):
         return [(text, length) for text in texts for length in self.lengths]
 
     def unusable(self) -> list[bool]:
-        self.cache.refresh()
-        keys = [self.check_key(sample, flip) for sample in self.samples for flip in self.inventory.flips]
-        return (self.cache.find(keys) < 0).reshape(len(self.samples), -1).any(axis=1).tolist()
+        return self.lacking(self.check_key, self.samples).tolist()
 
     def encode(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
         return self.encoded(prompts, t5_length).map(lambda value: value.float().cpu())

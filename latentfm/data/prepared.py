@@ -116,6 +116,15 @@ class PreparedData(ABC):
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         """The (caption, T5 length) pairs that this run will encode."""
 
+    def keys(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
+        """The keys of samples, S32, each as it is and then, with flips, mirrored."""
+        return np.array([bytes.fromhex(key(sample, flip)) for sample in samples for flip in self.inventory.flips], "S32")
+
+    def lacking(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
+        """Which of the samples the cache has not under all their keys, bool [N]."""
+        self.cache.refresh()
+        return (self.cache.find(self.keys(key, samples)) < 0).reshape(len(samples), len(self.inventory.flips)).any(axis=1)
+
     def identity(self) -> dict[str, str]:
         """What the training sees, as a hash of each kind (pictures with their masks); another hash is another run."""
         return self.inventory.identity() | {"VAE": self.vae_print, "text encoders": self.text_print}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentfm.config import RunConfig
+from latentfm.config import OPTIONS, RunConfig, default_of
 from latentfm.data.from_options import open_dataset
 from latentfm.data.images import UnreadableImage, upright_size
 from latentfm.data.loader import Dropout
@@ -193,16 +193,13 @@ def check_disk(needs: list[dict[str, Any]]) -> None:
 
 def options_of(given: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
     """Every option by name: its value, its default where that is another one, and what was given where the value was chosen here."""
-    found: dict[str, dict[str, Any]] = {}
-    for section, field in RunConfig.model_fields.items():
-        values, asked = getattr(config, section), getattr(given, section)
-        dumped = values.model_dump(mode="json")
-        for key, option in field.annotation.model_fields.items():
-            default = None if option.is_required() else option.get_default(call_default_factory=True)
-            same = not option.is_required() and getattr(values, key) == default
-            chosen = getattr(asked, key) != getattr(values, key)
-            found[f"{section}.{key}"] = {"value": dumped[key]} | ({} if same else {"default": default})
-            found[f"{section}.{key}"] |= {"given": getattr(asked, key)} if chosen else {}
+    found, dumped = {}, config.model_dump(mode="json")
+    for name, option in OPTIONS.items():
+        section, key = name.split(".")
+        value, asked, default = getattr(getattr(config, section), key), getattr(getattr(given, section), key), default_of(name)
+        found[name] = {"value": dumped[section][key]}
+        found[name] |= {} if value == default and not option.is_required() else {"default": default}
+        found[name] |= {} if value == asked else {"given": asked}
     return found
 
 

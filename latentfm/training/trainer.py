@@ -83,7 +83,8 @@ class Trainer:
             resources.enter_context(Peers(accelerator).watched())
             self.models = load_models(config.model, device=accelerator.device)
             self.choose_attention()
-            processes = Processes(accelerator.process_index, accelerator.num_processes, partial(find_by_all, accelerator))
+            place = accelerator.process_index, accelerator.num_processes
+            processes = Processes(*place, partial(find_by_all, *place))
             dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
             accelerator.print(summary(dataset))
             self.objective = Objective.of(config.train, self.models.outline)
