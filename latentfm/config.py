@@ -14,7 +14,7 @@ from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.sampling import Sampler, Schedule, Solver
-from latentfm.words import shown
+from latentfm.words import is_text, shown
 
 
 class Section(BaseModel):
@@ -401,10 +401,8 @@ def check_texts(value: Any, name: str) -> None:
     elif isinstance(value, list | tuple):
         for number, part in enumerate(value):
             check_texts(part, f"{name}.{number}")
-    elif isinstance(value, str) and ("\0" in value or not value.isascii()):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8") from None
+    elif isinstance(value, str):
+        if not is_text(value):
+            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8")
         if "\0" in value:
             raise InputError(f"{name} {shown(repr(value), 120)} holds a zero byte; leave it out")

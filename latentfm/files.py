@@ -12,7 +12,7 @@ import shutil
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +53,20 @@ def reading(path: object, way_out: str = "copy or make it again", also: tuple[ty
         raise
     except (*CONTENT_ERRORS, *also) as error:
         raise InputError(f"{shown(path)} cannot be read: {reason(error)}; {way_out}") from error
+
+
+@contextmanager
+def any_error_told(told: Callable[[str], str]) -> Iterator[None]:
+    """A context for what raises errors of its own, as storages and formats do: they become the InputError that `told` makes of the reason.
+
+    InputError and MemoryError pass through as they are.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(told(reason(error))) from error
 
 
 def reason(error: BaseException, most: int = 300) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from latentfm.bounds import MOST_LETTERS
 from latentfm.errors import InputError, nearest
 from latentfm.files import read_text
-from latentfm.words import shortened, shown
+from latentfm.words import is_text, shortened, shown
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +42,8 @@ def check_text(text: str, what: str) -> None:
     """Raises InputError for text that is too long, or no valid Unicode (bytes in another encoding than the terminal's)."""
     if len(text) > MOST_LETTERS:
         raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file") from None
+    if not is_text(text):
+        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file")
 
 
 def check_at_least_one(values: dict[str, int]) -> None:

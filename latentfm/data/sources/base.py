@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
-from latentfm.data.sources.texts import Unusable, checked, is_text, oddity, visible
+from latentfm.data.sources.texts import Unusable, checked, oddity, visible
 from latentfm.errors import InputError, nearest
-from latentfm.words import count, listed, shown
+from latentfm.words import count, is_text, listed, shown
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 CAPTION_COLUMNS = ("text", "caption", "prompt")

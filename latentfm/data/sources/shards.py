@@ -32,10 +32,10 @@ from latentfm.data.sources.base import (
     nothing_usable,
 )
 from latentfm.data.sources.kept import kept_listing
-from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, is_text, lines_of
+from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, lines_of
 from latentfm.data.sources.urls import BLOCK, expand, names_of, open_url
 from latentfm.files import CONTENT_ERRORS, JSON_BYTES, reason
-from latentfm.words import count, shown
+from latentfm.words import count, is_text, shown
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MASK_COLUMN = "mask.png"

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from latentfm.data.sources.base import PICTURE_BYTES, path_within
 from latentfm.data.sources.texts import Unusable, composed
 from latentfm.errors import InputError
-from latentfm.files import TooLarge, open_file, read_bytes, reason
+from latentfm.files import TooLarge, any_error_told, open_file, read_bytes
 from latentfm.words import count, shown
 
 FILES = 100_000  # the most that one name may stand for
@@ -33,17 +33,13 @@ def expand(place: str, suffixes: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in braces(os.path.expanduser(place) if "://" not in place else place):
         system, path = located(name)
-        try:
+        with any_error_told(lambda why, name=name: f"cannot look for {shown(name)}: {why}"):  # no network, no permission, no such bucket
             if any(character in path for character in "*?"):
                 files = [file for file in sorted(system.glob(path)) if file.endswith(tuple(suffixes))]
             elif system.isdir(path):
                 files = sorted(file for file in system.ls(path, detail=False) if file.endswith(tuple(suffixes)))
             else:
                 files = [path] if system.exists(path) else []
-        except MemoryError:
-            raise
-        except Exception as error:  # each kind of storage raises its own: no network, no permission, no such bucket
-            raise InputError(f"cannot look for {shown(name)}: {reason(error)}") from error
         if not files:
             raise InputError(f"there is no {' or '.join(suffixes)} file at {shown(name)}: check the name, or give the kind of the source")
         found += [system.unstrip_protocol(file) if "://" in name else file for file in files]
@@ -75,12 +71,8 @@ def located(url: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path in it. Raises InputError for a protocol that cannot be read here."""
     import fsspec
 
-    try:
+    with any_error_told(lambda why: f"cannot read {shown(url)}: {why}"):
         return fsspec.core.url_to_fs(url)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f"cannot read {shown(url)}: {reason(error)}") from error
 
 
 def open_url(url: str) -> BinaryIO:
