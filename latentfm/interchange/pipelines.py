@@ -1,39 +1,29 @@
-"""How a pipeline comes from disk and goes back: folders, single files, LoRA adapters."""
+"""How a pipeline comes from disk and goes back: folders and single files; LoRA adapters: lora/loading.py."""
 
-import inspect
-import itertools
 import json
 import logging
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PipelineQuantizationConfig
-from diffusers.loaders import SD3LoraLoaderMixin
-from safetensors import SafetensorError
-from torch import Tensor
 
 from latentfm.errors import InputError
-from latentfm.files import follow_umask, reading, reason
+from latentfm.files import follow_umask, reason
 from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
-from latentfm.interchange.lora.files import ADAPTER_FILE, Adapter, adapter_of, loaded, open_adapter, with_alphas
-from latentfm.interchange.lora.fit import check_fit, weights_by_module
-from latentfm.interchange.lora.formats import MAGNITUDE, OWNERS
+from latentfm.interchange.lora.loading import LoraLoader
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
 from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
 from latentfm.models.folder import INFO_FILE, PARTS, check_folder, read_info, refuse_pickle, write_stock_names
-from latentfm.models.manifest import renew_entry, write_manifest
+from latentfm.models.manifest import write_manifest
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
 COMPONENTS = (*CLASSES, *EXTRA)
 
 
-class PipelineFiles(SD3LoraLoaderMixin):
+class PipelineFiles(LoraLoader):
     """Loading and saving of a DiffusionPipeline that has SD3's components, an `info` and a `null` condition; the base before that class."""
-
-    _lora_loadable_modules = list(OWNERS)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, verify: bool = False, **kwargs: Any) -> "PipelineFiles":
@@ -109,116 +99,6 @@ class PipelineFiles(SD3LoraLoaderMixin):
             pipe.null = read_null(weights.null.parent, pipe.prompt_encoder)
         return pipe
 
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], **kwargs: Any) -> Any:
-        """The tensors of a LoRA, and its metadata with return_lora_metadata=True, as SD3LoraLoaderMixin; a peft adapter folder too.
-
-        The keyword arguments are SD3LoraLoaderMixin's, and verify=True, which compares every byte of a folder with what was saved there.
-        Names are diffusers' whatever the file's spelling was, and the metadata is always there; without it an alpha is multiplied in.
-        Raises InputError for a pickle, a file that cannot be read, or a LoRA of another model or kind.
-        """
-        with_metadata = kwargs.pop("return_lora_metadata", False)
-        adapter = found_adapter(pretrained_model_name_or_path_or_dict, kwargs)
-        tensors, metadata = loaded(adapter)
-        return (tensors, metadata) if with_metadata else with_alphas(tensors, adapter)
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Adds a LoRA to the components that it adapts, as SD3LoraLoaderMixin, T5 among them: to all of them or to none.
-
-        adapter_name: default_0, default_1, ... unless given. The keyword arguments are lora_state_dict's and low_cpu_mem_usage. Raises
-        InputError for what lora_state_dict refuses, for one that does not fit, and for a component that is not loaded.
-        """
-        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
-        adapter = found_adapter(pretrained_model_name_or_path_or_dict, kwargs)
-        names = {name for adapters in self.get_list_adapters().values() for name in adapters}
-        name = adapter_name or next(name for number in itertools.count() if (name := f"default_{number}") not in names)
-        for owner, tensors in adapter.tensors.items():
-            if (network := getattr(self, owner, None)) is None:
-                raise InputError(f"the LoRA adapts {owner}, which is not loaded; load the model with its text encoders")
-            check_fit(network, owner, {f"{owner}.{key}": value for key, value in tensors.items()})
-        state_dict, metadata = loaded(adapter)
-        more = {"adapter_name": name, "_pipeline": self, "low_cpu_mem_usage": low_cpu_mem_usage, "hotswap": hotswap, "metadata": metadata}
-        try:
-            for owner in adapter.tensors:
-                if owner == "transformer":
-                    self.load_lora_into_transformer(state_dict, self.transformer, **more)
-                else:
-                    self.load_lora_into_text_encoder(state_dict, None, getattr(self, owner), owner, lora_scale=self.lora_scale, **more)
-        except Exception:
-            if name not in names:
-                self.delete_adapters(name)
-            raise
-
-    @classmethod
-    def load_lora_into_transformer(cls, state_dict: dict[str, Tensor], transformer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Adds the adapter to the transformer. Raises InputError when it does not fit."""
-        check_fit(transformer, "transformer", state_dict)
-        with reading("the LoRA", "it does not fit this model"):
-            super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
-
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls, state_dict: dict[str, Tensor], network_alphas: Any, text_encoder: torch.nn.Module | None, prefix: str, **kwargs: Any
-    ) -> None:
-        """Adds the adapter to a text encoder. Raises InputError when it does not fit, or there is no such encoder."""
-        own = {name: value for name, value in state_dict.items() if name.startswith(f"{prefix}.")}
-        if text_encoder is None:
-            if own:
-                raise InputError(f"the LoRA adapts {prefix}, which is not loaded; load the model with its text encoders")
-            return
-        check_fit(text_encoder, prefix, own)
-        # diffusers reads peft's names of some modules alone, its own older ones of all; transformers has a module of the magnitudes
-        other = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up.", f".{MAGNITUDE}": f".{MAGNITUDE}.weight"}
-        spelt = {reduce(lambda text, pair: text.replace(*pair), other.items(), name): value for name, value in own.items()}
-        with reading("the LoRA", "it does not fit this model"):
-            super().load_lora_into_text_encoder(spelt, network_alphas, text_encoder, prefix, **kwargs)
-
-    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Makes these adapters the active ones, with these weights, as SD3LoraLoaderMixin.
-
-        adapter_weights: a number, or by component a number or the numbers of its blocks: {"transformer": {"transformer_blocks.1": 0.5}};
-        or a list of such, one an adapter. A block's name is the whole or a part of its modules' names; the others' weight is 1. Raises
-        InputError for names that no module has.
-        """
-        given = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]
-        by_module = [
-            {
-                owner: weights_by_module(getattr(self, owner), owner, weight)
-                if isinstance(weight, dict) and owner in OWNERS and getattr(self, owner, None) is not None
-                else weight
-                for owner, weight in weights.items()
-            }
-            if isinstance(weights, dict)
-            else weights
-            for weights in given
-        ]
-        super().set_adapters(adapter_names, by_module if isinstance(adapter_weights, list) else by_module[0])
-
-    def fuse_lora(self, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """Merges the adapters into the weights of the components, by default of all that a LoRA may adapt, as SD3LoraLoaderMixin."""
-        super().fuse_lora(self._lora_loadable_modules if components is None else components, *args, **kwargs)
-
-    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Takes the adapters out of the weights again, as SD3LoraLoaderMixin."""
-        super().unfuse_lora(self._lora_loadable_modules if components is None else components, **kwargs)
-
-    @classmethod
-    def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes a LoRA file as SD3LoraLoaderMixin, whose arguments these are, and keeps its folder's manifest right."""
-        save = super().save_lora_weights
-        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
-        save(save_directory, *args, **kwargs)
-        follow_umask(Path(save_directory).glob("*.safetensors"))
-        name = given.get("weight_name") or ADAPTER_FILE
-        if given.get("is_main_process", True) and (Path(save_directory) / name).is_file():
-            renew_entry(Path(save_directory), name)
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest."""
         folder = Path(save_directory)
@@ -231,29 +111,6 @@ class PipelineFiles(SD3LoraLoaderMixin):
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
         write_manifest(folder)
-
-
-def found_adapter(source: str | Path | dict[str, Tensor], kwargs: dict[str, Any]) -> Adapter:
-    """A LoRA given as a state dict, as a file or folder, or as a name on the hub; kwargs are lora_state_dict's."""
-    verify, name = kwargs.pop("verify", False), kwargs.get("weight_name")
-    if isinstance(source, dict):
-        return adapter_of(Path("the given state dict"), source, {})
-    path = Path(source)
-    return open_adapter(path / (kwargs.get("subfolder") or ""), name, verify) if path.exists() else fetched(path, kwargs)
-
-
-def fetched(name: Path, kwargs: dict[str, Any]) -> Adapter:
-    """A LoRA of the hub's. Raises InputError for one that is not there, or is no safetensors."""
-    wanted = kwargs.get("weight_name")
-    if wanted is not None:
-        refuse_pickle(Path(wanted))
-        if not str(wanted).endswith(".safetensors"):
-            raise InputError(f"the LoRA {shown(wanted)} is no safetensors file by its name; only these are loaded")
-    refuse_pickle(name)
-    with reading(f"the LoRA {shown(name)}", "give a file, a folder, or a name on the hub", also=(SafetensorError,)):
-        fetch = SD3LoraLoaderMixin.lora_state_dict
-        tensors, said = fetch(str(name), **kwargs | {"use_safetensors": True, "return_lora_metadata": True})
-    return adapter_of(name, tensors, said or {})
 
 
 def place_asked_for(device_map: Any) -> torch.device | None:

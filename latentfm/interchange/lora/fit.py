@@ -39,13 +39,12 @@ def weights_by_module(network: nn.Module, owner: str, weights: Mapping[str, floa
     The first that is in a module's name counts, as in diffusers, but a number counts whole: transformer_blocks.1 is not in
     transformer_blocks.11. Raises InputError for a name that is in none of the network's modules.
     """
-    patterns = {}
-    for name in weights:
-        patterns[name] = re.compile(re.escape(name) + (r"(?!\d)" if name[-1:].isdigit() else ""))
-        if not name or not any(patterns[name].search(module) for module, _ in network.named_modules()):
-            raise InputError(
-                f"adapter_weights names {shown(name, 80)!r}, and the {owner} has no such module; name a block, as in 'blocks.0'"
-            )
+    patterns = {name: re.compile(re.escape(name) + (r"(?!\d)" if name[-1:].isdigit() else "")) for name in map(str, weights)}
+    modules = [module for module, _ in network.named_modules()]
+    if unknown := next((name for name, pattern in patterns.items() if not name or not any(map(pattern.search, modules))), None):
+        raise InputError(
+            f"adapter_weights has no module of the {owner} in {shown(unknown, 80)!r}; name a block, as in 'blocks.0'"
+        )
     adapted = [module for module, layer in network.named_modules() if hasattr(layer, "base_layer") and hasattr(layer, "scaling")]
     return {
         module: next((weights[name] for name, pattern in patterns.items() if pattern.search(module)), 1.0)
