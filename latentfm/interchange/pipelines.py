@@ -1,4 +1,4 @@
-"""How a pipeline comes from disk and goes back: folders and single files; LoRA adapters: lora/loading.py."""
+"""How a pipeline comes from disk and goes back: folders and single files."""
 
 import json
 import logging
@@ -11,7 +11,6 @@ from diffusers import PipelineQuantizationConfig
 from latentfm.errors import InputError
 from latentfm.files import follow_umask, reason
 from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
-from latentfm.interchange.lora.loading import LoraLoader
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
 from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
 from latentfm.models.folder import INFO_FILE, PARTS, check_folder, read_info, refuse_pickle, write_stock_names
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 COMPONENTS = (*CLASSES, *EXTRA)
 
 
-class PipelineFiles(LoraLoader):
+class PipelineFiles:
     """Loading and saving of a DiffusionPipeline that has SD3's components, an `info` and a `null` condition; the base before that class."""
 
     @classmethod

@@ -16,6 +16,7 @@ from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NullCondition, PromptEncoder
 from latentfm.pipelines.arguments import whole_number
+from latentfm.pipelines.lora import LoraLoader
 from latentfm.words import shown
 
 SHOWN = 80  # characters of a prompt in a warning
@@ -31,7 +32,7 @@ class Said:
     null: NullCondition = field(default_factory=NullCondition)
 
 
-class Components(PipelineFiles, SD3IPAdapterMixin, DiffusionPipeline):
+class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline):
     """The components of StableDiffusion3Pipeline, by its names. Any may be None: what needs an absent one says so when it is asked.
 
     LoRA and IP-Adapters load, mix, fuse and unload as there: load_lora_weights, set_adapters, fuse_lora, load_ip_adapter and so on.

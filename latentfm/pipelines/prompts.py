@@ -102,7 +102,7 @@ class Prompts(Components):
             raise InputError("no text encoder is loaded to read the prompt; load one, or give prompt_embeds and pooled_prompt_embeds")
         scale = None if lora_scale is None else real_number("lora_scale", lora_scale, "to scale LoRAs by")
         against = None
-        with lora_scaled([self.text_encoder, self.text_encoder_2], scale):
+        with lora_scaled([self.text_encoder, self.text_encoder_2, self.text_encoder_3], scale):
             if embeds is None:
                 first = [prompts[0]] if isinstance(prompts[0], str) else prompts[0]
                 others = [aligned(other, first) for other in prompts[1:]]

@@ -12,7 +12,6 @@ from diffusers.utils import delete_adapter_layers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from latentfm.arguments import real_number, told
 from latentfm.errors import InputError, nearest
 from latentfm.files import follow_umask, reading
 from latentfm.interchange.lora.files import ADAPTER_FILE, Adapter, adapter_of, loaded, open_adapter, with_alphas
@@ -20,6 +19,7 @@ from latentfm.interchange.lora.fit import check_fit, weights_by_module
 from latentfm.interchange.lora.formats import MAGNITUDE, OWNERS
 from latentfm.models.folder import refuse_pickle
 from latentfm.models.manifest import renew_entry
+from latentfm.pipelines.arguments import real_number, told
 from latentfm.words import listed, shown
 
 OF_THE_HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -27,7 +27,7 @@ OPTIONS = (*OF_THE_HUB, "subfolder", "weight_name", "use_safetensors", "verify",
 
 
 class LoraLoader(SD3LoraLoaderMixin):
-    """LoRA adapters of a DiffusionPipeline that has SD3's components; a base before that class."""
+    """LoRA adapters of a DiffusionPipeline that has SD3's components, in any spelling of interchange/lora; a base before that class."""
 
     _lora_loadable_modules = list(OWNERS)
 
@@ -59,13 +59,11 @@ class LoraLoader(SD3LoraLoaderMixin):
         there = self.get_list_adapters()
         taken = {name for names in there.values() for name in names}
         if hotswap and adapter_name not in taken:
-            raise InputError(
-                f"hotswap=True replaces a LoRA that is loaded, and adapter_name {told(adapter_name)} is none of {listed(taken)}"
-            )
+            raise InputError(f"hotswap=True is for a LoRA that is loaded, adapter_name {told(adapter_name)}; there are: {listed(taken)}")
         name = adapter_name or next(name for number in itertools.count() if (name := f"default_{number}") not in taken)
         for owner, tensors in adapter.tensors.items():
             if (network := getattr(self, owner, None)) is None:
-                raise InputError(f"the LoRA adapts {owner}, which is not loaded; load the model with its text encoders")
+                raise InputError(f"the LoRA adapts {owner}, which is not loaded; load the model with it")
             if name in there.get(owner, ()) and not hotswap:
                 raise InputError(f"adapter_name {told(name)} is in use; give another name, or hotswap=True to replace what is loaded")
             check_fit(network, owner, {f"{owner}.{key}": value for key, value in tensors.items()})
