@@ -203,7 +203,7 @@ def loaded(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {}
     for owner, own in adapter.tensors.items():
         for name, stored in own.items():
-            tensors[f"{owner}.{name}"] = tensor = stored.value if isinstance(stored, Held) else stored.load()
+            tensors[f"{owner}.{name}"] = tensor = stored.value.reshape(stored.shape) if isinstance(stored, Held) else stored.load()
             if not all_finite(tensor):
                 raise InputError(f"the LoRA {shown(adapter.path)} is damaged: {shown(name, 120)} is not finite; get it again")
     return tensors, {f"{owner}.{key}": value for owner, config in adapter.configs.items() for key, value in config.items()}

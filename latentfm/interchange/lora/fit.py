@@ -41,10 +41,8 @@ def weights_by_module(network: nn.Module, owner: str, weights: Mapping[str, floa
     """
     patterns = {name: re.compile(re.escape(name) + (r"(?!\d)" if name[-1:].isdigit() else "")) for name in map(str, weights)}
     modules = [module for module, _ in network.named_modules()]
-    if unknown := next((name for name, pattern in patterns.items() if not name or not any(map(pattern.search, modules))), None):
-        raise InputError(
-            f"adapter_weights has no module of the {owner} in {shown(unknown, 80)!r}; name a block, as in 'blocks.0'"
-        )
+    if unknown := [name for name, pattern in patterns.items() if not name or not any(map(pattern.search, modules))]:
+        raise InputError(f"adapter_weights has no module of the {owner} in {shown(unknown[0], 80)!r}; name a block, as in 'blocks.0'")
     adapted = [module for module, layer in network.named_modules() if hasattr(layer, "base_layer") and hasattr(layer, "scaling")]
     return {
         module: next((weights[name] for name, pattern in patterns.items() if pattern.search(module)), 1.0)
