@@ -25,7 +25,7 @@ SHARD_SIZE = "10GB"
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A .safetensors file, a pipeline or transformer folder, a LoRA file, or a peft adapter folder."),
+        typer.Argument(metavar="IN", help="A .safetensors file, a pipeline or transformer folder, a LoRA's file or folder."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A name ending in .safetensors for a single file, else a folder.")],
     pipeline: Annotated[

@@ -169,8 +169,10 @@ def test_a_lora_to_peft_and_back(done, refused, tiny_folder, tmp_path):
 def test_a_lora_into_another_programs_naming_and_back(done, refused, tmp_path):
     module = "transformer_blocks.0.attn.to_q"
     matrices = {f"transformer.{module}.lora_A.weight": torch.randn(3, 32), f"transformer.{module}.lora_B.weight": torch.randn(32, 3)}
-    save_file(matrices, tmp_path / "lora.safetensors", metadata={"trained by": "me", "sshs_model_hash": "1"})
-    file, said = done("lora.safetensors", "kohya.safetensors", "--naming", "kohya", "--dtype", "bfloat16")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "lora.safetensors", tmp_path / "folder" / "pytorch_lora_weights.safetensors"):
+        save_file(matrices, path, metadata={"trained by": "me", "sshs_model_hash": "1"})
+    file, said = done("folder", "kohya.safetensors", "--naming", "kohya", "--dtype", "bfloat16")
     tensors = load_file(file)
     assert {name.partition(".")[0] for name in tensors} == {"lora_unet_joint_blocks_0_x_block_attn_qkv"} and "kohya LoRA file" in said
     assert tensors["lora_unet_joint_blocks_0_x_block_attn_qkv.alpha"].dtype == torch.float32  # a single number is not rounded

@@ -24,14 +24,14 @@ DIFFUSERS = (
     "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "transformer_blocks.1.attn.add_k_proj",
     "transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.ff.net.0.proj", "transformer_blocks.0.ff_context.net.2",
     "transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1_context.linear", "norm_out.linear", "proj_out", "context_embedder",
-    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_1", "pos_embed.proj",
 )  # fmt: skip
 ORIGINAL = (
     "joint_blocks.0.x_block.attn.qkv", "joint_blocks.1.x_block.attn.qkv", "joint_blocks.0.context_block.attn.qkv",
     "joint_blocks.0.x_block.attn.proj", "joint_blocks.1.x_block.mlp.fc1", "joint_blocks.0.context_block.mlp.fc2",
     "joint_blocks.0.x_block.adaLN_modulation.1", "joint_blocks.0.context_block.adaLN_modulation.1",
     "joint_blocks.1.context_block.adaLN_modulation.1", "final_layer.adaLN_modulation.1", "final_layer.linear", "context_embedder",
-    "t_embedder.mlp.0",
+    "t_embedder.mlp.0", "x_embedder.proj",
 )  # fmt: skip
 CLIP = ("text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.1.mlp.fc1")
 T5 = ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wi_0")
@@ -104,8 +104,10 @@ class Maker:
         return torch.randn(*shape, generator=self.generator) * size
 
     def lora(self, weight, alpha=None, rank=3):
-        down, up = self.random(rank, weight.shape[1]), self.random(weight.shape[0], rank)
-        change = up @ down * (1.0 if alpha is None else alpha / rank)
+        down, up = self.random(rank, *weight.shape[1:]), self.random(weight.shape[0], rank)
+        change = torch.einsum("or,r...->o...", up, down) * (1.0 if alpha is None else alpha / rank)
+        if weight.ndim == 4:  # a convolution
+            up = up[:, :, None, None]
         return {"down": down, "up": up} | ({} if alpha is None else {"alpha": torch.tensor(alpha)}), weight + change
 
     def dora(self, weight, alpha=2.0):
@@ -164,6 +166,8 @@ def adapter(weights, spelling: str, kind: str = "lora", seed: int = 0, **more) -
             continue
         key = own if component == "transformer" else component
         for module in names:
+            if kind != "lora" and weights[key][f"{module}.weight"].ndim == 4:  # others than LoRA are of linears
+                continue
             more = {"alpha": 2.0} if kind == "lora" and with_alpha else {}
             parts, weight = getattr(maker, kind)(weights[key][f"{module}.weight"], **more)
             adapted.setdefault(key, {})[f"{module}.weight"] = weight

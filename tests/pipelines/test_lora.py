@@ -189,6 +189,13 @@ def test_its_own_dropout_is_off_while_drawing(ours, stock, tmp_path):
         assert gap(picture(pipe), first) < ROUNDING
 
 
+@torch.no_grad()
+def randomise(network: torch.nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        if any(part in name for part in ("hada_", "lokr_", "lora_")):
+            parameter.normal_(std=0.5)
+
+
 PEFTS = {
     "LoHa": LoHaConfig(r=2, alpha=3, init_weights=False, target_modules=["to_q", "proj_out"], rank_pattern={"proj_out": 1}),
     "LoHa, alphas": LoHaConfig(r=3, alpha=1, init_weights=False, target_modules=["to_k", "linear"], alpha_pattern={"to_k": 5}),
@@ -203,10 +210,7 @@ def test_pefts_own_loha_and_lokr_folders_load(kind, ours, stock, tiny_folder, tm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = get_peft_model(SD3Transformer2DModel.from_pretrained(tiny_folder, subfolder="transformer"), PEFTS[kind])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "hada_" in name or "lokr_" in name:
-                parameter.normal_(std=0.5)
+        randomise(model)
     model.save_pretrained(tmp_path)
     before = picture(ours)
     stock.transformer = model.merge_and_unload()
@@ -221,6 +225,18 @@ def test_pefts_own_loha_and_lokr_folders_load(kind, ours, stock, tiny_folder, tm
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=says):
             open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "proj_out"]), PEFTS["LoKr"]], ids=["LoRA", "LoKr"])
+def test_what_a_network_of_diffusers_saves_of_its_adapter_loads(kind, ours, stock, tmp_path):
+    stock.transformer.add_adapter(kind)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        randomise(stock.transformer)
+    stock.transformer.save_lora_adapter(tmp_path)
+    before = picture(ours)
+    ours.load_lora_weights(tmp_path)
+    assert gap(picture(ours), picture(stock)) < ROUNDING < 100 * ROUNDING < gap(picture(ours), before)
 
 
 def test_kinds_mix_with_weights_of_their_own(ours, tiny_folder, tmp_path):

@@ -58,9 +58,9 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether `path` is a peft adapter folder, or a safetensors file whose names are a LoRA's."""
+    """Whether `path` is a folder of an adapter, peft's or diffusers', or a safetensors file whose names are a LoRA's."""
     if path.is_dir():
-        return (path / PEFT_CONFIG).is_file()
+        return any((path / name).is_file() for name in (PEFT_CONFIG, ADAPTER_FILE))
     return path.suffix == ".safetensors" and recognise(read_file(path)[0]) == LORA
 
 
@@ -112,6 +112,8 @@ def open_adapter(path: str | Path, name: str | None = None, verify: bool = False
             said = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
             if not isinstance(said, dict):
                 raise ValueError("it is no table")
+        if "r" in said:  # as a network alone saves its adapter
+            said = {f"transformer.{key}": value for key, value in said.items()}
     adapter = adapter_of(file, tensors, said, metadata)
     if path.is_dir():
         check_manifest(path, verify)
