@@ -171,6 +171,10 @@ OTHERS = {
     "a LoKr of nothing there is": (
         {f"lycoris_{Q}.lokr_w1": torch.zeros(500, 500), f"lycoris_{Q}.lokr_w2": torch.zeros(500, 500)}, "which no SD3 model has",
     ),
+    "together more than there is": (
+        {f"lycoris_{Q.replace('0', str(i))}.{name}": torch.zeros(64, 128).half() for i in range(420) for name in ("lokr_w1", "lokr_w2")},
+        "matrices of .* numbers together",
+    ),
     "a third that is none": (
         {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.zeros(4, 1),
          "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.zeros(1, 2)}, "4 rows does not divide into 3",

@@ -19,7 +19,7 @@ from latentfm.errors import InputError
 from latentfm.files import read_json, reading
 from latentfm.interchange.lora.config import LYCORIS, check_lycoris, plain_config, said_scale
 from latentfm.interchange.lora.formats import ALPHA, BIAS, DORA_SCALE, FORMATS, MAGNITUDE, B
-from latentfm.interchange.lora.kinds import KINDS, Matrices, kind_of, whole
+from latentfm.interchange.lora.kinds import KINDS, MOST_TOGETHER, Matrices, kind_of, whole
 from latentfm.interchange.lora.modules import is_original, to_diffusers
 from latentfm.interchange.lora.names import Own, format_of, own_names
 from latentfm.interchange.networks import all_finite
@@ -138,6 +138,8 @@ def adapter_of(
             kinds |= of_kinds
             found[owner] = {f"{module}.{part}": value for module, own in adapters.items() for part, value in own.parts().items()}
             alphas[owner] = {module: own.alpha for module, own in adapters.items() if own.alpha is not None}
+            if (numbers := sum(value.numel for value in found[owner].values())) > MOST_TOGETHER:
+                raise ValueError(f"it makes matrices of {numbers:,} numbers together, which is more than any SD3 model's")
             ranks = {module: own.rank for module, own in adapters.items()}
             dora, bias = (any(name.endswith(part) for name in found[owner]) for part in (MAGNITUDE, BIAS))
             if dora and (without := [module for module, own in adapters.items() if own.magnitude is None]):
@@ -161,11 +163,10 @@ def matrices_of(owner: str, modules: Mapping[str, Mapping[str, Stored]], said: M
                 raise ValueError(f"{shown(Own(owner, module, part).name, 120)} is of {value.dtype}, which is no number to multiply with")
         if set(parts) == {ALPHA}:
             raise ValueError(f"it has an alpha of {where} and no matrices")
-        kind = kind_of(where, set(parts))
-        kinds.add(next(name for name, row in KINDS.items() if row is kind))
+        kinds.add(kind := kind_of(where, set(parts)))
         alpha = alpha_of(where, parts[ALPHA]) if ALPHA in parts else None
         try:
-            adapter = kind.matrices(parts, alpha)
+            adapter = KINDS[kind].matrices(parts, alpha)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if lycoris:

@@ -6,7 +6,9 @@ To add one: a row, and in modules.py the names of its modules where these are ne
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-OWNERS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # the components that a LoRA may adapt
+from latentfm.models.encoders import ENCODERS, TEXT
+
+OWNERS = ("transformer", *TEXT)  # the components that a LoRA may adapt
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"  # diffusers' and peft's
 ALPHA, DORA_SCALE = "alpha", "dora_scale"  # others'
 KOHYA = {A: "lora_down.weight", B: "lora_up.weight", MAGNITUDE: DORA_SCALE}
@@ -46,7 +48,7 @@ FORMATS = {
     "lycoris": Format("LyCORIS LoRA file", ("lycoris_",), flat=True, endings=KOHYA),
     "original": Format(
         "LoRA file in SD3's original naming",
-        ("diffusion_model.", *(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))),
+        ("diffusion_model.", *(encoder.prefix for encoder in ENCODERS)),
         original=True, endings=COMFYUI,
     ),
     "bare": Format("LoRA file without prefixes", ("",), endings=COMFYUI),

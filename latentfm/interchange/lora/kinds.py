@@ -17,7 +17,8 @@ from torch import Tensor
 from latentfm.interchange.lora.formats import BIAS, MAGNITUDE, A, B
 from latentfm.interchange.tensors import LazyTensor, Stored
 
-MOST_NUMBERS = 2**27  # of a linear that matrices are made for; SD3.5 large's largest has 53 million
+# Numbers of a linear that matrices are made for (SD3.5 large's largest has 53 million), and of all matrices of a LoRA
+MOST_NUMBERS, MOST_TOGETHER = 2**27, 2**35
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def lokr(found: Mapping[str, Stored], alpha: float | None) -> Matrices:
         left_2 = not left_1
     (u1, v1), (u2, v2) = halves(first, left_1), halves(second, left_2)
     out, into = first[0].shape[0] * second[0].shape[0], first[-1].shape[1] * second[-1].shape[1]
-    rank = width(u1) * width(u2)
     check_size(out, into)
+    if (rank := width(u1) * width(u2)) > min(out, into):
+        return dense((out, into), torch.float32, lambda: torch.kron(full(u1) @ full(v1), full(u2) @ full(v2)), scale)
     dtype = torch.float32 if ranks or left_1 == left_2 else torch.promote_types(first[0].dtype, second[0].dtype)
     up = made(dtype, (out, rank), lambda: torch.kron(full(u1, dtype), full(u2, dtype)))
     down = made(dtype, (rank, into), lambda: torch.kron(full(v1, dtype), full(v2, dtype)))
@@ -134,15 +136,16 @@ KINDS = {
 }
 
 
-def kind_of(module: str, parts: set[str]) -> Kind:
-    """The kind of adapter that has these parts. Raises ValueError for parts of two kinds, or not all of one."""
-    kinds = [kind for kind in KINDS.values() if any(parts & set(tensors) for tensors in kind.tensors)] or [KINDS["lora"]]
+def kind_of(module: str, parts: set[str]) -> str:
+    """The row of KINDS that these parts are of. Raises ValueError for parts of two kinds, or not all of one."""
+    kinds = [name for name, kind in KINDS.items() if any(parts & set(tensors) for tensors in kind.tensors)] or ["lora"]
+    titles = [KINDS[name].title for name in kinds]
     if len(kinds) > 1:
-        raise ValueError(f"{module} is adapted twice, by a {kinds[0].title} and a {kinds[1].title}")
-    own = parts & {name for tensors in kinds[0].tensors for name in tensors}
-    lacks = [[name for name in tensors if name not in own] for tensors in kinds[0].tensors if own <= set(tensors)]
+        raise ValueError(f"{module} is adapted twice, by a {titles[0]} and a {titles[1]}")
+    own = parts & {name for tensors in KINDS[kinds[0]].tensors for name in tensors}
+    lacks = [[name for name in tensors if name not in own] for tensors in KINDS[kinds[0]].tensors if own <= set(tensors)]
     if not lacks:
-        raise ValueError(f"{module} has {', '.join(sorted(own))}, which no {kinds[0].title} has together")
+        raise ValueError(f"{module} has {', '.join(sorted(own))}, which no {titles[0]} has together")
     if fewest := min(lacks, key=len):
         raise ValueError(f"it has no {' and '.join(fewest)} for {module}")
     return kinds[0]
