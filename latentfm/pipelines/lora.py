@@ -126,7 +126,7 @@ class LoraLoader(SD3LoraLoaderMixin):
         network = getattr(self, owner, None) if owner in OWNERS else None
         if not isinstance(weight, dict) or network is None:
             return weight if isinstance(weight, dict) else weight_as_number(weight)
-        return weights_by_module(network, owner, {name: weight_as_number(value) for name, value in weight.items()})
+        return weights_by_module(network, owner, {str(name): weight_as_number(value) for name, value in weight.items()})
 
     def fuse_lora(self, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """Merges the adapters into the weights of the components, by default of all that a LoRA may adapt, as SD3LoraLoaderMixin."""

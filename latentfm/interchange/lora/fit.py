@@ -39,7 +39,7 @@ def weights_by_module(network: nn.Module, owner: str, weights: Mapping[str, floa
     The first that is in a module's name counts, as in diffusers, but a number counts whole: transformer_blocks.1 is not in
     transformer_blocks.11. Raises InputError for a name that is in none of the network's modules.
     """
-    patterns = {name: re.compile(re.escape(name) + (r"(?!\d)" if name[-1:].isdigit() else "")) for name in map(str, weights)}
+    patterns = {name: re.compile(re.escape(name) + (r"(?!\d)" if name[-1:].isdigit() else "")) for name in weights}
     modules = [module for module, _ in network.named_modules()]
     if unknown := [name for name, pattern in patterns.items() if not name or not any(map(pattern.search, modules))]:
         raise InputError(f"adapter_weights has no module of the {owner} in {shown(unknown[0], 80)!r}; name a block, as in 'blocks.0'")
