@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "adapters": set(),
     "files": {"errors", "words"},
     "bounds": set(),
-    "bundled": {"errors"},
+    "bundled": {"errors", "files"},
     "pictures": {"errors", "files", "words"},
     "quantised": set(),
     "__init__": {"quantised"},

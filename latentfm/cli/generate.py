@@ -12,7 +12,6 @@ from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_GUIDANCE, MOST_PICTURE
 from latentfm.cli.checks import (
     check_at_least_one,
     check_at_most,
-    check_folder_can_be_written,
     check_name,
     check_size,
     check_text,
@@ -24,6 +23,7 @@ from latentfm.cli.checks import (
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
 from latentfm.drawing import add_adapters, choose_attention, contact_sheet, draw, fingerprint, load, move, save, slug, versions
 from latentfm.errors import InputError
+from latentfm.files import check_can_be_written
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.words import count as count_of
 from latentfm.words import shortened, shown
@@ -59,8 +59,12 @@ def generate(
         float, typer.Option(help="How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal.")
     ] = 3.0,
     solver: Annotated[
-        Solver, typer.Option(metavar="NAME", help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step.")
-    ] = "euler",
+        Solver | None,
+        typer.Option(
+            metavar="NAME", show_default=False,
+            help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Default: the model's own scheduler, Euler's.",
+        ),
+    ] = None,
     schedule: Annotated[
         Schedule, typer.Option(metavar="NAME", help=f"The times that the steps visit: {', '.join(get_args(Schedule))}.")
     ] = "model",
@@ -134,7 +138,7 @@ def generate(
     check_name("--device", device.split(":")[0], DEVICES)
     check_name("--dtype", dtype, DTYPES)
     check_name("--attention", attention, ATTENTION)
-    check_folder_can_be_written(out)
+    check_can_be_written(out, "--out")
     folder = model_folder(model)
     adapters = lora or []
     for path in adapters:

@@ -11,25 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 import latentfm
 from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
-from latentfm.cli.main import app
 from latentfm.drawing import fingerprint, slug, versions
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A function that runs the command line with its arguments, in an empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture

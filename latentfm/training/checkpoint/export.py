@@ -150,13 +150,11 @@ def own_weights(network: MMDiT, averages: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: averages.get(name, parameter.detach()) for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def write_adapter(
-    folder: Path, network: MMDiT, averages: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_adapter(folder: Path, network: MMDiT, averages: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Writes `folder`/pytorch_lora_weights.safetensors, the adapter "default" as load_lora_weights takes it; all of it or nothing.
 
     Its values are the `averages` by the parameters' names, and the network's own where there is none, in `dtype`. Rank, alpha and
-    targets are in the file's metadata, and `metadata` beside them.
+    targets are in the file's metadata.
     """
     tensors = get_peft_model_state_dict(network, state_dict=own_weights(network, averages))
     held = {name: Held.of(value) for name, value in tensors.items()}
@@ -165,7 +163,7 @@ def write_adapter(
         path = partial / ADAPTER_FILE
         config = network.peft_config["default"].to_dict()
         named, described = spelt(Adapter(path, {"transformer": held}, {"transformer": config}, {}, {}), "diffusers")
-        write_file(path, named, dict(metadata or {}) | described, dtype)
+        write_file(path, named, described, dtype)
         write_manifest(partial)
 
 
