@@ -16,8 +16,9 @@ from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
 from latentfm.interchange.lora.config import MOST_PATTERNS
 from latentfm.interchange.lora.files import open_adapter
-from latentfm.interchange.lora.modules import with_dots
-from latentfm.interchange.lora.names import MOST_TENSORS, own_names
+from latentfm.interchange.lora.modules import BLOCKS as BLOCKS_OF
+from latentfm.interchange.lora.modules import OUTSIDE, with_dots
+from latentfm.interchange.lora.names import MOST_TENSORS, own_names, parse
 from latentfm.interchange.lora.writing import write_lora, write_peft
 from latentfm.models.mmdit import MMDiT
 
@@ -146,6 +147,35 @@ def test_every_linear_of_the_network_has_its_flat_name():
     names = [name for name, module in network.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     assert len(names) > 20 and [with_dots(name.replace(".", "_")) for name in names] == names
     assert with_dots("transformer_blocks_0_attn_to_x") is None and with_dots("input_blocks_4_1_proj_in") is None
+
+
+def test_no_two_modules_have_one_flat_name():
+    for owner, blocks in BLOCKS_OF.items():
+        names = [block + "0." + name for block, own in blocks.items() for name in own] + list(OUTSIDE[owner])
+        assert len({name.replace(".", "_") for name in names}) == len(names)
+        assert [with_dots(name.replace(".", "_"), owner) for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("transformer.joint_blocks.3.x_block.attn.qkv.1.lora_down.weight",
+         ("transformer", "transformer_blocks.3.attn.to_k", "lora_A.weight")),
+        ("lora_unet_joint_blocks_0_context_block_attn_qkv_2.alpha", ("transformer", "transformer_blocks.0.attn.add_v_proj", "alpha")),
+        ("lora_unet_y_embedder_mlp_2.lora_up.weight", ("transformer", "y_embedder.mlp.2", "lora_B.weight")),
+        ("joint_blocks.12.x_block.attn2.qkv.lokr_w1", ("transformer", "joint_blocks.12.x_block.attn2.qkv", "lokr_w1")),
+        ("clip_g.text_model.encoder.layers.3.mlp.fc1.lora_A.weight",
+         ("text_encoder_2", "text_model.encoder.layers.3.mlp.fc1", "lora_A.weight")),
+        ("t5.encoder.block.0.layer.0.SelfAttention.o.lora_A.weight",
+         ("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.o", "lora_A.weight")),
+        ("lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_1.dora_scale",
+         ("text_encoder_3", "encoder.block.23.layer.1.DenseReluDense.wi_1", "dora_scale")),
+        ("joint_blocks.0.x_block.attn.qkv.3.lora_A.weight", None), ("lora_te1_encoder_block_0_layer_0_SelfAttention_o.alpha", None),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", None), ("transformer_blocks.0.attn.to_q.weight", None),
+    ],
+)  # fmt: skip
+def test_whose_a_tensor_is(name, own):
+    assert parse(name) == own
 
 
 M = torch.zeros(2, 2)
