@@ -89,6 +89,7 @@ class LoraLoader(SD3LoraLoaderMixin):
         check_fit(transformer, "transformer", state_dict)
         with reading("the LoRA", "it does not fit this model"):
             super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+        transformer.train(transformer.training)  # peft's layers begin in training mode, with their dropout on
 
     @classmethod
     def load_lora_into_text_encoder(

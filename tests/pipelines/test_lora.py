@@ -184,7 +184,8 @@ def test_its_own_dropout_is_off_while_drawing(ours, stock, tmp_path):
         pipe.unload_lora_weights()
         pipe.load_lora_weights(tmp_path, adapter_name="loaded")
         assert pipe.transformer.peft_config["loaded"].lora_dropout == 0.5
-    stock.transformer.eval()  # where stock's is left on
+    assert not any(module.training for module in ours.transformer.modules())
+    stock.transformer.eval()  # where the dropout is left on
     for pipe in (ours, stock):
         assert gap(picture(pipe), first) < ROUNDING
 
