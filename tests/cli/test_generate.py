@@ -219,7 +219,7 @@ EARLY = [
     (("cat", "--steps", "0"), ["--steps 0"]),
     (("cat", "--steps", "-3"), ["--steps -3"]),
     (("cat", "--batch", "0"), ["--batch 0"]),
-    (("cat", "--steps", "many"), ["--steps", "integer"]),
+    (("cat", "--steps", "many"), ["--steps", "whole numbers"]),
     (("cat", "--stps", "3"), ["--stps", "--steps"]),
     (("cat", "--guidance", "nan"), ["--guidance nan"]),
     (("cat", "--guidance", "inf"), ["--guidance inf"]),
@@ -522,11 +522,11 @@ def test_names_that_stdout_cannot_say_and_readers_that_leave_cost_no_picture(tin
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 def test_a_line_of_prompts_ends_where_a_line_ends(tmp_path, mark):
-    from latentfm.cli.checks import wanted_prompts
+    from latentfm.requests import wanted
 
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"a cat{mark}on a mat\r\na dog\rthe moon\n\nthe sun".encode())
-    assert wanted_prompts(None, file) == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
+    assert [line.prompt for line in wanted([], file)] == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
 
 
 @pytest.mark.parametrize(
