@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "emoji"))
-from autoencoder import VAETraining, batch_at, latent_statistics, load_pictures, psnr, train_vae
+from autoencoder import VAETraining, batch_at, latent_statistics, load_pictures, psnr, scheduled, train_vae
 
 OPTIONS = VAETraining(
-    size=16, steps=12, batch_size=4, warmup=2, mixed_precision="no", checkpoint_every=4, ema_decay=0.5, learning_rate=3e-3
+    size=16, steps=12, batch_size=4, warmup=2, mixed_precision="no", checkpoint_seconds=0, ema_decay=0.5, learning_rate=3e-3
 )
 
 
@@ -67,7 +67,15 @@ def test_it_learns_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None
 def test_other_options_do_not_resume(folder: Path, tmp_path: Path) -> None:
     train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=4))
     with pytest.raises(ValueError, match="other options"):
-        train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=8))
+        train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, batch_size=2))
+
+
+def test_the_rate_falls_at_the_end_wherever_that_is_moved(folder: Path, tmp_path: Path) -> None:
+    rates = [scheduled(step, replace(OPTIONS, steps=100, warmup=10, decay=0.2)) for step in range(100)]
+    assert rates[0] == 1.0 and rates[79] == 1.0 and rates[90] == pytest.approx(0.5) and 0 < rates[99] < 0.1
+    train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=2))
+    train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=4))
+    assert '"step": 4' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 def test_batches_depend_on_seed_and_step_alone(folder: Path) -> None:

@@ -3,11 +3,11 @@
 The loss is L1 + L2 + the L1 distance of image gradients (which keeps edges crisp) + kl_weight * the mean KL per
 latent element, warmed up linearly. Pictures with transparency are laid on white or, for a share of the draws, on a random
 colour; a picture larger than `size` is cropped, and flips and colour permutations widen what the VAE can represent.
-Every draw is a function of (seed, step) alone, so an interrupted run resumes exactly.
+The learning rate stays where it is until the last part of the run, so a run can be made longer or brought to its end early:
+only `steps` may change between two sittings. Every draw is a function of (seed, step) alone, so an interrupted run resumes exactly.
 """
 
 import json
-import math
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -32,19 +32,21 @@ class VAETraining:
     """Options of a VAE run. `steps` are optimizer steps of `batch_size` crops of `size` pixels."""
 
     size: int = 64
-    steps: int = 2600
+    steps: int = 40_000
+    decay: float = 0.2  # the share of the steps, at the end, in which the learning rate falls to 0
     batch_size: int = 16
-    learning_rate: float = 1.2e-3
-    warmup: int = 100
+    learning_rate: float = 8e-4
+    warmup: int = 1000  # of the KL term; a tenth of it, of the learning rate
     kl_weight: float = 3e-4
     gradient_weight: float = 0.5
     l2_weight: float = 10.0
-    random_background: float = 0.15
+    random_background: float = 0.3
     permute_colours: float = 0.05
-    ema_decay: float = 0.998
+    ema_decay: float = 0.999
     seed: int = 0
     mixed_precision: str = "bf16"
-    checkpoint_every: int = 300
+    compile: bool = False
+    checkpoint_seconds: float = 180
 
 
 def load_pictures(folder: Path) -> list[np.ndarray]:
@@ -86,9 +88,8 @@ def reconstruction_loss(output: Tensor, target: Tensor, options: VAETraining) ->
 
 
 def scheduled(step: int, options: VAETraining) -> float:
-    """The learning rate's factor at `step`: linear warm-up, then half a cosine to 0."""
-    warm = min(1.0, (step + 1) / options.warmup)
-    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / options.steps)))
+    """The learning rate's factor at `step`: linear warm-up, 1, and a linear fall to 0 in the last `decay` of the steps."""
+    return min(1.0, 10 * (step + 1) / options.warmup, (options.steps - step) / (options.decay * options.steps))
 
 
 @torch.no_grad()
@@ -124,24 +125,31 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
     saved = storage.checkpoints(out / "checkpoints")
     if saved:
         tensors, info = storage.load(saved[-1])
-        if info["options"] != asdict(options):
+        if info["options"] | {"steps": options.steps} != asdict(options):
             raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
         start = info["step"]
         unpack(tensors, shards, ema, optimizer)
     model, optimizer = accelerator.prepare(vae, optimizer)
-    began = time.monotonic()
+
+    def reconstruct(target: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = vae.encode(target).latent_dist
+        return vae.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+
+    if options.compile:
+        reconstruct = torch.compile(reconstruct)
+    latent = vae.config.latent_channels, *(options.size // 2 ** (len(vae.config.block_out_channels) - 1),) * 2
+    began = saved_at = time.monotonic()
     for step in range(start, options.steps):
         target = batch_at(step, pictures, options)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * scheduled(step, options)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        noise = torch.randn(options.batch_size, *latent, generator=generator)
         with accelerator.autocast():
-            posterior = vae.encode(target).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-            output = vae.decode(latents).sample
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            output, mean, logvar = reconstruct(target, noise)
+        mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        warm = min(1.0, (step + 1) / (0.1 * options.steps))
+        warm = min(1.0, (step + 1) / options.warmup)
         loss = reconstruction_loss(output.float(), target, options) + warm * options.kl_weight * kl
         if not torch.isfinite(loss):
             raise RuntimeError(f"the VAE's loss is {loss.item()} at step {step}; the last checkpoint in {out} is untouched")
@@ -151,7 +159,7 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
         optimizer.zero_grad()
         ema.update(shards.parameters, step + 1)
         done = step + 1
-        if done % options.checkpoint_every == 0 or done == options.steps:
+        if time.monotonic() - saved_at >= options.checkpoint_seconds or done == options.steps:
             row = {"step": done, "loss": loss.item(), "kl": kl.item()}
             row["images_per_second"] = (done - start) * options.batch_size / (time.monotonic() - began)
             if held_out is not None:
@@ -162,5 +170,6 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
             accelerator.print(json.dumps(row), flush=True)
             chunks = pack(shards, ema, getattr(optimizer, "optimizer", optimizer))
             storage.save(out / "checkpoints", done, chunks, {"options": asdict(options)}, accelerator, keep=2)
+            saved_at = time.monotonic()
     copy_into(dict(vae.named_parameters()), ema.shadow.items())
     return vae

@@ -21,43 +21,45 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import encoders
-import icons
+import sets
+from render import SIZE, write_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "render", "captions", "vae", "text", "base", "mmdit", "export")
+STAGES = ("fetch", "catalogue", "render", "vae", "text", "base", "mmdit", "export")
 VAE = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128), "layers_per_block": 1, "latent_channels": 12,
-    "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": icons.SIZE,
+    "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128, 192), "layers_per_block": 1, "latent_channels": 16,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 16,
+    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": SIZE,
+    "mid_block_add_attention": False,  # convolutions alone see a 64-pixel crop and a 128-pixel picture alike
 }  # fmt: skip
 TEXT_STEPS = {"clip": 1000, "open_clip": 1000, "t5": 4000}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
-def pictures_of(folder: Path):
-    """The PNG pictures of a folder, float [N, 3, 64, 64] in [-1, 1], in name order."""
+def pictures_of(folder: Path, every: int = 1):
+    """Every `every`-th PNG picture of a folder, float [N, 3, SIZE, SIZE] in [-1, 1], in name order."""
     import numpy as np
     import torch
 
     from latentfm.data.images import open_rgb, to_tensor
 
-    return torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted(folder.glob("*.png"))])
+    return torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted(folder.glob("*.png"))[::every]])
 
 
 def fetch(work: Path) -> None:
-    icons.fetch(work / "npm")
+    sets.fetch(work / "npm")
+
+
+def catalogue(work: Path) -> None:
+    sets.write_catalogue(work / "npm", work / "catalogue.jsonl.gz")
 
 
 def render(work: Path) -> None:
-    icons.write_pictures(icons.catalogue(work / "npm"), work / "pictures")
-
-
-def captions(work: Path) -> None:
-    icons.write_captions(icons.catalogue(work / "npm"), work / "pictures")
+    write_pictures(*sets.read_catalogue(work / "catalogue.jsonl.gz"), work / "pictures")
 
 
 def vae(work: Path) -> None:
-    """Train the VAE (held-out PSNR is printed), find its shift and scale, save it in half precision."""
+    """Train the VAE (PSNR of some held-out renders is printed), find its shift and scale, save it in half precision."""
     import torch
     from autoencoder import VAETraining, latent_statistics, train_vae
     from diffusers import AutoencoderKL
@@ -65,9 +67,10 @@ def vae(work: Path) -> None:
     if (work / "vae" / "model" / "config.json").exists():
         return
     torch.manual_seed(0)
-    model = AutoencoderKL(**VAE)
-    train_vae(model, work / "pictures" / "vae", work / "vae", VAETraining(), pictures_of(work / "pictures" / "held_out"))
-    shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "train"))
+    model = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    options = VAETraining(compile=True)
+    train_vae(model, work / "pictures" / "vae", work / "vae", options, pictures_of(work / "pictures" / "held_out", every=8))
+    shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "icons", every=4))
     model.register_to_config(shift_factor=shift, scaling_factor=scale)
     model.half().save_pretrained(work / "vae" / "model")
 
