@@ -1,13 +1,14 @@
-"""Build the bundled model from nothing: three emoji sets in, assets/emoji out.
+"""Build the bundled model from nothing: eight emoji sets in, assets/emoji out.
 
     pip install -e ".[test]"                                   # brings resvg_py; npm is needed too, for the fetch
     python scripts/emoji/build.py --work build/emoji           # every stage in order; hours on two CPU cores
     python scripts/emoji/build.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
     bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
-Stages: fetch (npm packages) -> render (PNG at 64 and 96 px) -> captions -> vae -> text (three encoders) -> base (those as a
-pipeline folder without network) -> mmdit (`latentfm train --config configs/emoji.yaml`) -> export (half precision, into assets/).
-`python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again.
+Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
+pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
+configs/emoji.yaml`) -> export (half precision, into assets/). `python scripts/emoji/measure.py` then measures the result. Seeds are
+fixed; a stage that is done is not done again, one that was interrupted goes on.
 """
 
 import argparse
@@ -22,16 +23,20 @@ from pathlib import Path
 
 import encoders
 import sets
+import yaml
+from captions import write_captions
 from render import SIZE, write_pictures
+from scenes import write_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "vae", "text", "base", "mmdit", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "export")
 VAE = {
     "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128, 192), "layers_per_block": 1, "latent_channels": 16,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 16,
     "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": SIZE,
     "mid_block_add_attention": False,  # convolutions alone see a 64-pixel crop and a 128-pixel picture alike
 }  # fmt: skip
+SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
 TEXT_STEPS = {"clip": 1000, "open_clip": 1000, "t5": 4000}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
@@ -56,6 +61,14 @@ def catalogue(work: Path) -> None:
 
 def render(work: Path) -> None:
     write_pictures(*sets.read_catalogue(work / "catalogue.jsonl.gz"), work / "pictures")
+
+
+def captions(work: Path) -> None:
+    write_captions(sets.read_catalogue(work / "catalogue.jsonl.gz")[0], work / "pictures")
+
+
+def scenes(work: Path) -> None:
+    write_scenes(sets.read_catalogue(work / "catalogue.jsonl.gz")[0], work / "pictures", SCENES, EXAMINED)
 
 
 def vae(work: Path) -> None:
@@ -158,13 +171,11 @@ def training_command(work: Path, *more: str) -> list[str]:
     """The command that trains the MM-DiT, or goes on with it; `more` are further overrides."""
     from latentfm.training.checkpoint.storage import checkpoints
 
-    folders = {
-        "data.folder": work / "pictures" / "train",
-        "data.cache": work / "cache",
-        "model.pipeline": work / "base",
-        "output.folder": work / "mmdit",
-    }
-    command = [sys.executable, "-m", "latentfm", "train", "--config", str(ROOT / "configs" / "emoji.yaml")]
+    config = ROOT / "configs" / "emoji.yaml"
+    sources = yaml.safe_load(config.read_text("utf-8"))["data"]["sources"]
+    there = [source | {"path": str(work / Path(source["path"]).relative_to("build/emoji"))} for source in sources]
+    folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / "mmdit"}
+    command = [sys.executable, "-m", "latentfm", "train", "--config", str(config), f"data.sources={json.dumps(there)}"]
     command += [*(f"{option}={folder}" for option, folder in folders.items()), *more]
     return [*command, "--resume"] if checkpoints(work / "mmdit" / "checkpoints") else command
 

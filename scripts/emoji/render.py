@@ -1,7 +1,10 @@
 """SVG to pixels, and pictures on backgrounds. Used by build.py."""
 
 import io
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from PIL import Image
@@ -30,6 +33,16 @@ def on_colour(image: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
 
 
+def write_icon(icon: Icon, folder: Path) -> None:
+    """One icon's files in the folders of `write_pictures`."""
+    if not icon.held_out:
+        for size in VAE_SIZES:
+            render(icon.svg, size).save(folder / "vae" / f"{icon.stem}-{size}.png")
+        render(icon.svg, LARGE).save(folder / "large" / f"{icon.stem}.png", compress_level=1)
+    part = "held_out" if icon.held_out else "icons"
+    on_colour(render(icon.svg, SIZE)).save(folder / part / f"{icon.stem}.png")
+
+
 def write_pictures(icons: list[Icon], pictograms: dict[str, str], folder: Path) -> None:
     """Write vae/ (RGBA, all training renders at VAE_SIZES), large/ (the same at LARGE, for scenes), and icons/ and held_out/
     (RGB on white, SIZE); all folders or none.
@@ -39,13 +52,8 @@ def write_pictures(icons: list[Icon], pictograms: dict[str, str], folder: Path) 
     for name in ("vae", "large", "icons", "held_out"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    for icon in icons:
-        if not icon.held_out:
-            for size in VAE_SIZES:
-                render(icon.svg, size).save(folder / "vae" / f"{icon.stem}-{size}.png")
-            render(icon.svg, LARGE).save(folder / "large" / f"{icon.stem}.png", compress_level=1)
-        part = "held_out" if icon.held_out else "icons"
-        on_colour(render(icon.svg, SIZE)).save(folder / part / f"{icon.stem}.png")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write_icon, icons, repeat(folder), chunksize=32))
     for name, svg in pictograms.items():
         render(svg, SIZE).save(folder / "vae" / f"pictogram-{name}-{SIZE}.png")
     (folder / "done").write_text(f"{len(icons)}\n")

