@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "emoji"))
-from autoencoder import VAETraining, batch_at, latent_statistics, load_pictures, psnr, scheduled, train_vae
+from autoencoder import VAETraining, batch_at, edge_strength, latent_statistics, load_pictures, psnr, scheduled, ssim, train_vae
 
 OPTIONS = VAETraining(
     size=16, steps=12, batch_size=4, warmup=2, mixed_precision="no", checkpoint_seconds=0, ema_decay=0.5, learning_rate=3e-3
@@ -99,6 +99,17 @@ def test_psnr_of_a_known_error() -> None:
 
     pictures = torch.zeros(3, 3, 8, 8)
     torch.testing.assert_close(psnr(Off(), pictures), torch.full((3,), 20 * np.log10(255 / 16), dtype=torch.float32))
+
+
+def test_ssim_and_edges() -> None:
+    """Of constant pictures a and b, SSIM is (2ab + c) / (a^2 + b^2 + c); the same picture has 1; a blurred one has fewer edges."""
+    dark, light = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)  # 0.4 and 0.7 of [0, 1]
+    expected = (2 * 0.4 * 0.7 + 1e-4) / (0.4**2 + 0.7**2 + 1e-4)
+    assert ssim(dark, light).item() == pytest.approx(expected, abs=1e-4)
+    noise = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(ssim(noise, noise), torch.ones(2, dtype=torch.float64))
+    blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    assert (ssim(blurred, noise) < 0.9).all() and (edge_strength(blurred) < 0.5 * edge_strength(noise)).all()
 
 
 def test_latent_statistics_normalise(folder: Path) -> None:

@@ -15,16 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from goes_on import Run
 from PIL import Image
 from torch import Tensor
 
 from latentfm.data.mixture import Mixture
 from latentfm.data.stream import Stream
-from latentfm.training.checkpoint import storage
-from latentfm.training.checkpoint.state import pack, unpack
-from latentfm.training.distributed.shards import LocalShards
-from latentfm.training.optimizers.ema import EMA, copy_into
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,37 @@ def psnr(vae: torch.nn.Module, pictures: Tensor, batch_size: int = 64) -> Tensor
     return torch.cat(ratios)
 
 
+def ssim(output: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of each picture, [N] for [N, 3, H, W] in [-1, 1] (Wang et al. 2004: Gaussian windows of 11 pixels)."""
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    kernel = torch.outer(window, window).div(window.sum() ** 2).expand(3, 1, 11, 11)
+
+    def local(values: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(values, kernel, groups=3)
+
+    x, y = (output.double() + 1) / 2, (target.double() + 1) / 2  # variances are small differences
+    mean_x, mean_y = local(x), local(y)
+    var_x, var_y, both = local(x * x) - mean_x**2, local(y * y) - mean_y**2, local(x * y) - mean_x * mean_y
+    likeness = (2 * mean_x * mean_y + 0.01**2) * (2 * both + 0.03**2)
+    return (likeness / ((mean_x**2 + mean_y**2 + 0.01**2) * (var_x + var_y + 0.03**2))).mean(dim=(1, 2, 3))
+
+
+def edge_strength(pictures: Tensor) -> Tensor:
+    """Root mean square of neighbouring pixels' differences, [N]: what a blurred picture has less of."""
+    across, down = pictures.diff(dim=-1).square().mean(dim=(1, 2, 3)), pictures.diff(dim=-2).square().mean(dim=(1, 2, 3))
+    return (across + down).sqrt()
+
+
+@torch.no_grad()
+def quality(vae: torch.nn.Module, pictures: Tensor) -> dict[str, float]:
+    """Mean and worst PSNR in dB, mean SSIM, and the reconstructions' edge strength as a share of the pictures' own."""
+    output = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in pictures.split(64)])
+    ratios, edges = psnr(vae, pictures), edge_strength(output) / edge_strength(pictures)
+    said = {"psnr": ratios.mean(), "worst_psnr": ratios.min(), "ssim": ssim(output, pictures).mean(), "edges": edges.mean()}
+    return {name: value.item() for name, value in said.items()} | {"of": len(pictures)}
+
+
 @torch.no_grad()
 def latent_statistics(vae: torch.nn.Module, pictures: Tensor) -> tuple[float, float]:
     """(shift, scale) such that (latents - shift) * scale has mean 0 and standard deviation 1 over `pictures`."""
@@ -115,21 +142,13 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
 
     Writes `out`/checkpoints and `out`/metrics.jsonl (loss, KL, held-out PSNR in dB, pictures a second).
     """
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
     pictures = load_pictures(folder)
     out.mkdir(parents=True, exist_ok=True)
-    shards = LocalShards(vae)
-    ema = EMA(shards.parameters, options.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    start = 0
-    saved = storage.checkpoints(out / "checkpoints")
-    if saved:
-        tensors, info = storage.load(saved[-1])
-        if info["options"] | {"steps": options.steps} != asdict(options):
-            raise ValueError(f"{saved[-1]} was made with other options; remove {out} to start again")
-        start = info["step"]
-        unpack(tensors, shards, ema, optimizer)
-    model, optimizer = accelerator.prepare(vae, optimizer)
+    run = Run(
+        vae, optimizer, out / "checkpoints", asdict(options), ("steps", "compile", "checkpoint_seconds"),
+        options.ema_decay, options.checkpoint_seconds,
+    )  # fmt: skip
 
     def reconstruct(target: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = vae.encode(target).latent_dist
@@ -138,14 +157,14 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
     if options.compile:
         reconstruct = torch.compile(reconstruct)
     latent = vae.config.latent_channels, *(options.size // 2 ** (len(vae.config.block_out_channels) - 1),) * 2
-    began = saved_at = time.monotonic()
-    for step in range(start, options.steps):
+    began = time.monotonic()
+    for step in range(run.start, options.steps):
         target = batch_at(step, pictures, options)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * scheduled(step, options)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         noise = torch.randn(options.batch_size, *latent, generator=generator)
-        with accelerator.autocast():
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.mixed_precision == "bf16"):
             output, mean, logvar = reconstruct(target, noise)
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
@@ -153,23 +172,21 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
         loss = reconstruction_loss(output.float(), target, options) + warm * options.kl_weight * kl
         if not torch.isfinite(loss):
             raise RuntimeError(f"the VAE's loss is {loss.item()} at step {step}; the last checkpoint in {out} is untouched")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(shards.parameters, step + 1)
+        run.ema.update(run.shards.parameters, step + 1)
         done = step + 1
-        if time.monotonic() - saved_at >= options.checkpoint_seconds or done == options.steps:
+        if run.due() or done == options.steps:
             row = {"step": done, "loss": loss.item(), "kl": kl.item()}
-            row["images_per_second"] = (done - start) * options.batch_size / (time.monotonic() - began)
+            row["images_per_second"] = (done - run.start) * options.batch_size / (time.monotonic() - began)
             if held_out is not None:
-                with ema.applied_to(shards.parameters):
+                with run.ema.applied_to(run.shards.parameters):
                     row["held_out_psnr"] = psnr(vae, held_out).mean().item()
+            run.save(done)
             with (out / "metrics.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
-            accelerator.print(json.dumps(row), flush=True)
-            chunks = pack(shards, ema, getattr(optimizer, "optimizer", optimizer))
-            storage.save(out / "checkpoints", done, chunks, {"options": asdict(options)}, accelerator, keep=2)
-            saved_at = time.monotonic()
-    copy_into(dict(vae.named_parameters()), ema.shadow.items())
+            print(json.dumps(row), flush=True)
+    run.take_averages()
     return vae

@@ -22,11 +22,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import encoders
+import numpy as np
 import sets
 import yaml
 from captions import write_captions
+from pairs import Pairs
 from render import SIZE, write_pictures
 from scenes import write_scenes
+from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "export")
@@ -43,7 +46,6 @@ SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stoc
 
 def pictures_of(folder: Path, every: int = 1):
     """Every `every`-th PNG picture of a folder, float [N, 3, SIZE, SIZE] in [-1, 1], in name order."""
-    import numpy as np
     import torch
 
     from latentfm.data.images import open_rgb, to_tensor
@@ -88,15 +90,20 @@ def vae(work: Path) -> None:
     model.half().save_pretrained(work / "vae" / "model")
 
 
-def latents_of(pictures, folder: Path):
-    """Uint8 pictures [N, 3, 64, 64] as the MM-DiT sees them: the VAE's mean latents, shifted and scaled, float [N, 12, 16, 16]."""
+def latents_of(paths: list[Path], folder: Path):
+    """Pictures as the MM-DiT sees them: the VAE's mean latents, shifted and scaled, half precision [N, 16, 16, 16]."""
     import torch
     from diffusers import AutoencoderKL
 
+    from latentfm.data.images import open_rgb, to_tensor
+
     model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    with torch.no_grad():
-        means = torch.cat([model.encode(batch / 127.5 - 1).latent_dist.mean for batch in pictures.split(128)])
-    return (means - model.config.shift_factor) * model.config.scaling_factor
+    means = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, len(paths), 64):
+            pictures = torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in paths[start : start + 64]])
+            means.append(model.encode(pictures).latent_dist.mean.float())
+    return ((torch.cat(means) - model.config.shift_factor) * model.config.scaling_factor).half()
 
 
 def text_encoder(work: Path, name: str, threads: int) -> None:
@@ -104,13 +111,16 @@ def text_encoder(work: Path, name: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    pairs, out, steps = encoders.Pairs(work / "pictures" / "train"), work / "text", TEXT_STEPS[name]
+    icons, _ = sets.read_catalogue(work / "catalogue.jsonl.gz")
+    words = {word for icon in icons for word in (icon.label, *icon.names, *icon.tags)}
+    meanings = [texts for texts in WordNet(work / "npm" / "wordnet" / "dict").meanings(THINGS) if words & set(texts)]
+    pairs, out, steps = Pairs(work / "pictures", meanings), work / "text", TEXT_STEPS[name]
     if name == "clip":
         encoders.train_clip(pairs, out, steps, batch=256, seed=1)
     elif name == "open_clip":
         encoders.train_open_clip(pairs, out, steps, batch=256, seed=2)
     else:
-        encoders.train_t5(pairs, latents_of(pairs.pictures, work / "vae" / "model"), out, steps, batch=128, seed=3)
+        encoders.train_t5(pairs, latents_of(pairs.paths, work / "vae" / "model"), out, steps, batch=128, seed=3)
 
 
 def text(work: Path) -> None:
@@ -138,7 +148,7 @@ def base(work: Path) -> None:
 
     folder = work / "base"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(work / "text", folder)
+    shutil.copytree(work / "text", folder, ignore=shutil.ignore_patterns("clip", "open_clip", "t5"))  # their checkpoints
     shutil.copytree(work / "vae" / "model", folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}

@@ -212,7 +212,8 @@ def write_scene(name: str, scene: Scene, folder: Path) -> dict:
     rng = random.Random(f"captions/{name}")
     text = captions(scene, rng) if folder.name == "scenes" else [phrase(scene, rng)]
     counts = [{"code": thing.code, "label": thing.nouns[0], "count": count} for thing, count in scene.counts]
-    return {"file_name": name, "text": text, "style": scene.style, "kind": scene.kind, "colour": scene.colour, "things": counts}
+    said = {"style": scene.style, "kind": scene.kind, "colour": scene.colour, "places": scene.places, "things": counts}
+    return {"file_name": name, "text": text} | said
 
 
 def write_scenes(icons: list[Icon], pictures: Path, number: int, each_examined: int) -> None:
@@ -226,3 +227,9 @@ def write_scenes(icons: list[Icon], pictures: Path, number: int, each_examined: 
             (pictures / part).mkdir(exist_ok=True)
             rows = pool.map(write_scene, wanted, wanted.values(), repeat(pictures / part), chunksize=64)
             write_rows(pictures / part, list(rows))
+
+
+def scene_from(row: dict) -> Scene:
+    """The scene of a row of metadata by `write_scene`."""
+    things = tuple(Thing(each["code"], (each["label"],)) for each in row["things"] for _ in range(each["count"]))
+    return Scene(row["kind"], row["style"], things, row["places"], row["colour"])

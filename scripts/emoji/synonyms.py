@@ -34,6 +34,7 @@ REFUSED |= {
     "flying lizard",
     "asphyxiator",
 }
+THINGS = {"05", "06", "08", "13", "17", "19", "20"}  # animals, artifacts, bodies, food, objects, phenomena, plants
 FIELD = {"animal": "05", "food": "13", "plant": "20"}
 EVERYDAY = Path(__file__).with_name("everyday.yaml")  # label: what people say, by hand
 
@@ -48,10 +49,13 @@ class WordNet:
                 fields = line.split()
                 self.senses[fields[0]] = fields[-int(fields[2]) :]
         self.synsets: dict[str, tuple[str, list[str]]] = {}
+        self.glosses: dict[str, str] = {}
         for line in (folder / "data.noun").read_text("utf-8").splitlines():
             if not line.startswith(" "):
-                fields = line.split("|")[0].split()
+                synset, gloss = line.split("|", 1)
+                fields = synset.split()
                 self.synsets[fields[0]] = fields[1], fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                self.glosses[fields[0]] = gloss.split(";")[0].strip()
 
     def names(self, label: str, files: set[str]) -> list[str]:
         """The other names of the first sense of `label` that is in one of the lexicographer files: those that mean it first of all."""
@@ -61,6 +65,15 @@ class WordNet:
                 meant = [lemma for lemma in lemmas if lemma.islower() and self.senses[lemma][0] == sense]  # capitals are Latin
                 return [name.replace("_", " ") for name in meant if name.replace("_", " ") != label]
         return []
+
+    def meanings(self, files: set[str]) -> list[list[str]]:
+        """Of each thing in the lexicographer files, what can be said for it: its names, that mean it first of all, and its definition."""
+        found = []
+        for sense, (file, lemmas) in self.synsets.items():
+            if file in files:
+                plain = [lemma.replace("_", " ") for lemma in lemmas if lemma.islower() and self.senses[lemma][0] == sense]
+                found.append([*plain, self.glosses[sense]])
+        return [texts for texts in found if len(texts) > 1]
 
 
 def usable(name: str) -> bool:
