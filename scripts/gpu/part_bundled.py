@@ -1,4 +1,5 @@
-"""The bundled model's network, trained on a GPU: scripts/emoji/build.py's stages with the frozen models of the bundled pipeline.
+"""The bundled model's network, trained on a GPU: scripts/emoji/build.py's stages with the frozen models it
+made, or with those of the bundled pipeline.
 
     bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
     python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the weights together again, and says where they belong
@@ -28,6 +29,7 @@ import build  # noqa: E402, isort: skip
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(os.environ.get("KIT_EMOJI", tempfile.gettempdir() + ("/latentfm-emoji-shrunk" if SHRUNK else "/latentfm-emoji")))
 ICONS = ROOT / "build" / "gpu" / "emoji.jsonl.gz"
+BASE = next(folder for folder in (ROOT / "build" / "gpu" / "base", ROOT / "assets" / "emoji") if folder.is_dir())
 PIECE = 15 * 2**20
 SECONDS_TO_SAVE = 40
 RUN = (
@@ -55,7 +57,7 @@ def prepared() -> dict[str, Any]:
     build.captions(WORK)
     build.scenes(WORK)
     if not (WORK / "base" / "model_index.json").exists():
-        build.base_of(ROOT / "assets" / "emoji", WORK)
+        build.base_of(BASE, WORK)
     return {name: len(list((WORK / "pictures" / name).glob("*.png"))) for name in ("plain", "styled", "scenes")}
 
 
