@@ -1,5 +1,4 @@
-"""The bundled model's network, trained on a GPU: scripts/emoji/build.py's stages with the frozen models it
-made, or with those of the bundled pipeline.
+"""The bundled model's network, trained on a GPU by scripts/emoji/build.py's stages, on its frozen models or the bundled pipeline's.
 
     bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
     python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the weights together again, and says where they belong
