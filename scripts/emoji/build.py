@@ -7,8 +7,9 @@
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
 pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
-configs/emoji.yaml`) -> export (half precision, into assets/). `python scripts/emoji/measure.py` then measures the result. Seeds are
-fixed; a stage that is done is not done again, one that was interrupted goes on.
+configs/emoji.yaml`) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
+`python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
+interrupted goes on.
 """
 
 import argparse
@@ -25,14 +26,14 @@ import encoders
 import numpy as np
 import sets
 import yaml
-from captions import write_captions
+from captions import write_captions, write_rows
 from pairs import Pairs
 from render import SIZE, write_pictures
 from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "long", "export")
 VAE = {
     "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128, 192), "layers_per_block": 1, "latent_channels": 16,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 16,
@@ -177,8 +178,29 @@ def mmdit(work: Path) -> None:
         subprocess.run(training_command(work), check=True, cwd=ROOT)
 
 
-def training_command(work: Path, *more: str) -> list[str]:
-    """The command that trains the MM-DiT, or goes on with it; `more` are further overrides."""
+def long(work: Path) -> None:
+    """Go on for a little with T5 padded to LONG tokens, on some captions of everything: all of them would be 20 GB in the cache."""
+    folder = work / "pictures" / "long"
+    if (work / "long" / "model" / "model_index.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rows = []
+    for part, every, texts in (("plain", 1, 3), ("styled", 4, 1), ("scenes", 4, 1)):
+        for line in (work / "pictures" / part / "metadata.jsonl").read_text("utf-8").splitlines()[::every]:
+            row = json.loads(line)
+            name = f"{part}-{row['file_name']}"
+            os.link(work / "pictures" / part / row["file_name"], folder / name)
+            rows.append({"file_name": name, "text": row["text"][:texts]})
+    write_rows(folder, rows)
+    own = [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", f"data.sources={json.dumps([{'path': str(folder)}])}"]
+    own += [f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}", f"output.folder={work / 'long'}"]
+    own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50"]
+    subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
+
+
+def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]:
+    """The command that trains the MM-DiT in a folder of `work`, or goes on with it; `more` are further overrides."""
     from latentfm.training.checkpoint.storage import checkpoints
 
     config = ROOT / "configs" / "emoji.yaml"
@@ -187,7 +209,7 @@ def training_command(work: Path, *more: str) -> list[str]:
     folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / "mmdit"}
     command = [sys.executable, "-m", "latentfm", "train", "--config", str(config), f"data.sources={json.dumps(there)}"]
     command += [*(f"{option}={folder}" for option, folder in folders.items()), *more]
-    return [*command, "--resume"] if checkpoints(work / "mmdit" / "checkpoints") else command
+    return [*command, "--resume"] if checkpoints(work / folder / "checkpoints") else command
 
 
 def export(work: Path) -> None:
@@ -198,7 +220,7 @@ def export(work: Path) -> None:
     target = ROOT / "assets" / "emoji"
     card = (target / "README.md").read_text("utf-8") if (target / "README.md").exists() else None
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(work / "mmdit" / "model", target)
+    shutil.copytree(work / "long" / "model", target)
     write_stock_names(target)
     write_manifest(target)
     if card is not None:

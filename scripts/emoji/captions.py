@@ -24,7 +24,7 @@ STYLED_SENTENCES = (
     "{bare}, {style} style", "{a}, {style} style", "{style} emoji of {a}", "{bare}, {style}", "{a} in {style} style",
     "{style} style {bare}", "{a} drawn in {style} style", "draw {a} in {style} style", "a picture of {a}, {style} style", "{a}, {style}",
 )  # fmt: skip
-EACH = 12  # captions of a picture
+EACH = {True: 12, False: 8}  # captions of a picture: without style words, with them
 REPEATED_TAGS = 3  # a tag that more concepts have than this says too little to stand alone
 
 
@@ -42,7 +42,7 @@ def words(icon: Icon, held_out: bool = False) -> tuple[list[str], list[str]]:
 
 
 def captions(icon: Icon, shared: dict[str, int], plain: bool) -> list[str]:
-    """EACH captions of a picture or somewhat fewer, fixed by the icon alone: `plain` without style words, or each with them.
+    """EACH captions of a picture or somewhat fewer or more, fixed by the icon alone: `plain` without style words, or each with them.
 
     `shared` says how many concepts have a tag: a rare one may stand alone, any may stand beside the name.
     """
@@ -58,7 +58,7 @@ def captions(icon: Icon, shared: dict[str, int], plain: bool) -> list[str]:
     for few in (telling[:1], telling[:3], rng.sample(tags, min(3, len(tags)))):
         if len(few) > 1 or (few and shared[few[0]] == 1):
             found.append(" ".join(few) if plain else f"{' '.join(few)}, {icon.style} style")
-    while len(found) < EACH:
+    while len(found) < EACH[plain]:
         noun = rng.choice(nouns)
         found.append(rng.choice(sentences).format(a=article(noun), bare=noun, style=icon.style))
     return list(dict.fromkeys(found))

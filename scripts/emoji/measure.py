@@ -1,7 +1,7 @@
 """Measure a model made by build.py: does it draw what is asked for, in words it knows, and in combinations it has never seen?
 
     python scripts/emoji/build.py --work build/emoji fetch catalogue render captions scenes
-    python scripts/emoji/measure.py --work build/emoji --model build/emoji/mmdit/model      # everything, at guidance 3 and 1
+    python scripts/emoji/measure.py --work build/emoji --model build/emoji/long/model       # everything, at guidance 3 and 1
     python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/vae/model
 
 Parts: `vae` (PSNR, SSIM and edge strength of held-out renders), `plain` (names without style words, against the plain style's renders),
@@ -118,7 +118,7 @@ def measured_vae(folder: Path, pictures: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--model", type=Path, help="pipeline folder; WORK/mmdit/model if not given")
+    parser.add_argument("--model", type=Path, help="pipeline folder; WORK/long/model if not given")
     parser.add_argument("--vae", type=Path, help="the VAE's folder; the model's own if not given")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
     parser.add_argument("--number", type=int, default=500, help="prompts of plain and of styled; a fifth of it of each kind of composed")
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=50)
     given = parser.parse_args()
-    pictures, out, model = given.work / "pictures", given.work / "eval", given.model or given.work / "mmdit" / "model"
+    pictures, out, model = given.work / "pictures", given.work / "eval", given.model or given.work / "long" / "model"
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict] = {}
 

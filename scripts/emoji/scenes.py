@@ -55,7 +55,7 @@ PHRASES = {
 SENTENCES = ("{x}", "{x}", "{x}", "a picture of {x}", "draw {x}", "{x}, please", "an emoji of {x}", "show me {x}")
 STYLED = ("{x}, {style} style", "{x} in {style} style", "{style} emoji of {x}", "{x}, {style}")
 BACKGROUNDS = (" on {a} background", " on {colour}", ", {colour} background", " with {a} background", " in front of {colour}")
-EACH = 4  # captions of a scene
+EACH = 2  # captions of a scene: each is kept encoded, and there are many scenes
 
 
 @dataclass(frozen=True)
