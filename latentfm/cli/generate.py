@@ -1,8 +1,12 @@
 """`latentfm generate`: pictures from prompts. Everything that can be checked without a model is checked before one is loaded."""
 
+import json
+import math
+import os
 import secrets
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -12,23 +16,23 @@ from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_GUIDANCE, MOST_PICTURE
 from latentfm.cli.checks import (
     check_at_least_one,
     check_at_most,
-    check_folder_can_be_written,
     check_name,
     check_size,
-    check_text,
     chosen_device,
     model_folder,
     parse_size,
-    wanted_prompts,
 )
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
 from latentfm.drawing import add_adapters, choose_attention, contact_sheet, draw, fingerprint, load, move, save, slug, versions
 from latentfm.errors import InputError
+from latentfm.files import check_can_be_written
+from latentfm.requests import Request, Settings, batches, check_text, requests, values, wanted
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.words import count as count_of
 from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.progress import Progress, TaskID
 
     from latentfm.pipelines.text_to_image import LatentFMPipeline
@@ -36,31 +40,43 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers", "flex")  # attention.BACKENDS, without torch
+SWEPT = "4,8,16 or 1..7: a picture with each, and all in one table."
 ENOUGH = 16  # pictures that could not be drawn: so many are told, and no more are tried where none could be
 MOST_IN_SHEET = 1000  # characters of a prompt in the settings of a contact sheet
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
 
 
 def generate(
+    ctx: typer.Context,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(help='What to show, each prompt in quotes. "" is the empty prompt: no condition.', show_default=False),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="A text file (UTF-8) with one prompt a line; blank lines are skipped.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Prompts from a UTF-8 file: text with one a line; .csv or .jsonl with a prompt and settings of its own (seed, steps, "
+            "guidance, negative, solver, width, height, image, ...) in each. - is standard input.",
+            show_default=False,
+        ),
     ] = None,
     number: Annotated[int, typer.Option("--number", "-n", help="Pictures of each prompt.")] = 1,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the first picture; each next picture has the next one. Default: random, printed.", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler: more is slower and finer.")] = 28,
+    steps: Annotated[str, typer.Option(help=f"Steps of the sampler: more is slower and finer. {SWEPT}")] = "28",
     guidance: Annotated[
-        float, typer.Option(help="How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal.")
-    ] = 3.0,
+        str, typer.Option(help=f"How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal. {SWEPT}")
+    ] = "3",
     solver: Annotated[
-        Solver, typer.Option(metavar="NAME", help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step.")
-    ] = "euler",
+        str | None,
+        typer.Option(
+            metavar="NAME", show_default=False,
+            help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Several by commas, as --steps. Default: the "
+            "model's own scheduler, Euler's.",
+        ),
+    ] = None,
     schedule: Annotated[
         Schedule, typer.Option(metavar="NAME", help=f"The times that the steps visit: {', '.join(get_args(Schedule))}.")
     ] = "model",
@@ -86,6 +102,19 @@ def generate(
     size: Annotated[
         str | None, typer.Option(help="Pixels: WIDTHxHEIGHT, or one number for a square. Default: the model's.", show_default=False)
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --image: white where it is drawn anew, black where it stays.", show_default=False)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --image: how much is drawn anew, to 1. Default: 0.6, with --mask 1.", show_default=False)
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A picture made here: its prompt, seed, model and settings, but for those given beside it.", show_default=False),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Pipeline folder, ours or a stock SD3 / SD3.5 one. Default: the bundled model.", show_default=False)
     ] = None,
@@ -104,6 +133,13 @@ def generate(
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
+    skip_existing: Annotated[
+        bool,
+        typer.Option("--skip-existing", help="Leave out pictures that --out has already with these settings: to go on where it stopped."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Prints a JSON object a picture, its path and its settings, in place of the path alone.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="First compare every byte of the model and of LoRA folders with what was saved there.")
     ] = False,
@@ -113,28 +149,67 @@ def generate(
     Prints the path of each picture on stdout. A picture depends on its prompt, its seed and the settings, not on what was made
     beside it; all of these are written into the PNG (latentfm.pictures.read_settings), so that any picture can be made again.
     """
-    texts = wanted_prompts(prompts, prompts_file)
-    check_at_least_one({"--number": number, "--steps": steps, "--batch": batch})
-    count = len(texts) * number
-    check_at_most({"--steps": (steps, MOST_STEPS), "--batch": (batch, MOST_AT_ONCE), "the number of pictures,": (count, MOST_PICTURES)})
+    before: dict[str, Any] = {}
+    if like is not None:
+        from latentfm.pictures import read_settings
+
+        before = read_settings(like)
+
+    def said(option: str, value: Any, name: str | None = None) -> Any:
+        """The value of an option: as given, else as the picture that this one shall be like has it, else the default."""
+        source = ctx.get_parameter_source(option)
+        return before.get(name or option, value) if source is None or source.name.startswith("DEFAULT") else value
+
+    lines = wanted(list(prompts or []) or ([before["prompt"]] if "prompt" in before and prompts_file is None else []), prompts_file)
+    check_at_least_one({"--number": number, "--batch": batch})
+    sweeps = {
+        "steps": values("--steps", str(said("steps", steps)), int),
+        "guidance": values("--guidance", str(said("guidance", guidance)), float),
+        "solver": [name or None for name in (said("solver", solver) or "").split(",")],
+    }
+    count = len(lines) * number * math.prod(len(each) for each in sweeps.values())
+    check_at_most({"--steps": (max(sweeps["steps"]), MOST_STEPS), "--batch": (batch, MOST_AT_ONCE)})
+    check_at_most({"the number of pictures,": (count, MOST_PICTURES)})
     if grid:
         check_at_most({"--grid of pictures,": (count, MOST_AT_ONCE)})
-    if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
-        raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
-    sampler = Sampler(steps, guidance, solver, schedule, shift, guidance_rule, guidance_rescale, guidance_interval, zero_init, noise)
-    if (reference is None) == (guidance_rule == "autoguidance"):
+    check_at_least_one({"--steps": min(sweeps["steps"])})
+    if wrong := [each for each in sweeps["guidance"] if not 0 <= each <= MOST_GUIDANCE]:  # nan too
+        raise InputError(f"--guidance {wrong[0]} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
+    sampler = Sampler(
+        sweeps["steps"][0], sweeps["guidance"][0], sweeps["solver"][0], said("schedule", schedule), said("shift", shift),
+        said("guidance_rule", guidance_rule), said("guidance_rescale", guidance_rescale),
+        None if (interval := said("guidance_interval", guidance_interval)) is None else tuple(interval), said("zero_init", zero_init),
+        said("noise", noise),
+    )  # fmt: skip
+    reference = None if (weaker := said("reference", reference)) is None else Path(weaker)
+    if (reference is None) == (sampler.guidance == "autoguidance"):
         raise InputError("--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
-    if solver == "dormand_prince":
+    if "dormand_prince" in sweeps["solver"]:
         batch = 1  # its steps suit the mean of a batch
-    if seed is not None and not 0 <= seed <= LAST_SEED - (count - 1):
-        raise InputError(f"--seed {seed} is out of range: {count} pictures need a seed from 0 to {LAST_SEED - (count - 1)}")
+    seed = said("seed", seed)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and seed is None:
+        raise InputError(f"--seed is needed where {processes} processes share the pictures, as --seed 0")
+    pictures = len(lines) * number
+    if seed is not None and not 0 <= seed <= LAST_SEED - (pictures - 1):
+        raise InputError(f"--seed {seed} is out of range: {pictures} pictures need a seed from 0 to {LAST_SEED - (pictures - 1)}")
+    negative = said("negative", negative, "negative_prompt")
     if negative is not None:
         check_text(negative, "--negative")
-    wanted_size = parse_size(size) if size is not None else None
+    wanted_size = parse_size(size) if size is not None else (before["width"], before["height"]) if "width" in before else None
+    image, mask = (None if (path := said(name, value)) is None else Path(path) for name, value in (("image", image), ("mask", mask)))
+    base = Settings(sampler, negative, *(wanted_size or (None, None)), image, mask, said("strength", strength))
+    for each in requests(lines, 1, 0, base, sweeps):  # whatever is wrong with a line is told before the model is loaded
+        for path in (each.settings.image, each.settings.mask):
+            if path is not None and not path.is_file():
+                raise InputError(f"there is no picture {shown(path)}")
+    model = None if (folder_of := said("model", model)) in (None, "bundled") else Path(folder_of)
+    attention, dtype = said("attention", attention), said("dtype", dtype)
+    lora = [Path(path) for path in said("lora", lora) or []]
     check_name("--device", device.split(":")[0], DEVICES)
     check_name("--dtype", dtype, DTYPES)
     check_name("--attention", attention, ATTENTION)
-    check_folder_can_be_written(out)
+    check_can_be_written(out, "--out")
     folder = model_folder(model)
     adapters = lora or []
     for path in adapters:
@@ -147,28 +222,27 @@ def generate(
     with progress_bar() as bar:
         task = bar.add_task("loading the model", total=None)
         chosen = chosen_device(device)
+        if processes > 1 and device == "auto" and chosen.type == "cuda":
+            chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
         pipe = load(folder, kind, verify)
         add_adapters(pipe, adapters, verify)
         choose_attention(pipe, attention, chosen)
         weaker = None if reference is None else load(model_folder(reference, "--reference"), kind, verify, "--reference").transformer
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
-        check_size(width, height, pipe.size_multiple, pipe.max_side)
-        for line in pipe.prompt_warnings(list(dict.fromkeys([*texts, negative or ""]))):
+        base = replace(base, width=width, height=height)
+        for side in {(each.settings.width, each.settings.height) for each in requests(lines, 1, 0, base, sweeps)}:
+            check_size(*side, pipe.size_multiple, pipe.max_side)
+        negatives = [line.own.get("negative", negative or "") for line in lines]
+        for line in pipe.prompt_warnings(list(dict.fromkeys([*(line.prompt for line in lines), *negatives]))):
             say(f"note: {line}", bar)
-        if negative and guidance <= 1:
-            say(f"note: --negative does nothing at --guidance {guidance:g}; it needs more than 1", bar)
+        if negative and max(sweeps["guidance"]) <= 1:
+            say(f"note: --negative does nothing at --guidance {sweeps['guidance'][0]:g}; it needs more than 1", bar)
         if seed is None:
             seed = secrets.randbelow(2**32)
             say(f"seed {seed} (to repeat: --seed {seed})", bar)
-        settings = {
-            "negative_prompt": negative or "",
-            "steps": steps,
-            "guidance": guidance,
-            **sampler.unusual(),
+        common = {
             **({"reference": str(reference)} if reference else {}),
-            "width": width,
-            "height": height,
             "model": str(model) if model else "bundled",
             "model_fingerprint": fingerprint(folder),
             **({"lora": [str(path) for path in adapters]} if adapters else {}),
@@ -177,51 +251,131 @@ def generate(
             "attention": attention,
             **versions(),
         }
-        bar.update(task, description="drawing", total=count * steps)
+        if before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
+            say(f"note: {shown(like)} was made by a model of other weights than {common['model']}", bar)
+        asked = requests(lines, number, seed, base, sweeps)[rank::processes]
+        bar.update(task, description="drawing", total=sum(each.settings.sampler.num_inference_steps for each in asked))
         move(pipe, chosen)
-        arguments = {"negative_prompt": negative or None, "height": height, "width": width, **asdict(sampler)}
-        if weaker is not None:
-            arguments["reference"] = weaker.to(chosen)
-        with_grid = count > 1 and (count <= GRID_UP_TO if grid is None else grid)
-        draw_all(pipe, texts, number, seed, batch, arguments, settings, out, with_grid, bar, task)
+        shared = {} if weaker is None else {"reference": weaker.to(chosen)}
+        with_grid = processes == 1 and count > 1 and (count <= GRID_UP_TO if grid is None else grid)
+        swept = [name for name, each in sweeps.items() if len(each) > 1]
+        drawing = Drawing(pipe, shared, common, out, with_grid, as_json, bar, task, swept)
+        drawing.all([each for each in asked if not (skip_existing and drawing.is_there(each))], batch, number)
 
 
-def draw_all(
-    pipe: "LatentFMPipeline", texts: list[str], number: int, seed: int, batch: int, arguments: dict[str, Any], settings: dict[str, Any],
-    out: Path, with_grid: bool, bar: "Progress", task: "TaskID",
-) -> None:  # fmt: skip
-    """Draws `number` pictures of each text, a batch at a time, and saves each at once, under its seed and prompt; prints the paths.
+@dataclass
+class Drawing:
+    """Requests drawn a batch at a time, each picture saved at once under its seed and prompt, and its path printed.
 
-    Raises InputError, at the end, for those that could not be drawn.
+    shared: of the pipeline's calls. common: what every PNG says besides its own settings. swept: the options with several values.
     """
-    from latentfm.pictures import cell
 
-    count, steps = len(texts) * number, settings["steps"]
-    made, thumbnails, saved, failures = [], [], 0, Failures(count)
-    for start in range(0, count, batch):
-        part = [(texts[index // number], seed + index) for index in range(start, min(start + batch, count))]
-        images = draw(pipe, part, arguments, lambda pictures: bar.advance(task, pictures))
-        bar.update(task, completed=(start + len(part)) * steps)
-        with uninterrupted():  # what is drawn is saved, and told
-            for (text, picture_seed), image in zip(part, images, strict=True):
-                if isinstance(image, InputError):
-                    failures.tell(text, picture_seed, image, bar)
-                    continue
-                own = {"prompt": text, "seed": picture_seed}
-                path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
-                saved += 1
-                if with_grid:
-                    made.append({"file": path.name, **own, "prompt": shortened(text, MOST_IN_SHEET)})
-                    thumbnails.append(cell(image))
-                show(path, bar)
-        if not saved and failures.number >= ENOUGH:
-            break
-    if with_grid and thumbnails:
-        sheet = contact_sheet(thumbnails, [(picture["prompt"], picture["seed"]) for picture in made], number, len(texts))
-        show(save(sheet, out, f"grid-{seed}", settings | {"seed": seed, "pictures": made}), bar)
-    if getattr(sys.stdout, "lost", False):
-        say(f"note: standard output was closed; {count_of(saved, 'picture')} saved in {out}", bar)
-    failures.raise_any(saved)
+    pipe: "LatentFMPipeline"
+    shared: dict[str, Any]
+    common: dict[str, Any]
+    out: Path
+    with_grid: bool
+    as_json: bool
+    bar: "Progress"
+    task: "TaskID"
+    swept: list[str]
+
+    def all(self, asked: list[Request], batch: int, number: int) -> None:
+        """Draws them all, and a contact sheet where there is one. Raises InputError, at the end, for those that could not be drawn."""
+        from latentfm.pictures import cell
+
+        made, thumbnails, failures, done = [], [], Failures(len(asked)), 0
+        for part in batches(asked, batch):
+            settings = part[0].settings
+            images = draw(self.pipe, [(each.prompt, each.seed) for each in part], self.arguments(settings), self.advance(settings))
+            done += len(part) * settings.sampler.num_inference_steps
+            self.bar.update(self.task, completed=done)
+            with uninterrupted():  # what is drawn is saved, and told
+                for request, image in zip(part, images, strict=True):
+                    if isinstance(image, InputError):
+                        failures.tell(request.prompt, request.seed, image, self.bar)
+                        continue
+                    made.append((request, self.keep(request, image)))
+                    if self.with_grid:
+                        thumbnails.append(cell(image))
+            if not made and failures.number >= ENOUGH:
+                break
+        if self.with_grid and thumbnails:
+            self.sheet(asked, made, thumbnails, number)
+        if getattr(sys.stdout, "lost", False):
+            say(f"note: standard output was closed; {count_of(len(made), 'picture')} saved in {self.out}", self.bar)
+        failures.raise_any(len(made))
+
+    def arguments(self, settings: Settings) -> dict[str, Any]:
+        """The pipeline's arguments for pictures with these settings, but for their prompts and seeds."""
+        found = self.shared | {"negative_prompt": settings.negative or None, "height": settings.height, "width": settings.width}
+        if settings.image is not None:
+            from latentfm.data.images import open_rgb
+
+            strength = settings.strength or (0.6 if settings.mask is None else 1.0)
+            found |= {"image": open_rgb(settings.image), "strength": strength}
+            found |= {} if settings.mask is None else {"mask_image": open_rgb(settings.mask)}
+        return found | asdict(settings.sampler)
+
+    def advance(self, settings: Settings) -> Callable[[int], None]:
+        return lambda pictures: self.bar.advance(self.task, pictures)
+
+    def keep(self, request: Request, image: "Image.Image") -> Path:
+        """The path of a picture, saved; it is printed, or all that is known of the picture."""
+        settings = self.settings(request)
+        path = save(image, self.out, self.stem(request), settings)
+        show(json.dumps({"file": str(path), **settings}) if self.as_json else path, self.bar)
+        return path
+
+    def stem(self, request: Request) -> str:
+        """The name of a picture's file, but for a number where it is taken."""
+        swept = "".join(f"-{name}-{value}" for name, value in self.values_of(request).items())
+        return f"{request.seed}-{slug(request.prompt)}{swept}"
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        """What a picture's PNG says."""
+        return {"prompt": request.prompt, "seed": request.seed, **request.settings.recorded(), **self.common}
+
+    def is_there(self, request: Request) -> bool:
+        """Whether the picture is there already, drawn with these settings on whatever device; its path is printed then."""
+        from latentfm.pictures import read_settings
+
+        path, placed = self.out / f"{self.stem(request)}.png", {"device": ""}
+        try:
+            found = read_settings(path) | placed == json.loads(json.dumps(self.settings(request))) | placed
+        except InputError:
+            return False
+        if found:
+            show(path, self.bar)
+        return found
+
+    def values_of(self, request: Request) -> dict[str, str]:
+        """The values of the swept options that a request is drawn with, by the option's name."""
+        names = ("steps", "guidance", "solver")
+        found = {name: "own" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+                 for name, value in zip(names, request.swept, strict=True)}  # fmt: skip
+        return {name: found[name] for name in self.swept}
+
+    def sheet(self, asked: list[Request], made: list[tuple[Request, Path]], thumbnails: "list[Image.Image]", number: int) -> None:
+        """Saves and shows the contact sheet: of a sweep a table, the last swept option's values beside each other."""
+        from latentfm.pictures import table
+
+        first = made[0][0]
+        pictures = [{"file": path.name, "prompt": shortened(each.prompt, MOST_IN_SHEET), "seed": each.seed} for each, path in made]
+        if self.swept and len(made) == len(asked):
+            columns = list(dict.fromkeys(list(self.values_of(each).values())[-1] for each in asked))
+            rows: dict[tuple, list] = {}
+            for (request, _), image in zip(made, thumbnails, strict=True):
+                *above, _ = self.values_of(request).items()
+                rows.setdefault((request.prompt, request.seed, *above), []).append(image)
+            labels = [", ".join([f"{shortened(prompt, 24)} {seed}", *(f"{n} {v}" for n, v in above)]) for prompt, seed, *above in rows]
+            sheet = table(list(rows.values()), labels, [f"{self.swept[-1]} {value}" for value in columns])
+        else:
+            prompts = len(dict.fromkeys(each.prompt for each in asked))
+            sheet = contact_sheet(thumbnails, [(each["prompt"], each["seed"]) for each in pictures], number, prompts)
+        settings = first.settings.recorded() | self.common | {"seed": first.seed, "pictures": pictures}
+        path = save(sheet, self.out, f"grid-{first.seed}", settings)
+        show(json.dumps({"file": str(path), "grid": True}) if self.as_json else path, self.bar)
 
 
 class Failures:

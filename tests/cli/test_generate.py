@@ -11,25 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 import latentfm
 from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
-from latentfm.cli.main import app
 from latentfm.drawing import fingerprint, slug, versions
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A function that runs the command line with its arguments, in an empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -229,7 +219,7 @@ EARLY = [
     (("cat", "--steps", "0"), ["--steps 0"]),
     (("cat", "--steps", "-3"), ["--steps -3"]),
     (("cat", "--batch", "0"), ["--batch 0"]),
-    (("cat", "--steps", "many"), ["--steps", "integer"]),
+    (("cat", "--steps", "many"), ["--steps", "whole numbers"]),
     (("cat", "--stps", "3"), ["--stps", "--steps"]),
     (("cat", "--guidance", "nan"), ["--guidance nan"]),
     (("cat", "--guidance", "inf"), ["--guidance inf"]),
@@ -532,11 +522,11 @@ def test_names_that_stdout_cannot_say_and_readers_that_leave_cost_no_picture(tin
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 def test_a_line_of_prompts_ends_where_a_line_ends(tmp_path, mark):
-    from latentfm.cli.checks import wanted_prompts
+    from latentfm.requests import wanted
 
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"a cat{mark}on a mat\r\na dog\rthe moon\n\nthe sun".encode())
-    assert wanted_prompts(None, file) == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
+    assert [line.prompt for line in wanted([], file)] == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
 
 
 @pytest.mark.parametrize(
