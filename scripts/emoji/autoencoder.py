@@ -92,11 +92,11 @@ def scheduled(step: int, options: VAETraining) -> float:
 def psnr(vae: torch.nn.Module, pictures: Tensor, batch_size: int = 64) -> Tensor:
     """Peak signal-to-noise ratio in dB of each reconstruction (posterior mean, 8-bit rounding), [N] for [N, 3, H, W] in [-1, 1]."""
     ratios = []
-    for part in pictures.split(batch_size):
+    for part in pictures.to(next(vae.parameters()).device).split(batch_size):
         output = vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
         error = ((output - part) * 127.5).round().square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
         ratios.append(10 * torch.log10(255.0**2 / error))
-    return torch.cat(ratios)
+    return torch.cat(ratios).cpu()
 
 
 def ssim(output: Tensor, target: Tensor) -> Tensor:
@@ -133,12 +133,12 @@ def quality(vae: torch.nn.Module, pictures: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def latent_statistics(vae: torch.nn.Module, pictures: Tensor) -> tuple[float, float]:
     """(shift, scale) such that (latents - shift) * scale has mean 0 and standard deviation 1 over `pictures`."""
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(64)])
+    latents = torch.cat([vae.encode(part.to(next(vae.parameters()).device)).latent_dist.mode() for part in pictures.split(64)])
     return latents.mean().item(), 1.0 / latents.std().item()
 
 
 def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETraining, held_out: Tensor | None = None) -> torch.nn.Module:
-    """Train `vae` on the pictures of `folder`, resuming from `out`; returns it with the averaged weights.
+    """Train `vae`, where it is, on the pictures of `folder`, resuming from `out`; returns it with the averaged weights.
 
     Writes `out`/checkpoints and `out`/metrics.jsonl (loss, KL, held-out PSNR in dB, pictures a second).
     """
@@ -156,15 +156,16 @@ def train_vae(vae: torch.nn.Module, folder: Path, out: Path, options: VAETrainin
 
     if options.compile:
         reconstruct = torch.compile(reconstruct)
+    device = next(vae.parameters()).device
     latent = vae.config.latent_channels, *(options.size // 2 ** (len(vae.config.block_out_channels) - 1),) * 2
     began = time.monotonic()
     for step in range(run.start, options.steps):
-        target = batch_at(step, pictures, options)
+        target = batch_at(step, pictures, options).to(device)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * scheduled(step, options)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        noise = torch.randn(options.batch_size, *latent, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.mixed_precision == "bf16"):
+        noise = torch.randn(options.batch_size, *latent, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
             output, mean, logvar = reconstruct(target, noise)
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()

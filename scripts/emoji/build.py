@@ -83,12 +83,13 @@ def vae(work: Path) -> None:
     if (work / "vae" / "model" / "config.json").exists():
         return
     torch.manual_seed(0)
-    model = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoencoderKL(**VAE).to(device, memory_format=torch.channels_last)
     options = VAETraining(compile=True)
     train_vae(model, work / "pictures" / "vae", work / "vae", options, pictures_of(work / "pictures" / "held_out", every=8))
     shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "icons", every=4))
     model.register_to_config(shift_factor=shift, scaling_factor=scale)
-    model.half().save_pretrained(work / "vae" / "model")
+    model.half().cpu().save_pretrained(work / "vae" / "model")
 
 
 def latents_of(paths: list[Path], folder: Path):

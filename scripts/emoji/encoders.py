@@ -24,7 +24,7 @@ LENGTH = 24  # tokens of both CLIP encoders; the T5 encoder has no limit of its 
 CLIP_WIDTHS = (128, 192)
 VISION_WIDTH, VISION_LAYERS = 128, 2  # of the CLIPs' image towers: patches of 16 pixels, only there to be contrasted with
 T5_WIDTH = 320  # at least the sum of the CLIP widths: SD3 pads their concatenation up to it
-VOCABULARY = 6144
+VOCABULARY = 4096
 MEANT = 0.2  # the weight of what words mean
 
 
