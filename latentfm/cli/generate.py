@@ -1,12 +1,9 @@
 """`latentfm generate`: pictures from prompts. Everything that can be checked without a model is checked before one is loaded."""
 
-import json
 import math
 import os
 import secrets
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -22,27 +19,24 @@ from latentfm.cli.checks import (
     model_folder,
     parse_size,
 )
-from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
-from latentfm.drawing import add_adapters, choose_attention, contact_sheet, draw, fingerprint, load, move, save, slug, versions
+from latentfm.cli.drawing import Drawing
+from latentfm.cli.terminal import progress_bar, quiet_libraries, say
+from latentfm.cli.watch import Watch
+from latentfm.drawing import PARTS, add_adapters, choose_attention, fingerprint, load, move, versions
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
-from latentfm.requests import Request, Settings, batches, check_text, requests, values, wanted
+from latentfm.requests import Settings, check_text, requests, values, wanted
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
-from latentfm.words import count as count_of
-from latentfm.words import shortened, shown
+from latentfm.words import shown
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from rich.progress import Progress, TaskID
 
-    from latentfm.pipelines.text_to_image import LatentFMPipeline
+    pass
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers", "flex")  # attention.BACKENDS, without torch
 SWEPT = "4,8,16 or 1..7: a picture with each, and all in one table."
-ENOUGH = 16  # pictures that could not be drawn: so many are told, and no more are tried where none could be
-MOST_IN_SHEET = 1000  # characters of a prompt in the settings of a contact sheet
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
 
 
@@ -118,6 +112,13 @@ def generate(
     model: Annotated[
         Path | None, typer.Option(help="Pipeline folder, ours or a stock SD3 / SD3.5 one. Default: the bundled model.", show_default=False)
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Of the model's files: fp16 loads model.fp16.safetensors and its like.", show_default=False)
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.", metavar="PART", show_default=False),
+    ] = None,
     lora: Annotated[
         list[Path] | None,
         typer.Option(help="A LoRA upon the model: a file or folder of ours, diffusers' or peft's. Several add up.", show_default=False),
@@ -133,6 +134,10 @@ def generate(
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show the pictures as they form: in a terminal of kitty's or iTerm2's kind, else in OUT/watch.png."),
+    ] = False,
     skip_existing: Annotated[
         bool,
         typer.Option("--skip-existing", help="Leave out pictures that --out has already with these settings: to go on where it stopped."),
@@ -206,6 +211,10 @@ def generate(
     model = None if (folder_of := said("model", model)) in (None, "bundled") else Path(folder_of)
     attention, dtype = said("attention", attention), said("dtype", dtype)
     lora = [Path(path) for path in said("lora", lora) or []]
+    variant = said("variant", variant)
+    without = [part for given in said("without", without) or [] for part in given.split(",")]
+    for part in without:
+        check_name("--without", part, tuple(PARTS))
     check_name("--device", device.split(":")[0], DEVICES)
     check_name("--dtype", dtype, DTYPES)
     check_name("--attention", attention, ATTENTION)
@@ -225,7 +234,7 @@ def generate(
         if processes > 1 and device == "auto" and chosen.type == "cuda":
             chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind, verify)
+        pipe = load(folder, kind, verify, variant=variant, without=without)
         add_adapters(pipe, adapters, verify)
         choose_attention(pipe, attention, chosen)
         weaker = None if reference is None else load(model_folder(reference, "--reference"), kind, verify, "--reference").transformer
@@ -245,6 +254,8 @@ def generate(
             **({"reference": str(reference)} if reference else {}),
             "model": str(model) if model else "bundled",
             "model_fingerprint": fingerprint(folder),
+            **({"variant": variant} if variant else {}),
+            **({"without": without} if without else {}),
             **({"lora": [str(path) for path in adapters]} if adapters else {}),
             "device": str(chosen),
             "dtype": kind,
@@ -259,140 +270,8 @@ def generate(
         shared = {} if weaker is None else {"reference": weaker.to(chosen)}
         with_grid = processes == 1 and count > 1 and (count <= GRID_UP_TO if grid is None else grid)
         swept = [name for name, each in sweeps.items() if len(each) > 1]
-        drawing = Drawing(pipe, shared, common, out, with_grid, as_json, bar, task, swept)
+        watched = Watch(out / "watch.png") if watch and rank == 0 else None
+        if watched is not None and watched.protocol is None:
+            say(f"the pictures form in {watched.path}", bar)
+        drawing = Drawing(pipe, shared, common, out, with_grid, as_json, bar, task, swept, watched)
         drawing.all([each for each in asked if not (skip_existing and drawing.is_there(each))], batch, number)
-
-
-@dataclass
-class Drawing:
-    """Requests drawn a batch at a time, each picture saved at once under its seed and prompt, and its path printed.
-
-    shared: of the pipeline's calls. common: what every PNG says besides its own settings. swept: the options with several values.
-    """
-
-    pipe: "LatentFMPipeline"
-    shared: dict[str, Any]
-    common: dict[str, Any]
-    out: Path
-    with_grid: bool
-    as_json: bool
-    bar: "Progress"
-    task: "TaskID"
-    swept: list[str]
-
-    def all(self, asked: list[Request], batch: int, number: int) -> None:
-        """Draws them all, and a contact sheet where there is one. Raises InputError, at the end, for those that could not be drawn."""
-        from latentfm.pictures import cell
-
-        made, thumbnails, failures, done = [], [], Failures(len(asked)), 0
-        for part in batches(asked, batch):
-            settings = part[0].settings
-            images = draw(self.pipe, [(each.prompt, each.seed) for each in part], self.arguments(settings), self.advance(settings))
-            done += len(part) * settings.sampler.num_inference_steps
-            self.bar.update(self.task, completed=done)
-            with uninterrupted():  # what is drawn is saved, and told
-                for request, image in zip(part, images, strict=True):
-                    if isinstance(image, InputError):
-                        failures.tell(request.prompt, request.seed, image, self.bar)
-                        continue
-                    made.append((request, self.keep(request, image)))
-                    if self.with_grid:
-                        thumbnails.append(cell(image))
-            if not made and failures.number >= ENOUGH:
-                break
-        if self.with_grid and thumbnails:
-            self.sheet(asked, made, thumbnails, number)
-        if getattr(sys.stdout, "lost", False):
-            say(f"note: standard output was closed; {count_of(len(made), 'picture')} saved in {self.out}", self.bar)
-        failures.raise_any(len(made))
-
-    def arguments(self, settings: Settings) -> dict[str, Any]:
-        """The pipeline's arguments for pictures with these settings, but for their prompts and seeds."""
-        found = self.shared | {"negative_prompt": settings.negative or None, "height": settings.height, "width": settings.width}
-        if settings.image is not None:
-            from latentfm.data.images import open_rgb
-
-            strength = settings.strength or (0.6 if settings.mask is None else 1.0)
-            found |= {"image": open_rgb(settings.image), "strength": strength}
-            found |= {} if settings.mask is None else {"mask_image": open_rgb(settings.mask)}
-        return found | asdict(settings.sampler)
-
-    def advance(self, settings: Settings) -> Callable[[int], None]:
-        return lambda pictures: self.bar.advance(self.task, pictures)
-
-    def keep(self, request: Request, image: "Image.Image") -> Path:
-        """The path of a picture, saved; it is printed, or all that is known of the picture."""
-        settings = self.settings(request)
-        path = save(image, self.out, self.stem(request), settings)
-        show(json.dumps({"file": str(path), **settings}) if self.as_json else path, self.bar)
-        return path
-
-    def stem(self, request: Request) -> str:
-        """The name of a picture's file, but for a number where it is taken."""
-        swept = "".join(f"-{name}-{value}" for name, value in self.values_of(request).items())
-        return f"{request.seed}-{slug(request.prompt)}{swept}"
-
-    def settings(self, request: Request) -> dict[str, Any]:
-        """What a picture's PNG says."""
-        return {"prompt": request.prompt, "seed": request.seed, **request.settings.recorded(), **self.common}
-
-    def is_there(self, request: Request) -> bool:
-        """Whether the picture is there already, drawn with these settings on whatever device; its path is printed then."""
-        from latentfm.pictures import read_settings
-
-        path, placed = self.out / f"{self.stem(request)}.png", {"device": ""}
-        try:
-            found = read_settings(path) | placed == json.loads(json.dumps(self.settings(request))) | placed
-        except InputError:
-            return False
-        if found:
-            show(path, self.bar)
-        return found
-
-    def values_of(self, request: Request) -> dict[str, str]:
-        """The values of the swept options that a request is drawn with, by the option's name."""
-        names = ("steps", "guidance", "solver")
-        found = {name: "own" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-                 for name, value in zip(names, request.swept, strict=True)}  # fmt: skip
-        return {name: found[name] for name in self.swept}
-
-    def sheet(self, asked: list[Request], made: list[tuple[Request, Path]], thumbnails: "list[Image.Image]", number: int) -> None:
-        """Saves and shows the contact sheet: of a sweep a table, the last swept option's values beside each other."""
-        from latentfm.pictures import table
-
-        first = made[0][0]
-        pictures = [{"file": path.name, "prompt": shortened(each.prompt, MOST_IN_SHEET), "seed": each.seed} for each, path in made]
-        if self.swept and len(made) == len(asked):
-            columns = list(dict.fromkeys(list(self.values_of(each).values())[-1] for each in asked))
-            rows: dict[tuple, list] = {}
-            for (request, _), image in zip(made, thumbnails, strict=True):
-                *above, _ = self.values_of(request).items()
-                rows.setdefault((request.prompt, request.seed, *above), []).append(image)
-            labels = [", ".join([f"{shortened(prompt, 24)} {seed}", *(f"{n} {v}" for n, v in above)]) for prompt, seed, *above in rows]
-            sheet = table(list(rows.values()), labels, [f"{self.swept[-1]} {value}" for value in columns])
-        else:
-            prompts = len(dict.fromkeys(each.prompt for each in asked))
-            sheet = contact_sheet(thumbnails, [(each["prompt"], each["seed"]) for each in pictures], number, prompts)
-        settings = first.settings.recorded() | self.common | {"seed": first.seed, "pictures": pictures}
-        path = save(sheet, self.out, f"grid-{first.seed}", settings)
-        show(json.dumps({"file": str(path), "grid": True}) if self.as_json else path, self.bar)
-
-
-class Failures:
-    """The pictures that could not be drawn: each is told at once, all of them in the error at the end."""
-
-    def __init__(self, count: int):
-        self.count, self.number = count, 0
-        self.first: InputError | None = None
-
-    def tell(self, text: str, seed: int, error: InputError, bar: "Progress") -> None:
-        self.number, self.first = self.number + 1, self.first or error
-        if self.count > 1 and self.number <= ENOUGH:
-            say(f"not drawn: seed {seed}, '{shortened(text)}': {error}", bar)
-
-    def raise_any(self, saved: int) -> None:
-        """Raises InputError when there was any."""
-        if self.first is not None and self.count == 1:
-            raise self.first
-        if self.first is not None:
-            raise InputError(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")

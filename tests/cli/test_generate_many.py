@@ -1,7 +1,11 @@
 """`latentfm generate` with settings from elsewhere: sweeps, files with settings in each line, pictures to be like or to begin from."""
 
+import base64
 import io
+import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentfm import LatentFMPipeline
+from latentfm.cli.watch import Watch, iterm, kitty, protocol
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 from latentfm.requests import Line, read_lines, values
@@ -194,3 +200,69 @@ def test_a_line_that_is_wrong_is_named(tmp_path, text, says):
     file.write_text(text)
     with pytest.raises(InputError, match=says):
         read_lines(file)
+
+
+def test_pictures_are_watched_in_a_file(draw, run, tiny_folder, monkeypatch):
+    looks = []
+    monkeypatch.setattr("latentfm.cli.watch.EVERY", 0.0)
+    replace = os.replace
+
+    def seen(source, target):
+        replace(source, target)
+        if str(target).endswith("watch.png"):
+            looks.append(pixels(target))
+
+    monkeypatch.setattr("latentfm.cli.watch.os.replace", seen)
+    result = run("generate", "a red apple", "--model", tiny_folder, "--seed", 3, "--steps", 4, "--watch", "--out", "out")
+    assert result.exit_code == 0 and f"the pictures form in {Path('out/watch.png')}" in result.stderr
+    assert len(looks) == 5 and all((a != b).any() for a, b in itertools.pairwise(looks))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({"TERM": "xterm-kitty"}, kitty), ({"TERM_PROGRAM": "iTerm.app"}, iterm), ({"TERM": "xterm-256color"}, None), ({}, None)],
+)
+def test_the_terminals_protocol(environment, expected):
+    assert protocol(environment) is expected
+
+
+def test_a_png_in_a_terminals_codes_is_whole():
+    png = np.random.default_rng(0).bytes(10_000)
+    pieces = re.findall("\x1b_G([^;]*);([^\x1b]*)\x1b\\\\", kitty(png))
+    assert base64.b64decode("".join(text for _, text in pieces)) == png and len(pieces) == 4
+    assert [head[-3:] for head, _ in pieces] == ["m=1", "m=1", "m=1", "m=0"] and "a=T" in pieces[0][0]
+    assert base64.b64decode(iterm(png).split(":", 1)[1].rstrip("\x07")) == png
+
+
+def test_a_terminal_is_drawn_into():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    watch = Watch(Path("nowhere.png"), terminal)
+    watch.protocol = kitty
+    watch.show([Image.new("RGB", (8, 8))])
+    watch.show([Image.new("RGB", (8, 8))])  # a moment later: not again
+    watch.show([Image.new("RGB", (8, 8))], finished=True)
+    assert terminal.getvalue().count("a=T") == 2 and not Path("nowhere.png").exists()
+
+
+def test_a_text_encoder_is_left_out(draw):
+    (whole,) = draw("a red apple", "--seed", 3, "--steps", 2, "--out", "whole")
+    (bare,) = draw("a red apple", "--seed", 3, "--steps", 2, "--without", "t5,clip_g", "--out", "bare")
+    assert (pixels(bare) != pixels(whole)).any() and read_settings(bare)["without"] == ["t5", "clip_g"]
+    (again,) = draw("--like", bare, "--out", "again")
+    assert (pixels(again) == pixels(bare)).all()
+    (line,) = draw("a", "--without", "t6", code=2)
+    assert "--without" in line and "t6" in line and "clip_l, clip_g, t5" in line
+
+
+def test_a_variant_of_the_files(run, tiny_folder, tmp_path):
+    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    given = ("a red apple", "--seed", 3, "--steps", 2, "--device", "cpu")
+    result = run("generate", *given, "--model", tmp_path / "half", "--variant", "fp16", "--out", "half")
+    assert result.exit_code == 0, result.output
+    plain = run("generate", *given, "--model", tiny_folder, "--out", "plain")
+    assert (pixels(result.stdout.strip()) == pixels(plain.stdout.strip())).all()
