@@ -84,22 +84,25 @@ class Request:
     swept: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class Line:
-    """A prompt, and what it says of its own settings."""
+class Prompt(str):
+    """A prompt, and what it says of its own settings, some of OWN."""
 
-    prompt: str
     own: Mapping[str, Any]
 
+    def __new__(cls, text: str, own: Mapping[str, Any] | None = None) -> "Prompt":
+        prompt = super().__new__(cls, text)
+        prompt.own = own or {}
+        return prompt
 
-def requests(lines: Sequence[Line], number: int, seed: int, base: Settings, sweeps: Mapping[str, Sequence[Any]]) -> list[Request]:
-    """Every picture: of each line `number`, with seeds counting on from `seed` or from the line's own, each with all swept values."""
+
+def requests(prompts: Sequence[Prompt], number: int, seed: int, base: Settings, sweeps: Mapping[str, Sequence[Any]]) -> list[Request]:
+    """Every picture: of each prompt `number`, seeds counting on from `seed` or from the prompt's own, each with all swept values."""
     found, variants = [], [dict(zip(sweeps, values, strict=True)) for values in itertools.product(*sweeps.values())]
     for variant in variants:
-        for place, line in enumerate(lines):
-            settings = base.changed(variant | dict(line.own))
-            first = line.own.get("seed", seed + place * number)
-            found += [Request(line.prompt, first + each, settings, tuple(variant.values())) for each in range(number)]
+        for place, prompt in enumerate(prompts):
+            settings = base.changed(variant | dict(prompt.own))
+            first = prompt.own.get("seed", seed + place * number)
+            found += [Request(str(prompt), first + each, settings, tuple(variant.values())) for each in range(number)]
     return found
 
 
@@ -133,17 +136,7 @@ def values(option: str, text: str, kind: type) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def wanted(prompts: Sequence[str], file: Path | None) -> list[Line]:
-    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read."""
-    for text in prompts:
-        check_text(text, "the prompt")
-    found = [Line(text, {}) for text in prompts] + (read_lines(file) if file is not None else [])
-    if not found:
-        raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
-    return found
-
-
-def read_lines(file: Path) -> list[Line]:
+def read_prompts(file: Path) -> list[Prompt]:
     """The prompts of a file, with what they say of their own settings: text (one a line), .csv with a prompt column, or .jsonl.
 
     "-" is standard input: JSON lines where its first line is an object, text otherwise. Raises InputError naming the line that is wrong.
@@ -161,7 +154,7 @@ def read_lines(file: Path) -> list[Line]:
         # an end of line is a line feed, a carriage return, or both; what else Unicode calls one is part of the prompt
         numbered = [(n, line.strip()) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1) if line.strip()]
         rows = [(n, parsed(file, n, line) if kind in (".jsonl", ".ndjson") else {"prompt": line}) for n, line in numbered]
-    found = [own_line(file, number, row) for number, row in rows]
+    found = [own_prompt(file, number, row) for number, row in rows]
     if not found:
         raise InputError(f"--prompts-file {shown(file)} has no prompt in it; write one a line")
     return found
@@ -178,7 +171,7 @@ def parsed(file: Path, number: int, line: str) -> dict[str, Any]:
     return found
 
 
-def own_line(file: Path, number: int, row: Mapping[str, Any]) -> Line:
+def own_prompt(file: Path, number: int, row: Mapping[str, Any]) -> Prompt:
     """A row of a prompts file. Raises InputError for a key that is not known and a value that is of another kind."""
     where = f"{shown(file)}, line {number}"
     given = {name: value for name, value in row.items() if value not in (None, "") or name == "prompt"}
@@ -196,7 +189,7 @@ def own_line(file: Path, number: int, row: Mapping[str, Any]) -> Line:
         except (ValueError, TypeError, OverflowError):
             noun = {int: "a whole number", float: "a number", str: "a text"}[OWN[name]]
             raise InputError(f"{where}: {name} {shown(repr(given[name]), 60)} is not {noun}") from None
-    return Line(given["prompt"], own)
+    return Prompt(given["prompt"], own)
 
 
 def check_text(text: str, what: str) -> None:

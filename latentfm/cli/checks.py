@@ -2,13 +2,25 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentfm.errors import InputError, nearest
+from latentfm.requests import Prompt, check_text, read_prompts
 
 if TYPE_CHECKING:
     import torch
+
+
+def wanted_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[Prompt]:
+    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read."""
+    for text in prompts or []:
+        check_text(text, "the prompt")
+    found = [Prompt(text) for text in prompts or []] + (read_prompts(file) if file is not None else [])
+    if not found:
+        raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
+    return found
 
 
 def check_at_least_one(values: dict[str, int]) -> None:

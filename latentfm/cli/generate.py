@@ -18,6 +18,7 @@ from latentfm.cli.checks import (
     chosen_device,
     model_folder,
     parse_size,
+    wanted_prompts,
 )
 from latentfm.cli.drawing import Drawing
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
@@ -25,7 +26,7 @@ from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, fingerprint, load, move, versions
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
-from latentfm.requests import Settings, check_text, requests, values, wanted
+from latentfm.requests import Settings, check_text, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.words import shown
 
@@ -165,14 +166,14 @@ def generate(
         source = ctx.get_parameter_source(option)
         return before.get(name or option, value) if source is None or source.name.startswith("DEFAULT") else value
 
-    lines = wanted(list(prompts or []) or ([before["prompt"]] if "prompt" in before and prompts_file is None else []), prompts_file)
+    texts = wanted_prompts(prompts or ([before["prompt"]] if "prompt" in before and prompts_file is None else []), prompts_file)
     check_at_least_one({"--number": number, "--batch": batch})
     sweeps = {
         "steps": values("--steps", str(said("steps", steps)), int),
         "guidance": values("--guidance", str(said("guidance", guidance)), float),
         "solver": [name or None for name in (said("solver", solver) or "").split(",")],
     }
-    count = len(lines) * number * math.prod(len(each) for each in sweeps.values())
+    count = len(texts) * number * math.prod(len(each) for each in sweeps.values())
     check_at_most({"--steps": (max(sweeps["steps"]), MOST_STEPS), "--batch": (batch, MOST_AT_ONCE)})
     check_at_most({"the number of pictures,": (count, MOST_PICTURES)})
     if grid:
@@ -195,7 +196,7 @@ def generate(
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and seed is None:
         raise InputError(f"--seed is needed where {processes} processes share the pictures, as --seed 0")
-    pictures = len(lines) * number
+    pictures = len(texts) * number
     if seed is not None and not 0 <= seed <= LAST_SEED - (pictures - 1):
         raise InputError(f"--seed {seed} is out of range: {pictures} pictures need a seed from 0 to {LAST_SEED - (pictures - 1)}")
     negative = said("negative", negative, "negative_prompt")
@@ -204,7 +205,7 @@ def generate(
     wanted_size = parse_size(size) if size is not None else (before["width"], before["height"]) if "width" in before else None
     image, mask = (None if (path := said(name, value)) is None else Path(path) for name, value in (("image", image), ("mask", mask)))
     base = Settings(sampler, negative, *(wanted_size or (None, None)), image, mask, said("strength", strength))
-    for each in requests(lines, 1, 0, base, sweeps):  # whatever is wrong with a line is told before the model is loaded
+    for each in requests(texts, 1, 0, base, sweeps):  # whatever is wrong with a line is told before the model is loaded
         for path in (each.settings.image, each.settings.mask):
             if path is not None and not path.is_file():
                 raise InputError(f"there is no picture {shown(path)}")
@@ -240,10 +241,10 @@ def generate(
         weaker = None if reference is None else load(model_folder(reference, "--reference"), kind, verify, "--reference").transformer
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
         base = replace(base, width=width, height=height)
-        for side in {(each.settings.width, each.settings.height) for each in requests(lines, 1, 0, base, sweeps)}:
+        for side in {(each.settings.width, each.settings.height) for each in requests(texts, 1, 0, base, sweeps)}:
             check_size(*side, pipe.size_multiple, pipe.max_side)
-        negatives = [line.own.get("negative", negative or "") for line in lines]
-        for line in pipe.prompt_warnings(list(dict.fromkeys([*(line.prompt for line in lines), *negatives]))):
+        negatives = [text.own.get("negative", negative or "") for text in texts]
+        for line in pipe.prompt_warnings(list(dict.fromkeys([*map(str, texts), *negatives]))):
             say(f"note: {line}", bar)
         if negative and max(sweeps["guidance"]) <= 1:
             say(f"note: --negative does nothing at --guidance {sweeps['guidance'][0]:g}; it needs more than 1", bar)
@@ -264,7 +265,7 @@ def generate(
         }
         if before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
             say(f"note: {shown(like)} was made by a model of other weights than {common['model']}", bar)
-        asked = requests(lines, number, seed, base, sweeps)[rank::processes]
+        asked = requests(texts, number, seed, base, sweeps)[rank::processes]
         bar.update(task, description="drawing", total=sum(each.settings.sampler.num_inference_steps for each in asked))
         move(pipe, chosen)
         shared = {} if weaker is None else {"reference": weaker.to(chosen)}

@@ -108,9 +108,8 @@ def spread(rows: list[dict], each: int) -> list[dict]:
 def measured_vae(folder: Path, pictures: Path) -> dict:
     """PSNR, SSIM and edge strength of the VAE on the held-out renders."""
     from autoencoder import quality
-    from diffusers import AutoencoderKL
-
     from build import pictures_of
+    from diffusers import AutoencoderKL
 
     return quality(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), pictures_of(pictures / "held_out"))
 

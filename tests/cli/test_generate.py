@@ -523,11 +523,11 @@ def test_names_that_stdout_cannot_say_and_readers_that_leave_cost_no_picture(tin
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 def test_a_line_of_prompts_ends_where_a_line_ends(tmp_path, mark):
-    from latentfm.requests import wanted
+    from latentfm.cli.checks import wanted_prompts
 
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"a cat{mark}on a mat\r\na dog\rthe moon\n\nthe sun".encode())
-    assert [line.prompt for line in wanted([], file)] == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
+    assert wanted_prompts(None, file) == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
 
 
 @pytest.mark.parametrize(

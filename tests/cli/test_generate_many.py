@@ -18,7 +18,7 @@ from latentfm import LatentFMPipeline
 from latentfm.cli.watch import Watch, iterm, kitty, protocol
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
-from latentfm.requests import Line, read_lines, values
+from latentfm.requests import Prompt, read_prompts, values
 
 
 @pytest.fixture
@@ -175,14 +175,16 @@ def test_lines_with_settings_of_their_own(draw, tmp_path):
 def test_lines_of_a_table_and_of_standard_input(tmp_path, monkeypatch):
     table = tmp_path / "prompts.csv"
     table.write_text('prompt,seed,negative\n"a cat, asleep",4,\nthe moon,,a cat\n')
-    assert read_lines(table) == [Line("a cat, asleep", {"seed": 4}), Line("the moon", {"negative": "a cat"})]
+    assert read_prompts(table) == ["a cat, asleep", "the moon"]
+    assert [prompt.own for prompt in read_prompts(table)] == [{"seed": 4}, {"negative": "a cat"}]
 
-    def typed(text: str) -> list[Line]:
+    def typed(text: str) -> list[Prompt]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        return read_lines(Path("-"))
+        return read_prompts(Path("-"))
 
-    assert typed("a cat\nthe moon\n") == [Line("a cat", {}), Line("the moon", {})]
-    assert typed('{"prompt": "a cat", "steps": 4.0}\n') == [Line("a cat", {"steps": 4})]
+    assert typed("a cat\nthe moon\n") == ["a cat", "the moon"]
+    (prompt,) = typed('{"prompt": "a cat", "steps": 4.0}\n')
+    assert prompt == "a cat" and prompt.own == {"steps": 4}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_line_that_is_wrong_is_named(tmp_path, text, says):
     file = tmp_path / "prompts.jsonl"
     file.write_text(text)
     with pytest.raises(InputError, match=says):
-        read_lines(file)
+        read_prompts(file)
 
 
 def test_pictures_are_watched_in_a_file(draw, run, tiny_folder, monkeypatch):
