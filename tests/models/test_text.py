@@ -298,3 +298,44 @@ def test_the_null_condition_of_a_training_stands_by_itself(encoder, monkeypatch)
     assert kept.parts(16).t5.shape[1] == 16 and kept.parts(24).t5.shape[1] == 24 and kept.encoder is None
     with pytest.raises(InputError, match=r"\[16, 24\], not 8"):
         kept.parts(8)
+
+
+def test_a_glance_at_an_encoder_that_is_as_before_reads_no_large_weights_again(encoder, monkeypatch):
+    from latentfm.models import prints
+
+    module = torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.LayerNorm(400))
+    module.config = encoder.encoders[0].config
+    ids, full = torch.zeros(1, 4, dtype=torch.long), []
+    monkeypatch.setattr(prints, "full_print", lambda tensors, whole=prints.full_print: full.append(tensors) or whole(tensors))
+
+    def times_read(change) -> int:
+        full.clear()
+        before = prints.encoder_print(module, ids)
+        full.clear()
+        change(module)
+        assert prints.encoder_print(module, ids) != before
+        return len(full)
+
+    def in_place(module):
+        with torch.no_grad():
+            module[0].weight[1, 1] += 1.0
+
+    def past_autograd(module):  # as adapters are merged
+        module[0].weight.data += torch.outer(torch.ones(400), torch.linspace(0.1, 0.2, 300))
+
+    def another_tensor(module):
+        module[0].weight.data = module[0].weight.data.clone().index_fill_(0, torch.tensor([3]), 1.0)
+
+    def a_setting(module):
+        module[1].eps = 0.1
+
+    assert [times_read(change) for change in (in_place, past_autograd, another_tensor, a_setting)] == [1, 1, 1, 0]
+    full.clear()
+    assert prints.encoder_print(module, ids) == prints.encoder_print(module.train(), ids) != prints.encoder_print(module, ids + 1)
+    assert not full
+    with torch.inference_mode():  # whose tensors have no version
+        kept = torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.LayerNorm(400))
+        kept.config = module.config
+        before = prints.encoder_print(kept, ids)
+        kept[0].weight[1, 1] += 1.0
+    assert prints.encoder_print(kept, ids) != before
