@@ -122,9 +122,19 @@ def test_no_encoder_at_all(encoder):
         assemble(PromptParts(), JOINT, POOLED)
 
 
-def test_clips_wider_than_the_joint_width_are_refused(encoder):
-    with pytest.raises(ValueError, match=r"40 wide.*32"):
-        assemble(encoder.encode(["a cat"], 16), 32, POOLED)
+def test_clips_wider_than_the_joint_width_are_cut_to_it_as_in_diffusers(encoder, stock):
+    bare = StableDiffusion3Pipeline(**stock.components | {"text_encoder_3": None, "tokenizer_3": None})
+    wide = bare.transformer.config.joint_attention_dim
+    bare.transformer.register_to_config(joint_attention_dim=32)
+    try:
+        embeds, pooled = theirs(bare, ["a cat", ""], length=16)
+    finally:
+        bare.transformer.register_to_config(joint_attention_dim=wide)
+    narrow = PromptEncoder([*encoder.tokenizers[:2], None], [*encoder.encoders[:2], None], 32, POOLED)
+    condition = assemble(narrow.encode(["a cat", ""], 16), 32, POOLED)
+    assert condition.embeds.shape == embeds.shape == (2, 32, 32)
+    torch.testing.assert_close(condition.embeds, embeds, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(condition.pooled, pooled, rtol=1e-5, atol=1e-6)
 
 
 def test_truncation_is_logged_with_the_lost_text(encoder, caplog):
