@@ -10,10 +10,11 @@ import torch
 
 from latentfm.adapters import kind_of
 from latentfm.errors import InputError
+from latentfm.interchange.completing import completed
 from latentfm.interchange.lora import Adapter, open_adapter, write_diffusers, write_peft
 from latentfm.interchange.lora_names import ENCODERS
 from latentfm.interchange.tensors import Tensors, target_dtype, written_bytes
-from latentfm.interchange.weights import Weights, architecture, completed, open_weights
+from latentfm.interchange.weights import Weights, architecture, open_weights
 from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
 from latentfm.models.folder import GROUPS, PARTS
 from latentfm.models.manifest import write_manifest
