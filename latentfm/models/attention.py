@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from latentfm.models.backends import Backend, attend
 from latentfm.models.fused_qkv import FusedProjections, apart
 from latentfm.models.kernels import HeadNorm, unread
 from latentfm.models.packing import Heads, each_with_its_own
+
+PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
 
 
 class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
@@ -33,7 +36,7 @@ class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
 
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, inner), nn.Linear(dim, inner), nn.Linear(dim, inner)
         self.norm_q, self.norm_k = norm(), norm()
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Identity()])  # diffusers' processors apply a dropout there
         if joint:
             self.add_q_proj, self.add_k_proj = nn.Linear(dim, inner), nn.Linear(dim, inner)
             self.add_v_proj = nn.Linear(dim, inner)
@@ -42,18 +45,30 @@ class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
                 self.to_add_out = nn.Linear(inner, dim)
 
     def set_processor(self, processor: Any) -> None:
-        """Raises ValueError for anything but a Backend: another way of computing the attention would be passed over in silence."""
-        if not isinstance(processor, Backend):
-            raise ValueError(f"MMDiT's attention takes no processor of another kind, got {type(processor).__name__}")
-        self.processor = processor
+        """Has a processor of diffusers' compute the attention (an IP-Adapter's, PAG's); a plain one of theirs gives it back to us.
+
+        Raises ValueError for what cannot be called.
+        """
+        if not (callable(processor) or isinstance(processor, Backend)):
+            raise ValueError(f"MMDiT's attention takes a processor of diffusers', got {type(processor).__name__}")
+        self._modules.pop("processor", None)  # an IP-Adapter's has weights
+        self.processor = Backend() if type(processor) in PLAIN_PROCESSORS else processor
 
     def forward(
-        self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None
+        self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None, **extra: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(image [B, N, dim], text [B, L, dim]) -> the same shapes, or the image's output alone where the text has none.
 
         With `lengths`, text is [1, sum(lengths), dim]: the tokens of each sample behind those of the one before, none of them padding.
+        `extra` is a processor's of diffusers'. Raises ValueError for what the processor does not take.
         """
+        if not isinstance(self.processor, Backend):
+            if lengths is not None:
+                raise ValueError(f"an encoder_attention_mask does not go together with {type(self.processor).__name__}")
+            out = self.processor(self, image, text, **extra)
+            return out[0] if self.context_pre_only and self.joint else out
+        if extra:
+            raise ValueError(f"MMDiT takes no joint_attention_kwargs but scale, got {sorted(extra)}; an IP-Adapter's need load_ip_adapter")
         of_image = self.heads_of(image, ("to_q", "to_k", "to_v"), self.norm_q, self.norm_k)
         if not self.joint:
             return self.to_out[0](self.attend(*of_image).flatten(2))

@@ -157,17 +157,23 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(
-        self, prompts: list[str], t5_length: int, prompts_2: list[str] | None = None, prompts_3: list[str] | None = None
+        self,
+        prompts: list[str],
+        t5_length: int,
+        prompts_2: list[str] | None = None,
+        prompts_3: list[str] | None = None,
+        clip_skip: int = 0,
     ) -> PromptParts:
         """Each encoder's share of `prompts` [B]; `prompts_2` and `prompts_3` replace them for the second CLIP and for T5.
 
-        t5_length is the number of T5 tokens, padding included. Without T5, t5 is that many rows of zeros, as in SD3. The encoders
-        answer in evaluation mode, whatever mode they are in.
+        t5_length is the number of T5 tokens, padding included. Without T5, t5 is that many rows of zeros, as in SD3. clip_skip: how many
+        more of CLIP's last layers are left out than the one that SD3 leaves out. The encoders answer in evaluation mode, whatever mode
+        they are in.
         """
         with evaluating(*self.encoders):
-            return self.answers((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length)
+            return self.answers((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length, clip_skip)
 
-    def answers(self, prompts: Sequence[list[str]], t5_length: int) -> PromptParts:
+    def answers(self, prompts: Sequence[list[str]], t5_length: int, clip_skip: int = 0) -> PromptParts:
         """What `encode` returns, from the encoders as they are, each given its own prompts."""
         found: dict[str, Tensor] = {}
         for index, (kind, _, encoder) in enumerate(self.rows()):
@@ -175,7 +181,10 @@ class PromptEncoder:
                 continue
             ids = self.tokenize(index, prompts[index], self.lengths(t5_length)[index]).to(execution_device(encoder))
             out = encoder(ids, output_hidden_states=kind.family is CLIP)
-            states = (out.hidden_states[-2], out[0]) if kind.family is CLIP else (out[0],)
+            if kind.family is CLIP and clip_skip + 2 > len(out.hidden_states):
+                most = len(out.hidden_states) - 2
+                raise InputError(f"clip_skip {clip_skip} leaves no layer of {kind.title}; {most} is the most that it has to leave out")
+            states = (out.hidden_states[-2 - clip_skip], out[0]) if kind.family is CLIP else (out[0],)
             found |= dict(zip(kind.parts, states, strict=True))
         if "t5" not in found:
             like = next(iter(found.values()), torch.zeros(0))
