@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from latentfm.errors import InputError
 from latentfm.files import reading
-from latentfm.interchange.networks import VAES, all_finite, text_config, vae_class
+from latentfm.interchange.networks import VAES, all_finite, plain_parts, text_config, vae_class
 from latentfm.interchange.weights import CLASSES, load_part, open_component
 from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, T5, TEXT
 from latentfm.models.folder import MOST_T5_TOKENS, PARTS, read_config, read_index
@@ -59,7 +59,7 @@ def load_component(
         return load_extra(place, kind)
     config = read_config(place / "config.json")
     if name == "vae" and vae_class(config).__name__ != kind:
-        raise InputError(f"{shown(folder)} has a {kind} as its vae, and {shown(place / 'config.json')} is of another; copy the folder again")
+        raise InputError(f"{shown(folder)} has a {kind} as its vae, and its config.json is of another class; copy the folder again")
     if quantization is not None or config.get("quantization_config") is not None:
         return load_quantised(place, name, config, dtype, variant, quantization, device)
     return load_part(name, open_component(place, name, variant)[0], dtype)
@@ -124,7 +124,12 @@ def load_quantised(
     more = {"use_safetensors": True, "variant": variant, "local_files_only": True}
     more |= {"quantization_config": quantization} if quantization is not None else {}
     more |= {"device_map": {"": device}} if device is not None else {}
-    with reading(place, "take the model in float16, bfloat16 or float32, or copy the folder again", also=(ImportError,)):
+    what, way_out = shown(place), "take the model in float16, bfloat16 or float32, or copy the folder again"
+    if quantization is not None:
+        method = getattr(quantization, "quant_method", type(quantization).__name__)
+        what = f"{what}, to be quantised by {getattr(method, 'value', method)},"
+        way_out = "leave quantization_config out, or ask for another"
+    with reading(what, way_out, also=(ImportError,)):
         if name in TEXT:
             own = text_config(name, config)
             if saved is not None:
@@ -133,7 +138,7 @@ def load_quantised(
         else:
             network = (MMDiT if name == "transformer" else vae_class(config)).from_pretrained(place, torch_dtype=dtype, **more)
     for key, value in network.state_dict().items():
-        if torch.is_tensor(value) and not all_finite(value):
+        if torch.is_tensor(value) and not all(map(all_finite, plain_parts(value))):
             raise InputError(f"the weights of the {name} are damaged: {shown(key, 100)} in {shown(place)} is not finite; copy it again")
     return network.eval()
 

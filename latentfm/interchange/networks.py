@@ -1,5 +1,6 @@
 """The networks that configurations make, without memory, and whether numbers are numbers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,3 +56,12 @@ def all_finite(value: Tensor) -> bool:
         return True
     least, greatest = torch.aminmax(value.detach())
     return bool(least.isfinite() & greatest.isfinite())
+
+
+def plain_parts(value: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of a quantising library's own kind is made of; a plain one itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(value, name))

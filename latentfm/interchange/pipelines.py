@@ -52,19 +52,22 @@ class PipelineFiles(SD3LoraLoaderMixin):
         return pipe
 
     @classmethod
-    def from_single_file(cls, path: str | Path, pipeline: str | Path | None = None, **kwargs: Any) -> "PipelineFiles":
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, pipeline: str | Path | None = None, **kwargs: Any
+    ) -> "PipelineFiles":
         """Loads an SD3 / SD3.5 safetensors file in the original naming or diffusers', straight into the networks.
 
-        path: a file, or a link to one on the hub. What the file lacks (often the VAE, the text encoders, T5's tokenizer) comes from
-        `pipeline`, a pipeline folder; without it text encoders are None where absent, CLIP's tokenizers are CLIP's own, the scheduler is
-        SD3's. The keyword arguments are StableDiffusion3Pipeline.from_single_file's: config, a folder (or a name on the hub) that need hold
-        no weights; components that stand for the file's, None to leave one out; dtype (or torch_dtype), float32 unless given; device_map;
+        The file may be a link to one on the hub. What it lacks (often the VAE, the text encoders, T5's tokenizer) comes from `pipeline`,
+        a pipeline folder; without it text encoders are None where absent, CLIP's tokenizers are CLIP's own, the scheduler is SD3's.
+
+        The keyword arguments are StableDiffusion3Pipeline.from_single_file's: config, a folder (or a name on the hub) that need hold no
+        weights; components that stand for the file's, None to leave one out; dtype (or torch_dtype), float32 unless given; device_map;
         and those of the download. sample_size, ours: the side of the latents that default pictures have, 128 in a file that does not say.
         Raises InputError naming what is missing, what the file is instead, or a keyword that cannot be served.
         """
         given = components_in(kwargs)
         check_keywords("from_single_file", kwargs, FILE_KEYWORDS)
-        weights, parts = load_file(path, pipeline, given, kwargs)
+        weights, parts = load_file(pretrained_model_link_or_path, pipeline, given, kwargs)
         pipe = cls(**parts.components)
         pipe.info = weights.info
         if weights.null:

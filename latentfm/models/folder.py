@@ -208,7 +208,8 @@ def write_stock_names(folder: Path) -> None:
     """
     index = read_json(folder / INDEX_FILE)
     index.pop("_name_or_path", None)  # a path of the machine it was saved on
-    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    index |= {"_class_name": "StableDiffusion3Pipeline"}
+    index |= {"transformer": ["diffusers", "SD3Transformer2DModel"]} if index.get("transformer") != [None, None] else {}
     write_json(folder / INDEX_FILE, index)
     for name in read_index(folder):
         path = folder / name / "config.json"

@@ -10,8 +10,8 @@ from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
-from latentfm.pipeline import LatentFMPipeline
 
 CALL = {"prompt": "a red apple", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 16, "output_type": "latent"}
 ROUNDING = 1e-5
