@@ -204,7 +204,8 @@ def write_stock_names(folder: Path) -> None:
     """Makes the folder's JSON files name diffusers' classes and float32 text encoders, so that stock code loads and runs it.
 
     Without a dtype stock diffusers loads the transformer and the VAE in float32 whatever was saved, but transformers 5 loads
-    a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail.
+    a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail. A VAE's shift of None, which
+    stock code adds, is 0.
     """
     index = read_json(folder / INDEX_FILE)
     index.pop("_name_or_path", None)  # a path of the machine it was saved on
@@ -219,6 +220,7 @@ def write_stock_names(folder: Path) -> None:
         config.pop("_name_or_path", None)
         config |= {"_class_name": "SD3Transformer2DModel"} if name == "transformer" else {}
         config |= {"dtype": "float32"} if name in TEXT else {}
+        config |= {"shift_factor": 0.0} if name == "vae" and config.get("shift_factor", 0.0) is None else {}
         write_json(path, config)
 
 

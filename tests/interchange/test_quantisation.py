@@ -16,12 +16,12 @@ def draw(pipe):
     return pipe(**CALL, generator=torch.Generator().manual_seed(0)).images
 
 
-def quanto(**parts):
+def quanto():
     pytest.importorskip("optimum.quanto")
     return QuantoConfig(weights_dtype="int8"), transformers.QuantoConfig(weights="int8")
 
 
-def torchao(**parts):
+def torchao():
     quantization = pytest.importorskip("torchao.quantization")
     from diffusers import TorchAoConfig
 
@@ -44,8 +44,9 @@ def test_components_are_quantised_with_stock_diffusers_picture(tiny_folder, libr
     )
     for name in parts:
         theirs, own = (dict(getattr(pipe, name).named_modules()) for pipe in (stock, ours))
-        kinds = {key: type(module.weight) for key, module in theirs.items() if hasattr(module, "weight")}
-        assert {type(own[key].weight) for key in kinds} == set(kinds.values()) != {torch.nn.Parameter}
+        kinds = {key: type(module.weight) for key, module in theirs.items() if getattr(module, "weight", None) is not None}
+        quantised = {key: kind for key, kind in kinds.items() if kind is not torch.nn.Parameter}
+        assert len(quantised) > 10 and {key: type(own[key].weight) for key in quantised} == quantised
     assert (draw(stock) - draw(ours)).abs().max() < 1e-5
     assert ours.quantization_config.quant_mapping.keys() == set(parts)
 
