@@ -19,6 +19,7 @@ from latentfm.interchange.loading import COMPONENTS, components_in, folder_of, l
 from latentfm.interchange.lora import ADAPTER_FILE, Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
 from latentfm.models.folder import INFO_FILE, read_info, refuse_pickle, write_stock_names
 from latentfm.models.manifest import renew_entry, write_manifest
+from latentfm.models.preview import readable
 from latentfm.words import shown
 
 __all__ = ["COMPONENTS", "PipelineFiles"]
@@ -44,7 +45,11 @@ class PipelineFiles(SD3LoraLoaderMixin):
         parts = load_folder(folder, given, kwargs, verify)
         pipe = cls(**parts.components)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        pipe.info = read_info(folder)
+        info = read_info(folder)
+        rgb = info.pop("latent_rgb", None)
+        if "vae" not in given and pipe.vae is not None:
+            pipe.vae.latent_rgb = readable(rgb, pipe.vae.config.latent_channels)
+        pipe.info = info
         pipe.null = read_null(folder, pipe.prompt_encoder, replaced_by(given))
         pipe.hf_device_map = parts.places.devices
         if parts.quantization is not None:
@@ -136,7 +141,9 @@ class PipelineFiles(SD3LoraLoaderMixin):
         super().save_pretrained(str(folder), **kwargs)
         follow_umask(file for name in self.components for file in (folder / name).glob("*.safetensors"))
         self.null.save(folder)
-        (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
+        rgb = getattr(self.vae, "latent_rgb", None)
+        preview = {} if rgb is None else {"latent_rgb": rgb.tolist()}
+        (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info, **preview}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
         write_manifest(folder)
 

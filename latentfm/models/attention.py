@@ -3,27 +3,28 @@
 from typing import Any
 
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from latentfm.models.backends import Backend, attend
+from latentfm.models.backends import Backend, Processed, attend
 from latentfm.models.fused_qkv import FusedProjections, apart
 from latentfm.models.kernels import HeadNorm, unread
 from latentfm.models.packing import Heads, each_with_its_own
 
-PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
 
-
-class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
+class Attention(Processed, FusedProjections, AttentionModuleMixin, attention_processor.Attention):
     """Attention over [image, text] tokens, each modality with its own projections.
 
     joint=False leaves the text out (SD3.5's second attention). context_pre_only drops the text's output projection and with it
-    the text's queries, as in the last block. qk_norm is None or "rms_norm" (per head, eps 1e-6).
+    the text's queries, as in the last block. qk_norm is None or "rms_norm" (per head, eps 1e-6). It is one of diffusers' by class alone,
+    for those who look for these (PAG): nothing of theirs is built or run.
     """
 
+    is_cross_attention = False
+
     def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None, joint: bool, context_pre_only: bool = False):
-        super().__init__()
+        nn.Module.__init__(self)
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm must be None or 'rms_norm', got {qk_norm!r}")
         self.heads, self.joint, self.context_pre_only = heads, joint, context_pre_only
@@ -43,16 +44,6 @@ class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
             self.norm_added_q, self.norm_added_k = norm(), norm()
             if not context_pre_only:
                 self.to_add_out = nn.Linear(inner, dim)
-
-    def set_processor(self, processor: Any) -> None:
-        """Has a processor of diffusers' compute the attention (an IP-Adapter's, PAG's); a plain one of theirs gives it back to us.
-
-        Raises ValueError for what cannot be called.
-        """
-        if not (callable(processor) or isinstance(processor, Backend)):
-            raise ValueError(f"MMDiT's attention takes a processor of diffusers', got {type(processor).__name__}")
-        self._modules.pop("processor", None)  # an IP-Adapter's has weights
-        self.processor = Backend() if type(processor) in PLAIN_PROCESSORS else processor
 
     def forward(
         self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None, **extra: Any

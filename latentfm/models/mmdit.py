@@ -25,11 +25,14 @@ from latentfm.models.embeddings import PatchEmbed, TimeTextEmbed
 from latentfm.models.kernels import modulated_norm
 from latentfm.models.packing import pack
 from latentfm.models.presets import PRESETS
+from latentfm.models.recompute import PartlyRecomputed
 from latentfm.models.routing import TokenRoute
 from latentfm.models.schedule import Precomputed
 
 
-class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapterMixin, SD3Transformer2DLoadersMixin, CacheMixin):
+class MMDiT(
+    PartlyRecomputed, ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapterMixin, SD3Transformer2DLoadersMixin, CacheMixin
+):
     """The MM-DiT. Arguments, state-dict names and shapes are those of diffusers' SD3Transformer2DModel.
 
     sample_size: side of the latents the position table is scaled to. caption_projection_dim must equal
@@ -78,7 +81,6 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
         self.image_proj = None  # an IP-Adapter's, made by its loader
         self.gradient_checkpointing = False
-        self.checkpointed_fraction = 1.0
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "MMDiT":
@@ -109,21 +111,6 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
-
-    def set_gradient_checkpointing(self, fraction: float) -> None:
-        """Recomputes this share of the blocks in the backward pass, evenly spread: 0 none, 1 all. Raises ValueError outside [0, 1]."""
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"the fraction of blocks to checkpoint must be from 0 to 1, got {fraction}")
-        self.checkpointed_fraction = float(fraction)
-        if fraction:
-            self.enable_gradient_checkpointing()
-        else:
-            self.disable_gradient_checkpointing()
-
-    def checkpointed(self, index: int) -> bool:
-        """Whether block `index` is recomputed in the backward pass."""
-        share = self.checkpointed_fraction
-        return self.gradient_checkpointing and int((index + 1) * share) > int(index * share)
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(

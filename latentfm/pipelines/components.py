@@ -7,6 +7,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SD3IPAdapterMixin
+from PIL import Image
+from torch import Tensor
 
 from latentfm.errors import InputError
 from latentfm.interchange.pipelines import COMPONENTS, PipelineFiles
@@ -14,6 +16,7 @@ from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
+from latentfm.models.preview import colours_of, latent_rgb
 from latentfm.models.text import NullCondition, PromptEncoder
 from latentfm.pipelines.arguments import whole_number
 from latentfm.words import shown
@@ -201,6 +204,17 @@ class Components(PipelineFiles, SD3IPAdapterMixin, DiffusionPipeline):
         for name in names:
             if getattr(self, name) is None:
                 raise InputError(f"no {name} is loaded to {to}; load one, or {without}")
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents [B, C, h, w] without decoding them, a colour for each, in the size that the VAE would give.
+
+        For the "denoised" of a step callback, the estimate of the finished latents. The map to colours is fitted to the VAE when it is
+        first asked for, in about the time of a picture, and saved with the pipeline.
+        """
+        self.need("vae", to="see latents by", without="decode them elsewhere")
+        small = self.image_processor.postprocess(colours_of(latents, latent_rgb(self.vae)), output_type="pil")
+        factor = self.vae_scale_factor
+        return [image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC) for image in small]
 
     def prompt_warnings(self, prompts: list[str], max_sequence_length: int | None = None) -> list[str]:
         """One line for each encoder that would cut a prompt, with the words it would lose."""

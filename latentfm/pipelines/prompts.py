@@ -86,12 +86,13 @@ class Prompts(Components):
         length: int | None = None,
         clip_skip: int | None = None,
         lora_scale: float | None = None,
+        chunked: bool = False,
     ) -> tuple[Condition, Condition | None]:
         """The prompts' condition, a row each, and where `guided` the one to guide against; the two come from `check_prompts`.
 
         length: of T5, the model's own if None. clip_skip: how many more of CLIP's last layers are left out, of the prompts alone.
-        lora_scale: the strength of the LoRAs on the text encoders while they read. Raises InputError where nothing is given, nobody can
-        read it, or the two do not fit together.
+        lora_scale: the strength of the LoRAs on the text encoders while they read. chunked: a prompt too long is read in chunks, not cut.
+        Raises InputError where nothing is given, nobody can read it, or the two do not fit together.
         """
         length = self.max_sequence_length if length is None else whole_number("max_sequence_length", length, most=MOST_TOKENS)
         skip = 0 if clip_skip is None else whole_number("clip_skip", clip_skip, least=0)
@@ -101,16 +102,19 @@ class Prompts(Components):
         if embeds is None and not self.has_encoders:
             raise InputError("no text encoder is loaded to read the prompt; load one, or give prompt_embeds and pooled_prompt_embeds")
         scale = None if lora_scale is None else real_number("lora_scale", lora_scale, "to scale LoRAs by")
-        against = None
+        against, chunks = None, 1
+        if chunked and embeds is None and negative[1] is None:
+            each = [[text for said in (prompts, negative[0]) for text in listed(said[i] or said[0])] for i in range(len(prompts))]
+            chunks = self.prompt_encoder.chunks_of(each, length)
         with lora_scaled([self.text_encoder, self.text_encoder_2], scale):
             if embeds is None:
                 first = [prompts[0]] if isinstance(prompts[0], str) else prompts[0]
                 others = [aligned(other, first) for other in prompts[1:]]
-                condition = self.assemble(self.prompt_encoder.encode(first, length, *others, clip_skip=skip))
+                condition = self.assemble(self.prompt_encoder.encode(first, length, *others, clip_skip=skip, chunks=chunks))
             else:
                 condition = Condition(embeds, pooled)
             if guided:
-                against = self.negative_condition(len(condition.embeds), length, *negative, read_anew=scale is not None)
+                against = self.negative_condition(len(condition.embeds), length, *negative, scale is not None, chunks)
         if against is not None and against.embeds.shape != condition.embeds.shape:
             raise InputError(
                 f"prompt_embeds of shape {tuple(condition.embeds.shape)}, the negative's are {tuple(against.embeds.shape)}; "
@@ -126,6 +130,7 @@ class Prompts(Components):
         embeds: Tensor | None = None,
         pooled: Tensor | None = None,
         read_anew: bool = False,
+        chunks: int = 1,
     ) -> Condition:
         """The condition guided against, [count, ...]: the given embeddings or prompt, or the null condition.
 
@@ -134,12 +139,13 @@ class Prompts(Components):
         if embeds is not None and pooled is not None:
             return Condition(embeds, pooled)
         prompt, prompt_2, prompt_3 = texts
-        if not any(texts) and not (read_anew and self.has_encoders):
+        if not any(texts) and chunks == 1 and not (read_anew and self.has_encoders):
             return self.assemble(self.null.parts(length).map(lambda value: value.expand(count, *value.shape[1:])))
         prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
             raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
-        return self.assemble(self.prompt_encoder.encode(prompts, length, aligned(prompt_2, prompts), aligned(prompt_3, prompts)))
+        others = [aligned(other, prompts) for other in (prompt_2, prompt_3)]
+        return self.assemble(self.prompt_encoder.encode(prompts, length, *others, chunks=chunks))
 
     def assemble(self, parts: PromptParts) -> Condition:
         return assemble(parts, *self.widths)
@@ -156,6 +162,11 @@ def lora_scaled(encoders: list[Any], scale: float | None) -> Iterator[None]:
     finally:
         for encoder in scaled:
             unscale_lora_layers(encoder, scale)
+
+
+def listed(given: Texts) -> list[str]:
+    """One text or several as a list; nothing is the empty text."""
+    return [given or ""] if given is None or isinstance(given, str) else list(given)
 
 
 def aligned(given: Texts, prompts: list[str]) -> list[str] | None:

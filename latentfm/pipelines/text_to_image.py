@@ -5,7 +5,7 @@
     pipe("a slice of pizza", generator=torch.Generator().manual_seed(0)).images[0].save("pizza.png")
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -26,6 +26,7 @@ from latentfm.pipelines.starting import Canvas, Generators, Noise, clean_latents
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 
 STRENGTH = 0.6  # of a picture to begin from, StableDiffusion3Img2ImgPipeline's
+LongPrompts = Literal["cut", "chunks"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -170,6 +171,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         seed: int | list[int] | None = None,
         variation_seed: int | list[int] | None = None,
         variation_strength: float = 0.0,
+        long_prompts: LongPrompts = "cut",
         solver: Solver | None = None,
         schedule: Schedule = "model",
         shift: float | None = None,
@@ -193,6 +195,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         taken for the state there, as `invert` returns it.
         seed: instead of generators, a number for each picture, or the first one's, the next having the next. variation_seed and
         variation_strength: the noise is turned towards that of another seed.
+        long_prompts: "cut" leaves out, with a warning, the words that an encoder has no room for; "chunks" has it read them piece by piece.
         solver to noise: see `latentfm.sampling.Sampler`; without solver and schedule the pipeline's scheduler makes the steps, any
         flow-matching one of diffusers'. reference: the weaker network of guidance="autoguidance". The network's evaluations are counted in
         `num_evaluations`.
@@ -201,6 +204,8 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         self.need("transformer", to="draw with", without="use encode_prompt alone")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"no output_type {told(output_type)}; there are {', '.join(OUTPUT_TYPES)}")
+        if long_prompts not in get_args(LongPrompts):
+            raise InputError(f"no long_prompts {told(long_prompts)}; there are {', '.join(get_args(LongPrompts))}")
         if output_type != "latent":
             self.need("vae", to="decode", without='ask for output_type="latent"')
         height = self.check_size("height", self.default_height if height is None else height)
@@ -232,7 +237,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         guided = self.do_classifier_free_guidance and reference is None
 
         lora_scale = joint_attention_kwargs.get("scale") if isinstance(joint_attention_kwargs, dict) else None
-        condition, against = self.conditions(given, negative, guided, max_sequence_length, clip_skip, lora_scale)
+        condition, against = self.conditions(given, negative, guided, max_sequence_length, clip_skip, lora_scale, long_prompts == "chunks")
         pictures, device = len(condition.embeds) * images_each, self._execution_device
         source = Noise.of(generator, seed, variation_seed, variation_strength, pictures)
         condition = repeated(condition, images_each, device)
