@@ -200,7 +200,7 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
         raise InputError(f"{shown(folder)} has no safetensors weights; its copy is not complete")
     files.sort(key=lambda name: (name.count("."), name))
     if len(files) > 1 and files[1].count(".") == files[0].count("."):
-        if kinds := variants_in(folder):
+        if len(kinds := variants_in(folder)) > 1:
             raise InputError(f"{shown(folder)} has weights of the variants {listed(kinds)} alone: say which, as in variant='{kinds[0]}'")
         raise InputError(f"{shown(folder)} has several weights ({listed(files)}) and no index; keep one")
     return one_of(folder, files[0])
