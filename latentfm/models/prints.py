@@ -3,7 +3,7 @@
 All bytes of all weights count, whichever way they were edited. They are added up once, at the speed of the memory they are in; after that a
 print is that of before as long as a glance sees the same: each tensor's place, version and shape, which any edit that autograd is told of
 changes, and for those that it is not told of (`.data`, as adapters are merged) its numbers, small tensors whole, of a large one a sample.
-What a glance can miss: few numbers of a large matrix, changed through `.data` alone.
+What a glance can miss: less than a row's numbers of a large matrix, changed through `.data` alone.
 """
 
 import hashlib
@@ -14,9 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-WORDS = 2**16  # of a tensor that are added up together, each with a factor of its own; tensors up to this size a glance reads whole
-SAMPLE = 2**12  # words that a glance reads of a larger one, spread evenly
-ROWS = 2**4  # times WORDS that are multiplied at once: what a cache holds
+WORDS = 2**16  # of a tensor that are added up together, each with a factor of its own
+WHOLE = 2**14  # words; tensors up to this size a glance reads whole
+SAMPLE, STEP = 2**12, 1001  # words that a glance reads of a larger one at least, and the most that it passes over: less than a row
+ROWS = {"cpu": 1}  # times WORDS that are worked on at once: what a cache holds
+MOST_ROWS = 64
 FACTOR = 0x9E3779B1  # 2^32 divided by the golden ratio, odd
 # of a configuration, and of a module: what says nothing of what the encoder computes
 SILENT = {
@@ -88,7 +90,7 @@ def glance(tensors: Named) -> str:
     samples: dict[torch.device, list[Tensor]] = {}
     for _, value in tensors:
         words = as_words(value)
-        samples.setdefault(value.device, []).append(words if len(words) <= WORDS else words[:: len(words) // SAMPLE | 1])
+        samples.setdefault(value.device, []).append(words if len(words) <= WHOLE else words[:: min(len(words) // SAMPLE, STEP) | 1])
     sums = totals([torch.cat(found) for found in samples.values()])
     places = [(name, value.data_ptr(), value._version, value.dtype, value.shape, value.stride()) for name, value in tensors]
     return f"{places} {sums}"
@@ -104,15 +106,20 @@ def as_words(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def totals(tensors: Sequence[Tensor]) -> list[int]:
-    """A number of 64 bits for each tensor, the same on every device: its bytes as 32-bit words, each times a factor of its place."""
+    """A number of 64 bits for each tensor, the same on every device: its bytes as 32-bit words, each mixed and times a factor of its place.
+
+    Mixed: the upper bits into the lower ones, else numbers whose signs alone change would change the sum by nothing that adds up. Odd
+    factors: so that no change of one word is lost.
+    """
     sums: list[list[Tensor]] = []  # of each tensor, of WORDS after WORDS
     for tensor in tensors:
         words = as_words(tensor)
-        factors = torch.arange(1, min(WORDS, len(words)) + 1, dtype=torch.int32, device=words.device) * (FACTOR - 2**32)
+        factors = (torch.arange(min(WORDS, len(words)), dtype=torch.int32, device=words.device) * 2 + 1) * (FACTOR - 2**32)
         whole = len(words) // WORDS * WORDS
-        sums.append([(block * factors).sum(dim=1) for block in words[:whole].view(-1, WORDS).split(ROWS)] if whole else [])
+        blocks = words[:whole].view(-1, WORDS).split(ROWS.get(words.device.type, MOST_ROWS)) if whole else ()
+        sums.append([added_up(block, factors) for block in blocks])
         if rest := words[whole:].numel():
-            sums[-1].append((words[whole:] * factors[:rest]).sum()[None])
+            sums[-1].append(added_up(words[whole:][None], factors[:rest]))
     device_sums = {device: [s for own in sums for s in own if s.device == device] for device in {s.device for own in sums for s in own}}
     values = {device: iter(torch.cat(found).tolist()) for device, found in device_sums.items()}  # the host waits once a device
     found = []
@@ -123,3 +130,11 @@ def totals(tensors: Sequence[Tensor]) -> list[int]:
                 total = (total * FACTOR + next(values[block.device])) % 2**64
         found.append(total)
     return found
+
+
+def added_up(words: Tensor, factors: Tensor) -> Tensor:
+    """The sums [rows] of 32-bit words [rows, n], mixed and times `factors` [n]; they wrap around, as all numbers here do."""
+    mixed = words >> 15
+    mixed ^= words
+    mixed *= factors
+    return mixed.sum(dim=1, dtype=torch.int32)

@@ -259,6 +259,11 @@ def test_a_print_is_of_all_that_an_encoders_answer_depends_on(encoder):
     finally:
         hook.remove()
     assert encoder_print(copy.deepcopy(module).to("meta"), ids) is None
+    for rows in (slice(None), slice(0, 2), slice(1, 2)):  # of which the signs alone change
+        large = torch.randn(70_000).view(-1, 2)
+        flipped = large.clone()
+        flipped[1000:3000, rows].neg_()
+        assert totals([flipped]) != totals([large]) == totals([flipped.index_copy_(0, torch.arange(35_000), large)])
     large = torch.randn(70_000)
     assert totals([large, large[:0], large[:3].to(torch.float16)]) == [*totals([large]), 0, *totals([large[:3].to(torch.float16)])]
 
