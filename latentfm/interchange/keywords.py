@@ -16,6 +16,7 @@ from latentfm.words import shown
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")  # of a model of the hub
 COMMON = (*DOWNLOAD, "dtype", "torch_dtype", "device_map", "max_memory")
 FOLDER_KEYWORDS = (*COMMON, "variant", "quantization_config")
+UPLOAD = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")  # to the hub
 FILE_KEYWORDS = (*COMMON, "config", "sample_size")
 # What asks for the way in which weights are read here anyway: once, into no second copy, neither mapped nor put on a disk. And leave for
 # code that a model may bring along, and for pipelines that a model may be one of: a Stable Diffusion 3 pipeline has neither.
@@ -23,6 +24,7 @@ SO_ANYWAY = ("low_cpu_mem_usage", "disable_mmap", "offload_state_dict", "offload
 # What is taken where it says what is done here, and the reason why nothing else is
 ALONE = {
     "use_safetensors": (True, "only safetensors are loaded, since a pickle can run code"),
+    "safe_serialization": (True, "only safetensors are written, since a pickle can run code"),
     "use_onnx": (False, "ONNX models are not read here"),
     "use_flashpack": (False, "FlashPack files are not read here; give the model's safetensors"),
 }

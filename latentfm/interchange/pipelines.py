@@ -14,7 +14,7 @@ from torch import Tensor
 from latentfm.errors import InputError
 from latentfm.files import follow_umask, reading
 from latentfm.interchange.components import read_null
-from latentfm.interchange.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, check_keywords
+from latentfm.interchange.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, UPLOAD, check_keywords
 from latentfm.interchange.loading import COMPONENTS, components_in, folder_of, load_file, load_folder, replaced_by
 from latentfm.interchange.lora import ADAPTER_FILE, Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
 from latentfm.models.folder import INFO_FILE, read_info, refuse_pickle, write_stock_names
@@ -132,13 +132,25 @@ class PipelineFiles(SD3LoraLoaderMixin):
         if given.get("is_main_process", True) and (Path(save_directory) / name).is_file():
             renew_entry(Path(save_directory), name)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest.
+
+        The arguments are DiffusionPipeline.save_pretrained's; those of the upload (repo_id, token, ...) go with push_to_hub. Raises
+        InputError for pickles, which are not written either, and for an argument that cannot be served.
+        """
         folder = Path(save_directory)
-        kwargs["safe_serialization"] = True
+        check_keywords("save_pretrained", kwargs | {"safe_serialization": safe_serialization}, UPLOAD if push_to_hub else ())
         if self.has_encoders:
             self.null.parts(self.max_sequence_length)
-        super().save_pretrained(str(folder), **kwargs)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
         follow_umask(file for name in self.components for file in (folder / name).glob("*.safetensors"))
         self.null.save(folder)
         rgb = getattr(self.vae, "latent_rgb", None)
@@ -146,6 +158,8 @@ class PipelineFiles(SD3LoraLoaderMixin):
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info, **preview}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
         write_manifest(folder)
+        if push_to_hub:  # which saves it once more, elsewhere: the library's own upload comes before what is written here
+            self.push_to_hub(**{"repo_id": folder.name, "variant": variant} | kwargs)
 
 
 def fetched(fetch: Callable[..., Any], name: Path, kwargs: dict[str, Any]) -> Parts:

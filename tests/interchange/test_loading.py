@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +191,44 @@ def test_a_variant_is_that_of_the_components_that_have_it(model, picture):
     assert gap(draw(pipe), picture) < ROUNDING
     with pytest.raises(InputError, match="has no weights of the variant fp16; there are bf16"):
         LatentFMPipeline.from_pretrained(model, variant="fp16")
+
+
+@pytest.mark.parametrize("how", [{"variant": "bf16"}, {"max_shard_size": "30KB"}], ids=str)
+def test_what_is_saved_as_stock_diffusers_can_save_it_loads_again(tiny_folder, tmp_path, picture, how):
+    LatentFMPipeline.from_pretrained(tiny_folder).save_pretrained(tmp_path / "saved", **how)
+    names = [path.name for path in (tmp_path / "saved").glob("*/*.safetensors")]
+    assert all(".bf16." in name for name in names) if "variant" in how else any("-of-" in name for name in names)
+    variant = {"variant": how["variant"]} if "variant" in how else {}
+    for load, given in ((LatentFMPipeline.from_pretrained, {}), (LatentFMPipeline.from_pretrained, variant), (stock_of, variant)):
+        assert gap(draw(load(tmp_path / "saved", **given)), picture) < ROUNDING
+
+
+def test_what_cannot_be_saved_is_refused_by_name(tiny_folder, tmp_path):
+    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
+    for given, says in (
+        ({"safe_serialization": False}, "save_pretrained does not serve safe_serialization=False: only safetensors are written"),
+        ({"use_flashpack": True}, "save_pretrained does not serve use_flashpack=True"),
+        ({"repo_id": "some/model"}, "save_pretrained has no keyword repo_id"),
+    ):
+        with pytest.raises(InputError, match=says):
+            pipe.save_pretrained(tmp_path / "saved", **given)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_goes_to_the_hub_is_the_stock_folder(tiny_folder, tmp_path, monkeypatch):
+    import diffusers.utils.hub_utils as hub
+
+    sent = {}
+
+    def upload(pipe, folder, repo_id, **more):
+        sent.update(repo_id=repo_id, index=json.loads((Path(folder) / "model_index.json").read_text()))
+
+    monkeypatch.setattr(hub, "create_repo", lambda repo_id, **more: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub, "load_or_create_model_card", lambda *given, **more: None)
+    monkeypatch.setattr(hub, "populate_model_card", lambda card: SimpleNamespace(save=lambda path: None))
+    monkeypatch.setattr(LatentFMPipeline, "_upload_folder", upload)
+    LatentFMPipeline.from_pretrained(tiny_folder).save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert sent["repo_id"] == "mine" and sent["index"]["_class_name"] == "StableDiffusion3Pipeline"
 
 
 # VAEs
