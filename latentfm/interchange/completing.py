@@ -63,8 +63,9 @@ def completed(weights: Weights, base: Weights | None, given: Mapping[str, Any] =
         )
     notes, tokenizers = list(weights.notes), {}
     for name, encoder in BY_NAME.items():
-        if name in base.configs and name not in parts and name not in given:
-            notes.append(f"{encoder.title} is left out: neither the file nor {shown(base.path)} has its weights")
+        if name not in parts and name not in given and not nobody_reads(parts, given):
+            where = f"neither the file nor {shown(base.path)} has" if base.kind else "the file has not"
+            notes.append(f"{encoder.title} is left out, zeros stand for it: {where} its weights; give a pipeline folder that has {name}")
         if (tokenizer := encoder.tokenizer) in given or not (name in parts or given.get(name) is not None):
             continue
         vocabulary = parts[name].config["vocab_size"] if name in parts else given[name].config.vocab_size
@@ -76,7 +77,7 @@ def completed(weights: Weights, base: Weights | None, given: Mapping[str, Any] =
         elif encoder.family is T5 or vocabulary != CLIP_VOCABULARY:
             what = f"a {name} with a vocabulary of its own and no tokenizer"
             raise InputError(f"{shown(weights.path)} has {what}; give the pipeline it is of")
-    if not any(name in parts or given.get(name) is not None for name in TEXT):
+    if nobody_reads(parts, given):
         notes.append("no text encoder: prompts cannot be read, only prompt_embeds given; give a pipeline folder to take the encoders from")
     encoders = weights if any(name in weights.parts for name in TEXT) else base  # whose null condition and T5 length hold
     return replace(
@@ -89,6 +90,11 @@ def completed(weights: Weights, base: Weights | None, given: Mapping[str, Any] =
         others=weights.others or base.others,
         notes=tuple(notes),
     )
+
+
+def nobody_reads(parts: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether there is no text encoder at all."""
+    return not any(name in parts or given.get(name) is not None for name in TEXT)
 
 
 def tokenizer_of(name: str, weights: Weights) -> Any:
