@@ -43,7 +43,8 @@ def single_file(weights: Weights, naming: str) -> tuple[Tensors, dict[str, str]]
             own = original.transformer_to_original(own)
         elif name == "vae":
             if (kind := vae_class(part.config).__name__) != CLASSES["vae"][1]:
-                raise InputError(f"{shown(weights.path)} has an {kind} as its VAE, which has no names in SD3's single files; leave it out")
+                what = f"{shown(weights.path)} has an {kind} as its VAE, which has no names in SD3's single files"
+                raise InputError(f"{what}; name the others (--with)")
             own = original.vae_to_original(own)
         tensors |= {original.PREFIXES[name][0] + key: stored for key, stored in own.items()}
     return tensors, metadata

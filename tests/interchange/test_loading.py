@@ -25,6 +25,7 @@ from latentfm.interchange.keywords import ALONE, FILE_KEYWORDS, FOLDER_KEYWORDS,
 from latentfm.interchange.weights import open_weights
 from latentfm.interchange.writers import write_single
 from latentfm.models import vae as vae_room
+from latentfm.planning.model import read_model
 
 CALL = {"prompt": "a red apple", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 16, "output_type": "latent"}
 ROUNDING = 1e-5
@@ -240,6 +241,8 @@ def test_a_tiny_autoencoder_draws_stock_diffusers_pixels(tiny_folder, tiny_vae, 
     assert gap(draw(stock_of(tmp_path / "ours"), output_type="pt"), expected) < ROUNDING
     with pytest.raises(InputError, match="has an AutoencoderTiny as its VAE, which has no names in SD3's single files"):
         write_single(tmp_path / "one.safetensors", open_weights(tmp_path / "ours"), "original", None)
+    with pytest.raises(InputError, match="has an AutoencoderTiny as its VAE, which draws; to plan and train give"):
+        read_model(tmp_path / "ours")
 
 
 def test_a_tiny_autoencoders_latents_are_no_draw(tiny_vae):
