@@ -1,5 +1,6 @@
-"""The most that may be asked for at once: beyond it a number is a slip of the hand, and obeying it would fill the memory."""
+"""How much at once: the most that may be asked for, and what is worked on together, which planning counts with. Needs no torch."""
 
+# Beyond these a number is a slip of the hand, and obeying it would fill the memory
 MOST_STEPS = 10_000  # of the sampler; the network tells a thousand times apart
 MOST_TOKENS = 8192  # of T5 for a prompt, padding included
 MOST_PICTURES = 1_000_000  # in one call of `latentfm generate`
@@ -9,3 +10,9 @@ MOST_GUIDANCE = 1000.0
 LAST_SEED = 2**63 - 1  # that a generator takes
 MOST_TRAINING_STEPS = 99_999_999  # a checkpoint's name has eight digits
 MOST_BATCH = 1_000_000  # pictures an optimizer step
+
+IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 8, 32  # that are encoded together for a cache
+LARGE = 512**2  # pixels: pictures beyond it are encoded one by one
+DEFAULT_PROMPTS = 8  # that are drawn while training where the options have none
+OPTIMIZER_CHUNK = 1 << 23  # numbers whose float32 copies a step of AdamW makes together on a GPU
+EMA_CHUNK = 1 << 24  # and the averages

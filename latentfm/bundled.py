@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from latentfm.errors import InputError
+from latentfm.files import expanded
 
 
 def bundled_model() -> Path:
@@ -12,3 +13,8 @@ def bundled_model() -> Path:
         if (folder / "model_index.json").is_file():
             return folder
     raise InputError("the bundled model is missing from this installation; give a pipeline folder with --model, or reinstall latentfm")
+
+
+def pipeline_folder(name: str | None) -> Path:
+    """The pipeline folder of a run's model.pipeline: the bundled one if it names none."""
+    return expanded(name) if name else bundled_model()

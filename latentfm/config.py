@@ -1,5 +1,6 @@
 """A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides to any depth."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,11 +14,14 @@ from latentfm.errors import InputError
 from latentfm.files import SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.sampling import Sampler, Schedule, Solver
-from latentfm.words import shown
+from latentfm.words import is_text, shown
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SourceKind = Literal["folder", "parquet", "webdataset", "datasets"]  # each with its reader in data.sources.several
 
 
 class ModelOptions(Section):
@@ -38,7 +42,7 @@ class SourceOptions(Section):
     split: str | None = Field(None, description="of a dataset: train if not given")
     revision: str | None = Field(None, description="of a dataset on the hub")
     streaming: bool = Field(False, description="read a dataset in order instead of downloading it whole")
-    kind: Literal["folder", "parquet", "webdataset", "datasets"] | None = Field(None, description="told by what is there if not given")
+    kind: SourceKind | None = Field(None, description="told by what is there if not given")
     name: str | None = Field(None, description="stands before the ids of its samples; the last part of the path if not given")
     image_column: str | None = None
     caption_columns: str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
@@ -61,6 +65,16 @@ class SourceOptions(Section):
         if self.caption_columns == {}:
             raise ValueError("caption_columns names no column; leave it out or name one")
         return self
+
+    @property
+    def place(self) -> str:
+        """Where it is: a path, an fsspec URL or the name of a dataset."""
+        return self.path or self.url or self.dataset
+
+    @property
+    def title(self) -> str:
+        """What the ids of its samples begin with."""
+        return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
 
 
 class DataOptions(Section):
@@ -309,6 +323,19 @@ class RunConfig(Section):
         return self
 
 
+# every option by its name, "section.key"
+OPTIONS = {
+    f"{section}.{key}": option
+    for section, field in RunConfig.model_fields.items()
+    for key, option in field.annotation.model_fields.items()
+}
+
+
+def default_of(name: str) -> Any:
+    """The default of an option, None for one that must be given."""
+    return None if OPTIONS[name].is_required() else OPTIONS[name].get_default(call_default_factory=True)
+
+
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
     """The options of the YAML or JSON file `path` with `overrides` ("section.key=value", at any depth) on top.
 
@@ -319,11 +346,10 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for override in overrides or []:
         name, equals, text = override.partition("=")
         if not (equals and all(name.strip().split(".")) and "." in name):
-            known = {key: f"{section}.{key}" for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields}
+            known = {name.split(".")[1]: name for name in OPTIONS}
             meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
             raise InputError(f"override '{shown(override, 120)}' should look like section.key=value, {shown(meant, 120)}")
         option_text.put(data, RunConfig, override)
-    option_text.check_names(data, RunConfig)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
@@ -352,9 +378,14 @@ def read_options(path: Path) -> dict[str, Any]:
 
 def in_words(error: ValidationError) -> str:
     """What pydantic found wrong, in one line."""
-    lines, missing = [], []
-    for found in error.errors(include_url=False):
+    lines, missing, errors = [], [], error.errors(include_url=False)
+    if unknown := [found["loc"] for found in errors if found["type"] == "extra_forbidden"]:
+        return option_text.unknown(RunConfig, unknown[0])
+    for found in errors:
         name = ".".join(map(str, found["loc"]))
+        if found["type"] == "model_type" and len(found["loc"]) == 1:
+            known = ", ".join(RunConfig.model_fields[name].annotation.model_fields)
+            return f"section '{name}' should hold options ({known}), it holds {shown(repr(found['input']), 60)}"
         if found["type"] == "missing":
             missing.append({"data": "data.folder", "output": "output.folder"}.get(name, name))  # what such a section needs
         said = found["msg"].removeprefix("Value error, ")
@@ -372,10 +403,8 @@ def check_texts(value: Any, name: str) -> None:
     elif isinstance(value, list | tuple):
         for number, part in enumerate(value):
             check_texts(part, f"{name}.{number}")
-    elif isinstance(value, str) and ("\0" in value or not value.isascii()):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8") from None
+    elif isinstance(value, str):
+        if not is_text(value):
+            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8")
         if "\0" in value:
             raise InputError(f"{name} {shown(repr(value), 120)} holds a zero byte; leave it out")

@@ -12,7 +12,7 @@ import shutil
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +53,20 @@ def reading(path: object, way_out: str = "copy or make it again", also: tuple[ty
         raise
     except (*CONTENT_ERRORS, *also) as error:
         raise InputError(f"{shown(path)} cannot be read: {reason(error)}; {way_out}") from error
+
+
+@contextmanager
+def any_error_told(told: Callable[[str], str]) -> Iterator[None]:
+    """A context for what raises errors of its own, as storages and formats do: they become the InputError that `told` makes of the reason.
+
+    InputError and MemoryError pass through as they are.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(told(reason(error))) from error
 
 
 def reason(error: BaseException, most: int = 300) -> str:
@@ -126,6 +140,20 @@ def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_o
         if not isinstance(value, kind):
             raise ValueError(f"it should hold a JSON {'object' if kind is dict else 'list'}, it holds {shown(json.dumps(value), 60)}")
     return value
+
+
+def existing_parent(place: Path) -> Path:
+    """The path itself, or the nearest one above it that is there."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists() or path.parent == path)
+
+
+def check_can_be_written(folder: Path, option: str) -> None:
+    """Raises InputError where the folder that `option` names cannot be made or written; makes nothing."""
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        raise InputError(f"{option} {folder}: {existing} is a file, not a folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {folder}: no permission to write in {existing}; choose another")
 
 
 def follow_umask(files: Iterable[Path]) -> None:

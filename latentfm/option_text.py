@@ -7,7 +7,7 @@ What a file says is bounded before it is believed: its size, its depth, and what
 import json
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
@@ -182,7 +182,7 @@ def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
 def put(data: dict[str, Any], kind: Kind, override: str) -> None:
     """Puts an override "section.key=value" into `data`, options of type `kind`, at any depth: train.adapter.rank=4, data.sources.0.path=a.
 
-    Raises InputError for a name that does not exist and for a value that is not valid YAML where one is needed.
+    Raises InputError for a place that a list does not have, and for a value that is not valid YAML where one is needed.
     """
     name, _, text = override.partition("=")
     *places, last = name.strip().split(".")
@@ -193,12 +193,10 @@ def put(data: dict[str, Any], kind: Kind, override: str) -> None:
             inner.append({})
         elif isinstance(inner, dict) and inner.get(key) is None:
             inner[key] = begun(parent_kind, kind, key)
-        check_known(parent_kind, place, places[:depth])
         inner = inner[key]
         if not isinstance(inner, dict | list):
             what = "section" if depth == 0 else "option"
             raise InputError(f"{what} '{'.'.join(places[: depth + 1])}' should hold options, it holds {shown(repr(inner), 60)}")
-    check_known(kind, last, places)
     key = key_in(inner, last, kind)
     kind = within(kind, key)
     value = value_of(override, text, kind)
@@ -238,26 +236,11 @@ def key_in(inner: Any, place: str, kind: Kind) -> Any:
     return int(place)
 
 
-def check_known(kind: Kind, name: str, places: list[str]) -> None:
-    """Raises InputError, suggesting the nearest, for a section or option that a model does not have."""
-    models = [each for each in choices(kind) if is_model(each)]
-    if models and name not in models[0].model_fields:
-        known = models[0].model_fields
-        path = ".".join([*(place for place in places if not place.isdecimal()), name])
-        what = "option" if places else "section"
-        raise InputError(f"unknown {what} '{shown(path, 120)}'{nearest(name, known)}; there are {', '.join(known)}")
-
-
-def check_names(value: Any, kind: Kind, places: tuple[str, ...] = ()) -> None:
-    """Raises InputError for the first section or option, at any depth, that does not exist."""
-    models = [each for each in choices(kind) if is_model(each)]
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            check_known(kind, str(key), list(places))
-            check_names(part, within(kind, key), (*places, str(key)))
-    elif isinstance(value, list):
-        for number, part in enumerate(value):
-            check_names(part, within(kind, number), (*places, str(number)))
-    elif models and len(places) == 1:
-        known = ", ".join(models[0].model_fields)
-        raise InputError(f"section '{places[0]}' should hold options ({known}), it holds {shown(repr(value), 60)}")
+def unknown(kind: Kind, places: Sequence[str | int]) -> str:
+    """What to say of a section or option, by its places from one of type `kind` on, that does not exist; the nearest is suggested."""
+    for place in places[:-1]:
+        kind = within(kind, place)
+    known = next(each.model_fields for each in choices(kind) if is_model(each))
+    path = shown(".".join(place for place in places if isinstance(place, str)), 120)
+    what = "option" if len(places) > 1 else "section"
+    return f"unknown {what} '{path}'{nearest(str(places[-1]), known)}; there are {', '.join(known)}"

@@ -22,6 +22,15 @@ def shown(text: object, most: int | None = None) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
+def is_text(text: str) -> bool:
+    """False for lone surrogates, which neither UTF-8 nor a tokenizer takes: undecodable file names, or half an emoji in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shortened(text: str, most: int = 80) -> str:
     """`text`, or its first characters and "..." where it is longer than `most`."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentfm.data.cache.fill import Writer
 from latentfm.data.cache.store import Cache, key_of
-from latentfm.data.loader import CachedReader, Draws, Dropout, Loader
+from latentfm.data.cached import CachedReader
+from latentfm.data.loader import Draws, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Sample
 from latentfm.data.stream import Stream

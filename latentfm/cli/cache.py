@@ -9,8 +9,6 @@ import typer
 from latentfm.words import count, shown
 
 if TYPE_CHECKING:
-    import torch
-
     from latentfm.config import RunConfig
     from latentfm.data.cache.store import Cache
 
@@ -58,7 +56,6 @@ def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
     from functools import partial
-    from types import SimpleNamespace
 
     import torch
 
@@ -71,6 +68,7 @@ def fill(run: "RunConfig") -> None:
     from latentfm.planning.run import plan_run
     from latentfm.training.distributed.processes import find_by_all
     from latentfm.training.models import load_models
+    from latentfm.training.precision import computing_device
     from latentfm.training.records.progress import Progress
     from latentfm.training.samples import prompts_of
 
@@ -81,11 +79,11 @@ def fill(run: "RunConfig") -> None:
     processes = Processes(rank, world)
     if world > 1 and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group("gloo")
-        processes = Processes(rank, world, partial(find_by_all, SimpleNamespace(process_index=rank, num_processes=world)))
+        processes = Processes(rank, world, partial(find_by_all, rank, world))
     dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
     if processes.rank == 0:
         print(summary(dataset), flush=True)
-    models = load_models(run.model, weights=False, device=device_of(int(os.environ.get("LOCAL_RANK", 0))))
+    models = load_models(run.model, weights=False, device=computing_device(int(os.environ.get("LOCAL_RANK", 0))))
     plan = plan_run(run)
     data = prepared_data(dataset, plan.data, models, run.data, processes)
     before, began = data.existing_keys(), time.monotonic()
@@ -112,15 +110,6 @@ def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -
     pictures = found["moments"][1]
     pace = f", {pictures / seconds:,.1f} images/s" if pictures else ""
     print(f"{sum(size for _, _, size in found.values()) / 2**20:,.1f} MiB in {shown(folder)}, {seconds:.1f} s{pace}")
-
-
-def device_of(local_rank: int) -> "torch.device":
-    """The accelerator of a machine's process `local_rank`, the CPU where there is none."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, local_rank % torch.accelerator.device_count())
 
 
 def check(cache: "Cache") -> None:

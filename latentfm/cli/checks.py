@@ -1,52 +1,14 @@
 """What the commands check of their input before they load anything heavy. Each raises InputError with the way out."""
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentfm.bounds import MOST_LETTERS
 from latentfm.errors import InputError, nearest
-from latentfm.files import read_text
-from latentfm.words import shortened, shown
 
 if TYPE_CHECKING:
     import torch
-
-
-def wanted_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read.
-
-    A line of the file ends with a line feed, a carriage return, or both; what else Unicode calls an end of line is part of the prompt.
-    """
-    texts = list(prompts or [])
-    for text in texts:
-        check_text(text, "the prompt")
-    if file is not None:
-        try:
-            lines = re.split(r"\r\n|\n|\r", read_text(file))
-        except InputError as error:
-            raise InputError(f"--prompts-file {error}; it is a UTF-8 text file with one prompt a line") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise InputError(f"--prompts-file {file} has no prompt in it; write one a line")
-        for text in found:
-            check_text(text, f"a prompt in {file}")
-        texts += found
-    if not texts:
-        raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
-    return texts
-
-
-def check_text(text: str, what: str) -> None:
-    """Raises InputError for text that is too long, or no valid Unicode (bytes in another encoding than the terminal's)."""
-    if len(text) > MOST_LETTERS:
-        raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file") from None
 
 
 def check_at_least_one(values: dict[str, int]) -> None:
@@ -67,15 +29,6 @@ def check_name(option: str, name: str, names: tuple[str, ...]) -> None:
     """Raises InputError when `name` is none of `names`, suggesting the nearest."""
     if name not in names:
         raise InputError(f"{option} {name!r} does not exist{nearest(name, names)}; there are {', '.join(names)}")
-
-
-def check_folder_can_be_written(folder: Path) -> None:
-    """Raises InputError when pictures cannot be put into `folder`; makes nothing."""
-    existing = next((place for place in (folder, *folder.parents) if place.exists()), Path())
-    if not existing.is_dir():
-        raise InputError(f"--out {folder}: {existing} is a file, not a folder; give another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder}: no permission to write in {existing}; give another folder")
 
 
 def model_folder(model: Path | None, option: str = "--model") -> Path:
@@ -122,17 +75,19 @@ def chosen_device(name: str) -> "torch.device":
     """The device that `name` means on this machine. Raises InputError when there is no such device here."""
     import torch
 
-    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    from latentfm.training.precision import computing_device
+
+    here = computing_device()
     if name == "auto":
-        return gpu or torch.device("cpu")
+        return here
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name!r} is no device; write cpu, cuda, or cuda:0 and so on") from None
     if device.type == "cpu":
         return device
-    if gpu is None or device.type != gpu.type:
-        raise InputError(f"--device {name}: torch sees no such device on this machine; use --device {gpu.type if gpu else 'cpu'}")
+    if device.type != here.type:
+        raise InputError(f"--device {name}: torch sees no such device on this machine; use --device {here.type}")
     if device.index is not None and device.index >= torch.accelerator.device_count():
         raise InputError(f"--device {name}: there are only {torch.accelerator.device_count()}, counted from 0")
     return device

@@ -10,6 +10,7 @@ import typer
 from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
 from latentfm.errors import InputError
+from latentfm.files import existing_parent
 from latentfm.models.folder import GROUPS
 from latentfm.words import UNITS, shown
 
@@ -141,7 +142,7 @@ def check_places(source: Path, target: Path, pipeline: Path | None, overwrite: b
     if any(path in own.parents for path in inputs):
         outer = source if inputs[0] in own.parents else pipeline
         raise InputError(f"OUT {shown(target)} lies inside {shown(outer)}; give a place outside it")
-    parent = next(place for place in (own.parent, *own.parents) if place.exists())
+    parent = existing_parent(own.parent)
     if not parent.is_dir():
         raise InputError(f"OUT {shown(target)}: {shown(parent)} is a file, not a folder; give another place")
     if not target.exists():

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentfm.bundled import pipeline_folder
 from latentfm.cli.checks import check_at_least_one, model_folder, parse_size
 from latentfm.errors import InputError
-from latentfm.files import expanded
 from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def check(
         check_target(target, overwrite)
     from latentfm.planning.run import plan_run
 
-    folder = model_folder(expanded(run.model.pipeline) if run.model.pipeline else None)
+    folder = model_folder(pipeline_folder(run.model.pipeline))
     plan = plan_run(run).data
 
     from latentfm.cli.terminal import progress_bar, quiet_libraries
@@ -104,7 +104,7 @@ def check(
         number, seed = run.validation.held_out, run.train.seed
         report = examine(dataset, plan, encoder, start, lambda samples: split_held_out(samples, number, seed)[1])
         if target is not None:
-            sheet = contact_sheet(dataset.samples, report, plan, pictures, start("cropping", min(pictures, report.findings["used"])))
+            sheet = contact_sheet(report.placement, pictures, start("cropping", min(pictures, report.findings["used"])))
     findings = report.findings
     if as_json:
         print(json.dumps(findings, indent=2))

@@ -106,11 +106,10 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
 
 def option_table() -> str:
     """Every option as "section.key = default   meaning", one a line."""
-    from latentfm.config import RunConfig
+    from latentfm.config import OPTIONS, default_of
 
     lines = []
-    for section, field in RunConfig.model_fields.items():
-        for key, option in field.annotation.model_fields.items():
-            default = "(required)" if option.is_required() else option.get_default(call_default_factory=True)
-            lines.append(f"{section}.{key} = {default}" + (f"    {option.description}" if option.description else ""))
+    for name, option in OPTIONS.items():
+        default = "(required)" if option.is_required() else default_of(name)
+        lines.append(f"{name} = {default}" + (f"    {option.description}" if option.description else ""))
     return "\n".join(lines)

@@ -60,34 +60,20 @@ class Buckets:
             )
         return cls(nearest_shapes(shapes, targets(shapes, base, count), base))
 
-    def of(self, width: int, height: int) -> int:
-        """The index of the shape that crops least of a picture of width x height pixels; of equal ones the first."""
-        return max(range(len(self.shapes)), key=lambda index: kept(width, height, *self.shapes[index]))
+    def of(self, sizes: np.ndarray | Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(index of the shape that crops least, of equal ones the first, int64 [N]; the share that it crops away, float64 [N]).
 
-    def of_all(self, sizes: np.ndarray) -> np.ndarray:
-        """`of` for each row of sizes [N, 2] (width, height), int64 [N]."""
-        widths, heights = (np.asarray(sizes, dtype=np.int64).reshape(-1, 2)[:, i] for i in (0, 1))
-        best, share = np.zeros(len(widths), dtype=np.int64), np.full(len(widths), -1.0)
+        Of each picture of sizes [N, 2] (width, height).
+        """
+        widths, heights = np.asarray(sizes, dtype=np.int64).reshape(-1, 2).T
+        best, kept = np.zeros(len(widths), dtype=np.int64), np.zeros(len(widths))
         for index, (width, height) in enumerate(self.shapes):  # one shape at a time: no [N, K] array
+            # whole numbers up to the one division, so that equal shares are equal numbers and ties are ties
             across, down = widths * height, heights * width
-            mine = np.minimum(across, down) / np.maximum(across, down)
-            best[mine > share] = index
-            share = np.maximum(share, mine)
-        return best
-
-    def crops(self, sizes: np.ndarray, buckets: np.ndarray) -> np.ndarray:
-        """The share of each picture of sizes [N, 2] that its bucket, of buckets [N], crops away, float64 [N]."""
-        across, down = (np.asarray(sizes, dtype=np.int64).reshape(-1, 2) * np.array(self.shapes)[buckets][:, ::-1]).T
-        return 1 - np.minimum(across, down) / np.maximum(across, down)
-
-    def crop(self, width: int, height: int) -> float:
-        """The share, in [0, 1), of a picture of width x height pixels that is cropped away in its bucket."""
-        return 1 - kept(width, height, *self.shapes[self.of(width, height)])
-
-    def scale(self, width: int, height: int) -> float:
-        """The factor by which a picture's sides are scaled to cover its bucket: above 1 it is enlarged, and looks soft."""
-        shape = self.shapes[self.of(width, height)]
-        return max(shape[0] / width, shape[1] / height)
+            share = np.minimum(across, down) / np.maximum(across, down)
+            best[share > kept] = index
+            kept = np.maximum(kept, share)
+        return best, 1 - kept
 
 
 @dataclass(frozen=True)
@@ -105,8 +91,7 @@ class DataPlan:
 
         A picture that would lose more than max_crop is left out.
         """
-        buckets = self.buckets.of_all(sizes)
-        lost = self.buckets.crops(sizes, buckets)
+        buckets, lost = self.buckets.of(sizes)
         return buckets, lost, lost <= self.max_crop
 
 
@@ -124,13 +109,6 @@ def base_shape(size: int | tuple[int, int] | None, own: int, multiple: int, larg
         if side > largest:
             raise InputError(f"data.size {side} is larger than this network's {largest}")
     return width, height
-
-
-def kept(width: int, height: int, shape_width: int, shape_height: int) -> float:
-    """The share of a width x height picture that is left when it is scaled to cover a shape and cropped to it."""
-    # whole numbers up to the one division, so that equal shares are equal numbers and ties are ties
-    across, down = width * shape_height, height * shape_width
-    return min(across, down) / max(across, down)
 
 
 def possible_shapes(base: tuple[int, int], multiple: int, max_aspect: float, largest: int) -> list[tuple[int, int]]:

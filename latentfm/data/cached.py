@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from latentfm.bounds import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE
 from latentfm.data.cache.entries import Entries
 from latentfm.data.cache.fill import Job, Made
 from latentfm.data.cache.store import key_of
-from latentfm.data.loader import Batch, CachedReader, Draws, Dropout, Reader, Routing
-from latentfm.data.prepared import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, PreparedData
+from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
+from latentfm.data.prepared import PreparedData
 from latentfm.data.sources import Sample
 from latentfm.data.sources.base import sha256
 from latentfm.data.table import SampleTable
@@ -43,10 +45,6 @@ class CachedData(PreparedData):
     def prompt_key(self, prompt: str, length: int) -> str:
         """The key of a prompt that is drawn from: not rounded."""
         return key_of("prompt in float32", prompt, str(length), self.text_print)
-
-    def keys(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        """The keys of samples, S32, each as it is and then, with flips, mirrored."""
-        return np.array([bytes.fromhex(key(sample, flip)) for sample in samples for flip in self.inventory.flips], "S32")
 
     # Making entries
 
@@ -89,14 +87,10 @@ class CachedData(PreparedData):
 
     def unusable(self) -> list[bool]:
         """Which samples have a picture or a mask of which nothing could be made."""
-        self.cache.refresh()
         bad = self.lacking(self.image_key, self.samples)
         masked = [index for index, sample in enumerate(self.samples) if sample.mask]
         bad[masked] |= self.lacking(self.mask_key, [self.samples[index] for index in masked])
         return bad.tolist()
-
-    def lacking(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        return (self.cache.find(self.keys(key, samples)) < 0).reshape(len(samples), len(self.inventory.flips)).any(axis=1)
 
     # Conditions that belong to no picture
 
@@ -181,6 +175,37 @@ class CachedData(PreparedData):
             more = (len(there), new, int(self.cache.index["length"][there].sum()))
             found[job.kind] = tuple(a + b for a, b in zip(found[job.kind], more, strict=True))
         return found
+
+
+class CachedReader(Reader):
+    """Micro-batches out of the cache.
+
+    `moments` has an entry for each sample as it is and, with flips, one for each mirrored, after one another; `prompts` has one
+    for each of the table's texts, by length; `masks` one for each that `mask_of` [N, flips] numbers, -1 where a sample has none.
+    """
+
+    def __init__(
+        self, table: SampleTable, draws: Draws, moments: Entries, prompts: dict[int, Entries], masks: Entries | None = None,
+        mask_of: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.table, self.draws = table, draws
+        self.moments, self.prompts, self.masks, self.mask_of = moments, prompts, masks, mask_of
+
+    def __getitem__(self, request: Request) -> Batch:
+        members, t5_length = request
+        step = 2 if self.draws.flip else 1
+        channels, height, width = dict(self.moments.layout(members[0][1] * step).shapes)["moments"]
+        batch, captions, flipped = self.draws.make(self.table, members, (channels // 2, height, width))
+        chosen = [(index, int(flip)) for (_, index, _), flip in zip(members, flipped, strict=True)]
+        places = [] if self.mask_of is None else [self.mask_of[at] for at in chosen]
+        masks = [None if place < 0 else self.masks.read(place)["mask"] for place in places]
+        return replace(
+            batch,
+            moments=self.moments.stack([index * step + flip for index, flip in chosen])["moments"].float(),
+            parts=PromptParts(**self.prompts[t5_length].stack(captions)),
+            mask=stacked_masks(masks, height, width),
+            t5_length=t5_length,
+        )
 
 
 def masks_of(masks: Sequence[Tensor | None]) -> list[dict[str, Tensor] | None]:

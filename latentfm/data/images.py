@@ -145,11 +145,11 @@ def decoded(path: str | Path | Place, data: bytes, take: Callable[[int], None]) 
     with _named(path, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         take(image.width * image.height)
         image.load()
-        orientation = _orientation(image, type(image).getexif)
+        turned = orientation(image, type(image).getexif)
         rgb = _to_rgb(image)
     del image
     # not ImageOps.exif_transpose: that writes the other EXIF tags anew, and fails on the odd ones real cameras leave
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    return rgb.transpose(_UPRIGHT[turned]) if turned in _UPRIGHT else rgb
 
 
 @cache
@@ -175,8 +175,8 @@ def upright_size(path: str | Path | Place, data: bytes | None = None) -> tuple[i
             return image.size
         # Pillow decodes a whole PNG for the EXIF that may follow its pixels
         plain = image.format == "PNG" and not _metadata_after_pixels(image.fp)
-        orientation = _orientation(image, Image.Image.getexif if plain else type(image).getexif)
-        return image.size[::-1] if orientation in _SIDEWAYS else image.size
+        sideways = orientation(image, Image.Image.getexif if plain else type(image).getexif) in _SIDEWAYS
+        return image.size[::-1] if sideways else image.size
 
 
 def apply(image: Image.Image, transform: Transform) -> np.ndarray:
@@ -286,7 +286,7 @@ def _unidentified(path: str | Path, data: bytes | None) -> str:
     return f"{'not a picture in ' + ', '.join(FORMATS) if data else 'the file is empty'}; save it again as PNG or remove it"
 
 
-def _orientation(image: Image.Image, getexif: Callable[[Image.Image], Image.Exif]) -> int | None:
+def orientation(image: Image.Image, getexif: Callable[[Image.Image], Image.Exif]) -> int | None:
     """What the EXIF tag says; None without one, or where the EXIF is damaged: the pixels may still be good."""
     try:
         return getexif(image).get(ExifTags.Base.Orientation)

@@ -8,20 +8,15 @@ process's share ahead.
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from latentfm.data.cache.entries import Entries
-from latentfm.data.images import Transform, apply, load_mask, opened_rgb
-from latentfm.data.sources import Place, Sample
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable
 from latentfm.errors import InputError
@@ -158,85 +153,25 @@ class Draws:
         return found
 
 
-class CachedReader(TorchDataset):
-    """Micro-batches out of the cache: reader[(members, t5_length)] is a Batch, its members all of one bucket.
+class Reader(TorchDataset):
+    """Micro-batches of samples: reader[(members, t5_length)] is a Batch, its members all of one bucket.
 
-    `moments` has an entry for each sample as it is and, with flips, one for each mirrored, after one another; `prompts` has one
-    for each of the table's texts, by length; `masks` one for each that `mask_of` [N, flips] numbers, -1 where a sample has none.
+    `table` has the samples that it counts by, and `draws` says what is drawn for each.
     """
 
-    def __init__(
-        self, table: SampleTable, draws: Draws, moments: Entries, prompts: dict[int, Entries], masks: Entries | None = None,
-        mask_of: np.ndarray | None = None,
-    ):  # fmt: skip
-        self.table, self.draws = table, draws
-        self.moments, self.prompts, self.masks, self.mask_of = moments, prompts, masks, mask_of
+    table: SampleTable
+    draws: Draws
 
     def __getitem__(self, request: Request) -> Batch:
-        members, t5_length = request
-        step = 2 if self.draws.flip else 1
-        channels, height, width = dict(self.moments.layout(members[0][1] * step).shapes)["moments"]
-        batch, captions, flipped = self.draws.make(self.table, members, (channels // 2, height, width))
-        places = [index * step + flip for (_, index, _), flip in zip(members, flipped, strict=True)]
-        return replace(
-            batch,
-            moments=self.moments.stack(places)["moments"].float(),
-            parts=PromptParts(**self.prompts[t5_length].stack(captions)),
-            mask=self.masked(members, flipped, height, width),
-            t5_length=t5_length,
-        )
-
-    def masked(self, members: Sequence[Member], flipped: Sequence[bool], height: int, width: int) -> Tensor | None:
-        """The loss masks, ones for a sample without; None when none has one."""
-        if self.masks is None or self.mask_of is None:
-            return None
-        places = [int(self.mask_of[index, int(flip)]) for (_, index, _), flip in zip(members, flipped, strict=True)]
-        if max(places) < 0:
-            return None
-        ones = torch.ones(1, height, width)
-        return torch.stack([ones if place < 0 else self.masks.read(place)["mask"] for place in places])
+        raise NotImplementedError
 
 
-class PictureReader(TorchDataset):
-    """Micro-batches straight from the pictures: like CachedReader's with the same draws, but pixels and captions, to be encoded.
-
-    `transforms` has for each bucket the one of pictures as they are and, with flips, the mirrored one; latents are `factor` times
-    smaller than pictures and have `channels`.
-    """
-
-    def __init__(
-        self, table: SampleTable, draws: Draws, samples: Sequence[Sample], digests: Sequence[str], mask_digests: Mapping[str, str],
-        bucket_of: np.ndarray, transforms: Sequence[Sequence[Transform]], channels: int, factor: int,
-        read: Callable[[Path | Place, str], bytes],
-    ):  # fmt: skip
-        self.table, self.draws, self.samples, self.digests, self.bucket_of = table, draws, samples, digests, bucket_of
-        self.mask_digests = mask_digests
-        self.transforms, self.channels, self.factor, self.read = transforms, channels, factor, read
-
-    def __getitem__(self, request: Request) -> Batch:
-        members, t5_length = request
-        plain = self.transforms[self.bucket_of[members[0][1]]][0]
-        shape = (self.channels, plain.height // self.factor, plain.width // self.factor)
-        batch, captions, flipped = self.draws.make(self.table, members, shape)
-        pixels, masks = [], []
-        for (_, index, _), flip in zip(members, flipped, strict=True):
-            sample, transform = self.samples[index], self.transforms[self.bucket_of[index]][int(flip)]
-            with opened_rgb(sample.path, self.read(sample.path, self.digests[index])) as picture:
-                size, array = picture.size, apply(picture, transform)
-            pixels.append(torch.from_numpy(array).permute(2, 0, 1))
-            mask = self.read(sample.mask, self.mask_digests[sample.id]) if sample.mask else None
-            masks.append(load_mask(sample.mask, mask, size, transform, self.factor) if sample.mask else None)
-        ones = torch.ones(1, *shape[1:])
-        return replace(
-            batch,
-            pixels=torch.stack(pixels),
-            captions=[self.table.texts[number] for number in captions],
-            mask=torch.stack([ones if mask is None else mask for mask in masks]) if any(mask is not None for mask in masks) else None,
-            t5_length=t5_length,
-        )
-
-
-Reader = CachedReader | PictureReader
+def stacked_masks(masks: Sequence[Tensor | None], height: int, width: int) -> Tensor | None:
+    """The loss masks [B, 1, h, w], ones for a sample without; None when none has one."""
+    if all(mask is None for mask in masks):
+        return None
+    ones = torch.ones(1, height, width)
+    return torch.stack([ones if mask is None else mask for mask in masks])
 
 
 class Guarded(TorchDataset):

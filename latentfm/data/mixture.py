@@ -102,10 +102,9 @@ class Mixture:
         """The buckets that have samples, ascending."""
         return sorted({group.bucket for group in self.groups})
 
-    @property
-    def per_epoch(self) -> float:
-        """Draws an epoch, in the mean over many."""
-        return float(sum(len(group.indices) * group.rate for group in self.groups))
+    def per_epoch(self, bucket: int | None = None) -> float:
+        """Draws an epoch, in the mean over many; of one bucket, where it is given."""
+        return float(sum(len(group.indices) * group.rate for group in self.groups if bucket in (None, group.bucket)))
 
     def before(self, epoch: int, bucket: int) -> int:
         """Draws of a bucket in all epochs before `epoch`."""

@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from latentfm.bounds import IMAGES_AT_ONCE
 from latentfm.data.cache.fill import Job
 from latentfm.data.cache.store import key_of
-from latentfm.data.images import decoders
-from latentfm.data.inventory import unchanged
-from latentfm.data.loader import Batch, Draws, Dropout, PictureReader, Reader, Routing
-from latentfm.data.prepared import IMAGES_AT_ONCE, Picture, PreparedData
+from latentfm.data.images import apply, decoders, load_mask, opened_rgb
+from latentfm.data.inventory import Inventory, unchanged
+from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
+from latentfm.data.prepared import Picture, PreparedData
 from latentfm.data.sources import Sample
 from latentfm.data.table import SampleTable
 from latentfm.models.text import NullCondition, PromptParts
@@ -41,9 +42,7 @@ class OnlineData(PreparedData):
         return [(text, length) for text in texts for length in self.lengths]
 
     def unusable(self) -> list[bool]:
-        self.cache.refresh()
-        keys = [self.check_key(sample, flip) for sample in self.samples for flip in self.inventory.flips]
-        return (self.cache.find(keys) < 0).reshape(len(self.samples), -1).any(axis=1).tolist()
+        return self.lacking(self.check_key, self.samples).tolist()
 
     def encode(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
         return self.encoded(prompts, t5_length).map(lambda value: value.float().cpu())
@@ -52,12 +51,7 @@ class OnlineData(PreparedData):
         return self.models.null.kept(lengths, device)
 
     def reader(self, seed: int, dropout: Dropout, routing: Routing | None = None) -> Reader:
-        inventory, draws = self.inventory, Draws(seed, dropout, self.options.flip, routing)
-        digests = [inventory.digests[sample.id] for sample in self.samples]
-        return PictureReader(
-            SampleTable.of(self.samples), draws, self.samples, digests, inventory.mask_digests, self.bucket_of, inventory.transforms,
-            self.models.outline.config.latent_channels, inventory.factor, unchanged,
-        )  # fmt: skip
+        return PictureReader(self.inventory, Draws(seed, dropout, self.options.flip, routing), self.models.outline.config.latent_channels)
 
     def complete(self, batch: Batch, device: torch.device) -> Batch:
         """The batch on `device`, its pictures and captions encoded there; one that is encoded already only moves."""
@@ -69,6 +63,40 @@ class OnlineData(PreparedData):
 
     def release(self) -> None:
         """Nothing: the VAE and the text encoders are needed at every step."""
+
+
+class PictureReader(Reader):
+    """Micro-batches straight from the pictures: CachedReader's with the same draws, but pixels and captions, to be encoded.
+
+    Latents of `channels` are the inventory's factor smaller than pictures.
+    """
+
+    def __init__(self, inventory: Inventory, draws: Draws, channels: int):
+        self.table, self.draws, self.inventory, self.channels = SampleTable.of(inventory.samples), draws, inventory, channels
+
+    def __getitem__(self, request: Request) -> Batch:
+        (members, t5_length), inventory = request, self.inventory
+        plain = inventory.transform(inventory.samples[members[0][1]], False)
+        height, width = plain.height // inventory.factor, plain.width // inventory.factor
+        batch, captions, flipped = self.draws.make(self.table, members, (self.channels, height, width))
+        pixels, masks = [], []
+        for (_, index, _), flip in zip(members, flipped, strict=True):
+            sample, mask = inventory.samples[index], None
+            transform = inventory.transform(sample, flip)
+            with opened_rgb(sample.path, unchanged(sample.path, inventory.digests[sample.id])) as picture:
+                size, array = picture.size, apply(picture, transform)
+            if sample.mask:
+                data = unchanged(sample.mask, inventory.mask_digests[sample.id])
+                mask = load_mask(sample.mask, data, size, transform, inventory.factor)
+            pixels.append(torch.from_numpy(array).permute(2, 0, 1))
+            masks.append(mask)
+        return replace(
+            batch,
+            pixels=torch.stack(pixels),
+            captions=[self.table.texts[number] for number in captions],
+            mask=stacked_masks(masks, height, width),
+            t5_length=t5_length,
+        )
 
 
 def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor] | None]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentfm.bounds import LARGE
 from latentfm.config import DataOptions
 from latentfm.data.cache.fill import Job, fill
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
@@ -28,8 +29,7 @@ from latentfm.models.text import NullCondition, PromptEncoder, PromptParts
 from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
-IMAGES_AT_ONCE, CAPTIONS_AT_ONCE, TOKENIZED_AT_ONCE = 8, 32, 1024
-LARGE = 512**2  # pixels: pictures beyond it are encoded one by one
+TOKENIZED_AT_ONCE = 1024
 
 Picture = tuple[Sample, bool]  # a sample, and whether it is mirrored
 
@@ -115,6 +115,15 @@ class PreparedData(ABC):
     @abstractmethod
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         """The (caption, T5 length) pairs that this run will encode."""
+
+    def keys(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
+        """The keys of samples, S32, each as it is and then, with flips, mirrored."""
+        return np.array([bytes.fromhex(key(sample, flip)) for sample in samples for flip in self.inventory.flips], "S32")
+
+    def lacking(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
+        """Which of the samples the cache has not under all their keys, bool [N]."""
+        self.cache.refresh()
+        return (self.cache.find(self.keys(key, samples)) < 0).reshape(len(samples), len(self.inventory.flips)).any(axis=1)
 
     def identity(self) -> dict[str, str]:
         """What the training sees, as a hash of each kind (pictures with their masks); another hash is another run."""

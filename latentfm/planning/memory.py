@@ -7,6 +7,7 @@ precision on the CPU and on a traced GPU. Left out: the GPU's context and what i
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from latentfm.bounds import EMA_CHUNK, OPTIMIZER_CHUNK
 from latentfm.optimizers import MOMENTS
 from latentfm.planning.cost import (
     TIME_FEATURES,
@@ -22,9 +23,7 @@ from latentfm.planning.cost import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
-# how much the code works on at one time, as it says itself, which takes torch to read; tests/planning holds them to it
-MODULATIONS = 128  # prompts times steps whose modulations models/schedule.py has
-OPTIMIZER_CHUNK, EMA_PART = 1 << 23, 1 << 24  # numbers that training's adamw.py (on a GPU) and ema.py widen
+MODULATIONS = 128  # prompts times steps whose modulations models/schedule.py has together, as it says: a test holds this to it
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def training_phases(net: Network, run: Training) -> list[Phase]:
             )
         )
     widened = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, OPTIMIZER_CHUNK) * (22 if run.narrow_moments else 14)
-    averaged = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, EMA_PART) * 4
+    averaged = 0 if run.precision != "bfloat16" or run.offloaded else min(numbers, EMA_CHUNK) * 4
     found.append(phase("optimizer step", gradients=numbers * gradient // parts, working_memory=max(widened, averaged)))
     if run.pictures:
         found.append(

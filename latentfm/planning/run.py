@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from latentfm.adapters import ADAPTERS
-from latentfm.bundled import bundled_model
+from latentfm.bundled import pipeline_folder
 from latentfm.config import DataOptions, RunConfig, TrainOptions
 from latentfm.data.buckets import Buckets, DataPlan, base_shape
 from latentfm.errors import InputError, Problems
-from latentfm.files import expanded
 from latentfm.models.folder import network_settings
 from latentfm.models.linears import BLOCKS, LORA_TARGETS, adapted_linears, ends_with, parse_blocks
 from latentfm.planning.cost import Network, block_linears, block_parameters, parameters
@@ -102,7 +101,7 @@ def plan_run(config: RunConfig, parallelism: Parallelism | None = None, model: M
     """
     parallelism = parallelism or Parallelism.here()
     if model is None:
-        folder = expanded(config.model.pipeline) if config.model.pipeline else bundled_model()
+        folder = pipeline_folder(config.model.pipeline)
         model = read_model(folder, network_settings(folder, config.model.preset))
     problems = Problems()
     with problems.collected():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from latentfm.bounds import CAPTIONS_AT_ONCE, DEFAULT_PROMPTS, IMAGES_AT_ONCE, LARGE
 from latentfm.config import AdapterOptions
 from latentfm.errors import InputError
 from latentfm.optimizers import OPTIMIZERS
@@ -15,9 +16,6 @@ from latentfm.planning.memory import Phase, Training, fullest, totals, training_
 from latentfm.planning.run import RunPlan, changed, plan_run
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-# how many are encoded together for a cache, above so many pixels one by one, and how many captions are sample prompts: as the code says
-# itself, which takes torch to read; tests/planning holds them to it
-IMAGES_AT_ONCE, LARGE, CAPTIONS_AT_ONCE, DEFAULT_PROMPTS = 8, 512**2, 32, 8
 MOST_WAYS = 5
 
 

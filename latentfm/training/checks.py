@@ -1,20 +1,18 @@
 """Everything about a run's options that can be seen to be wrong before a weight or a picture is read."""
 
-import os
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
-from latentfm.bundled import bundled_model
-from latentfm.config import RunConfig
+from latentfm.config import ModelOptions, RunConfig
 from latentfm.errors import InputError, Problems
-from latentfm.files import expanded
+from latentfm.files import check_can_be_written, expanded
 from latentfm.interchange.weights import open_pipeline
 from latentfm.models.backends import attention_backend
-from latentfm.models.folder import PARTS, check_folder, read_config
+from latentfm.models.folder import PARTS, read_config
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.run import Parallelism, RunPlan, check_batch, plan_run
 from latentfm.training.checkpoint import storage
+from latentfm.training.models import checked_folder
 from latentfm.training.optimizers.factory import check_optimizer, missing
 from latentfm.training.step import density
 from latentfm.words import count, shown
@@ -37,8 +35,7 @@ def check(config: RunConfig, resume: bool = False, parallelism: Parallelism | No
         with problems.collected():
             function(*arguments)
     with problems.collected():
-        folder = expanded(config.model.pipeline) if config.model.pipeline else bundled_model()
-        check_parts(folder, own_network=config.model.preset is None)
+        check_parts(config.model)
         plan = plan_run(config, parallelism)
     for option, place in given_places(config) if sources else ():
         with problems.collected():
@@ -67,7 +64,7 @@ def check_output(config: RunConfig, resume: bool) -> None:
     out = expanded(config.output.folder)
     if out.exists() and not out.is_dir():
         raise InputError(f"output.folder {out} is a file; choose another")
-    check_place(out, "output.folder")
+    check_can_be_written(out, "output.folder")
     saved = storage.checkpoints(out / "checkpoints")
     if resume and not saved:
         way_out = "leave --resume out to start from the first step"
@@ -80,22 +77,9 @@ def check_output(config: RunConfig, resume: bool) -> None:
 
 def check_cache(config: RunConfig) -> None:
     """The cache can be written, or is there; a run without one needs none."""
-    if not config.data.online:
-        check_place(expanded(config.data.cache), "data.cache", may_be_complete=True)
-
-
-def check_place(folder: Path, option: str, may_be_complete: bool = False) -> None:
-    """A folder exists or can be made, and can be written; one that is there and `may_be_complete` need not be."""
-    existing = existing_parent(folder)
-    if not existing.is_dir():
-        raise InputError(f"{option} {folder}: {existing} is a file, not a folder; choose another")
-    if not os.access(existing, os.W_OK | os.X_OK) and not (may_be_complete and existing == folder.absolute()):
-        raise InputError(f"{option} {folder}: no permission to write in {existing}; choose another")
-
-
-def existing_parent(place: Path) -> Path:
-    """The path itself, or the nearest one above it that is there."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists() or path.parent == path)
+    folder = expanded(config.data.cache)
+    if not config.data.online and not folder.is_dir():
+        check_can_be_written(folder, "data.cache")
 
 
 def check_parallelism(config: RunConfig, parallelism: Parallelism) -> None:
@@ -135,11 +119,9 @@ def check_source(option: str, place: str) -> None:
         raise InputError(f"{option}: there is no {kind} '{path}'; make it, or correct the option")
 
 
-def check_parts(folder: Path, own_network: bool) -> None:
+def check_parts(options: ModelOptions) -> None:
     """A pipeline folder has all that its model_index.json names, in safetensors that are whole and fit their configurations."""
-    check_folder(folder, transformer=own_network)
-    if not (folder / "vae" / "config.json").is_file():
-        raise InputError(f"{folder} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    folder, own_network = checked_folder(options), options.preset is None
     quantised = own_network and "quantization_config" in read_config(folder / "transformer" / "config.json")
     weights = open_pipeline(folder, PARTS[1:] if quantised or not own_network else PARTS)
     texts = [name for name in weights.parts if name.startswith("text_encoder")]

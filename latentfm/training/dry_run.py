@@ -8,26 +8,27 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from latentfm.config import RunConfig
+from latentfm.config import OPTIONS, RunConfig, default_of
 from latentfm.data.from_options import open_dataset
 from latentfm.data.images import UnreadableImage, upright_size
 from latentfm.data.loader import Dropout
 from latentfm.data.mixture import Mixture
+from latentfm.data.placement import Placement
 from latentfm.data.sources import Dataset, Sample
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError, Problems
-from latentfm.files import expanded
+from latentfm.files import existing_parent, expanded
 from latentfm.planning.devices import GIB, Device
 from latentfm.planning.run import Parallelism, RunPlan, with_precision
 from latentfm.planning.summary import training_summary
 from latentfm.planning.training import cache_bytes, checkpoint_bytes, model_bytes
 from latentfm.training.checkpoint.resuming import check_goes_on
-from latentfm.training.checks import cautions, check, existing_parent
+from latentfm.training.checks import cautions, check
 from latentfm.training.precision import has_bfloat16
 from latentfm.training.validation import split_held_out
 
@@ -49,7 +50,7 @@ def dry_run(
     device, problems = device or Device.here(max(1, parallelism.processes // parallelism.machines)), Problems()
     bfloat16 = has_bfloat16(torch.device("cpu" if device.cpu else "cuda")) if device.gpu is None else True  # all that are known have it
     given, config = config, with_precision(config, bfloat16)
-    plan = dataset = pictures = None
+    plan = dataset = None
     with problems.collected():
         plan = check(config, resume, parallelism, sources=False)
     with problems.collected():
@@ -59,15 +60,16 @@ def dry_run(
         dataset = open_dataset(config.data)
     if plan and dataset:
         with problems.collected():
-            pictures = read_pictures(dataset, plan, on_picture)
-            disk = disk_needs(plan, pictures)
+            placed, unreadable = read_pictures(dataset, plan, on_picture)
+            disk = disk_needs(plan, placed)
             check_disk(disk)
     problems.raise_all()
-    buckets, train = bucket_table(plan, pictures), config.train
+    train = config.train
+    buckets = [{name.replace("_", " "): value for name, value in row.items()} for row in placed.buckets(placed.trained)]
     return {
-        **training_summary(plan, device, pictures=len(pictures.samples), shares=[row["steps an epoch"] for row in buckets]),
-        "options": options_of(given, config), "notes": cautions(config), "data": data_of(dataset, pictures, plan), "buckets": buckets,
-        "steps": steps_of(plan, pictures), "disk": disk, "places": places(config),
+        **training_summary(plan, device, pictures=int(placed.trained.sum()), shares=[row["steps an epoch"] for row in buckets]),
+        "options": options_of(given, config), "notes": cautions(config), "data": data_of(dataset, placed, unreadable), "buckets": buckets,
+        "steps": steps_of(plan, placed.mixture), "disk": disk, "places": places(config),
         "P(no condition)": Dropout(train.dropout, train.dropout_each).p_unconditional(len(plan.model.encoders)),
         "environment": {"torch": torch.__version__, "device": device.name},
     }  # fmt: skip
@@ -76,90 +78,66 @@ def dry_run(
 # The data
 
 
-class Pictures(NamedTuple):
-    """The pictures to train on: their samples, buckets [N] and shares that are cropped away [N]; and those not trained on, by name."""
+def read_pictures(dataset: Dataset, plan: RunPlan, on_picture: Callable[[int, int], None]) -> tuple[Placement, list[str]]:
+    """(where the run places the pictures, by their headers alone; why those without a size cannot be read).
 
-    samples: list[Sample]
-    buckets: np.ndarray
-    cropped: np.ndarray
-    unreadable: list[str]
-    left_out: list[str]
-    held_out: int
-    mixture: Mixture
-
-
-def read_pictures(dataset: Dataset, plan: RunPlan, on_picture: Callable[[int, int], None]) -> Pictures:
-    """The pictures with their buckets, by their headers alone. Raises InputError when none is left to train on."""
-    readable, sizes, unreadable = [], [], []
-    for number, sample in enumerate(dataset.samples, start=1):
+    Raises InputError when no picture is left to train on.
+    """
+    samples, unreadable = dataset.samples, []
+    sizes, readable = np.zeros((len(samples), 2), np.int64), np.ones(len(samples), bool)
+    for number, sample in enumerate(samples):
         try:
-            sizes.append(upright_size(sample.path))
-            readable.append(sample)
+            sizes[number] = upright_size(sample.path)
         except UnreadableImage as error:
             unreadable.append(str(error))
+            readable[number] = False
         finally:
-            on_picture(number, len(dataset.samples))
-    buckets, lost, used = plan.data.place(sizes)
-    left_out = [f"{readable[i].id} ({sizes[i][0]} x {sizes[i][1]}, {lost[i]:.0%} cropped away)" for i in np.flatnonzero(~used)]
-    places = np.flatnonzero(used)
-    if not len(places):
-        first = next(iter(unreadable or left_out))
-        raise InputError(f"none of the {len(dataset.samples)} pictures in {dataset.folder} can be trained on; the first: {first}")
-    seed = plan.config.train.seed
-    train, held_out = split_held_out([readable[i] for i in places], plan.config.validation.held_out, seed)
-    places = places[train]
-    samples = [readable[i] for i in places]
-    return Pictures(
-        samples, buckets[places], lost[places], unreadable, left_out, len(held_out), Mixture.of(samples, seed, buckets[places])
-    )
+            on_picture(number + 1, len(samples))
+    held_out, seed = plan.config.validation.held_out, plan.config.train.seed
+    placed = Placement.of(samples, sizes, readable, plan.data, lambda usable: split_held_out(usable, held_out, seed)[1] if usable else [])
+    if not placed.used.any():
+        first = next(iter(unreadable or left_out(placed)))
+        raise InputError(f"none of the {len(samples)} pictures in {dataset.folder} can be trained on; the first: {first}")
+    return placed, unreadable
 
 
-def data_of(dataset: Dataset, pictures: Pictures, plan: RunPlan) -> dict[str, Any]:
+def left_out(placed: Placement) -> list[str]:
+    """The pictures that would lose too much to the crop, in words, the worst first."""
+    size_of = placed.sizes.tolist()
+    return [f"{placed.samples[i].id} ({size_of[i][0]} x {size_of[i][1]}, {placed.lost[i]:.0%} cropped away)" for i in placed.left_out()]
+
+
+def data_of(dataset: Dataset, placed: Placement, unreadable: list[str]) -> dict[str, Any]:
     """Pictures, captions, sources and problems."""
-    sources = Counter(sample.share for sample in dataset.samples)
-    reasons: dict[str, list[str]] = {}
-    for problem in dataset.problems:
-        if problem.used:
-            continue
-        reasons.setdefault(problem.reason, []).append(problem.path)
-    reasons |= {"picture that cannot be read": pictures.unreadable} if pictures.unreadable else {}
-    reasons |= {f"more than data.max_crop {plan.config.data.max_crop:g} cropped away": pictures.left_out} if pictures.left_out else {}
+    samples, cropped = trained(placed), left_out(placed)
+    reasons = dataset.problems_by_reason(used=False)
+    reasons |= {"picture that cannot be read": unreadable} if unreadable else {}
+    reasons |= {f"more than data.max_crop {placed.plan.max_crop:g} cropped away": cropped} if cropped else {}
     return {
-        "where": str(dataset.folder), "pictures": len(pictures.samples), "held out": pictures.held_out,
-        "captions": sum(len(sample.captions) for sample in pictures.samples), "masks": sum(s.mask is not None for s in pictures.samples),
-        "draws an epoch": pictures.mixture.per_epoch,
+        "where": str(dataset.folder), "pictures": len(samples), "held out": int((placed.used & ~placed.trained).sum()),
+        "captions": sum(len(sample.captions) for sample in samples), "masks": sum(s.mask is not None for s in samples),
+        "draws an epoch": placed.mixture.per_epoch(),
         "sources": [
             {"name": share.source, "pictures": count, "rate": share.rate, "regularisation": share.regularisation}
-            for share, count in sources.items()
+            for share, count in Counter(sample.share for sample in dataset.samples).items()
         ],
         "not used": [{"reason": reason, "count": len(names), "first": names[:SHOWN]} for reason, names in reasons.items()],
     }  # fmt: skip
 
 
-def bucket_table(plan: RunPlan, pictures: Pictures) -> list[dict[str, Any]]:
-    """A row a bucket: its shape, pictures, what is cropped away of them, and its steps an epoch, in the mean."""
-    rows, draws = [], Counter()
-    for group in pictures.mixture.groups:
-        draws[group.bucket] += len(group.indices) * float(group.rate)
-    for index, (width, height) in enumerate(plan.data.buckets.shapes):
-        lost = pictures.cropped[pictures.buckets == index]
-        rows.append({
-            "width": width, "height": height, "pictures": len(lost), "share": len(lost) / len(pictures.samples),
-            "mean crop": float(lost.mean()) if len(lost) else 0.0, "worst crop": float(lost.max(initial=0.0)),
-            "steps an epoch": draws[index] / plan.data.batch_size,
-        })  # fmt: skip
-    return rows
+def trained(placed: Placement) -> list[Sample]:
+    return [placed.samples[index] for index in np.flatnonzero(placed.trained)]
 
 
-def steps_of(plan: RunPlan, pictures: Pictures) -> dict[str, float]:
+def steps_of(plan: RunPlan, mixture: Mixture) -> dict[str, float]:
     """Steps, those of an epoch (the first one, exactly), and epochs in all."""
     config, train = plan.config, plan.config.train
-    stream = Stream(pictures.mixture, train.batch_size, train.seed)
+    stream = Stream(mixture, train.batch_size, train.seed)
     # before the first step, every so many, after the last
     validations = 0 if not config.validation.held_out else 1 + -(-train.steps // config.validation.every)
     return {
-        "steps": train.steps, "in the first epoch": stream.steps_in(0), "an epoch": pictures.mixture.per_epoch / train.batch_size,
-        "epochs": train.steps * train.batch_size / pictures.mixture.per_epoch, "warm-up": train.warmup_steps,
+        "steps": train.steps, "in the first epoch": stream.steps_in(0), "an epoch": mixture.per_epoch() / train.batch_size,
+        "epochs": train.steps * train.batch_size / mixture.per_epoch(), "warm-up": train.warmup_steps,
         "validations": validations, "checkpoints": -(-train.steps // config.output.checkpoint_every),
     }  # fmt: skip
 
@@ -167,7 +145,7 @@ def steps_of(plan: RunPlan, pictures: Pictures) -> dict[str, float]:
 # The disk
 
 
-def disk_needs(plan: RunPlan, pictures: Pictures) -> list[dict[str, Any]]:
+def disk_needs(plan: RunPlan, placed: Placement) -> list[dict[str, Any]]:
     """What is written where, its size, what of that size may be there already, and the room on its disk."""
     config = plan.config
     out, one = expanded(config.output.folder), checkpoint_bytes(plan)
@@ -178,8 +156,8 @@ def disk_needs(plan: RunPlan, pictures: Pictures) -> list[dict[str, Any]]:
         ("model", out / "model", model_bytes(plan), "the network; the frozen models are linked where the disk allows it"),
     ]
     if not config.data.online:
-        captions = len({caption for sample in pictures.samples for caption in sample.captions})
-        each = np.bincount(pictures.buckets, minlength=len(plan.data.buckets.shapes)).tolist()
+        captions = len({caption for sample in trained(placed) for caption in sample.captions})
+        each = np.bincount(placed.bucket_of[placed.trained], minlength=len(plan.data.buckets.shapes)).tolist()
         size = cache_bytes(plan, each, captions)
         needs.insert(0, ("cache", expanded(config.data.cache), size, "VAE moments and prompt embeddings"))
     found = []
@@ -215,16 +193,13 @@ def check_disk(needs: list[dict[str, Any]]) -> None:
 
 def options_of(given: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
     """Every option by name: its value, its default where that is another one, and what was given where the value was chosen here."""
-    found: dict[str, dict[str, Any]] = {}
-    for section, field in RunConfig.model_fields.items():
-        values, asked = getattr(config, section), getattr(given, section)
-        dumped = values.model_dump(mode="json")
-        for key, option in field.annotation.model_fields.items():
-            default = None if option.is_required() else option.get_default(call_default_factory=True)
-            same = not option.is_required() and getattr(values, key) == default
-            chosen = getattr(asked, key) != getattr(values, key)
-            found[f"{section}.{key}"] = {"value": dumped[key]} | ({} if same else {"default": default})
-            found[f"{section}.{key}"] |= {"given": getattr(asked, key)} if chosen else {}
+    found, dumped = {}, config.model_dump(mode="json")
+    for name, option in OPTIONS.items():
+        section, key = name.split(".")
+        value, asked, default = getattr(getattr(config, section), key), getattr(getattr(given, section), key), default_of(name)
+        found[name] = {"value": dumped[section][key]}
+        found[name] |= {} if value == default and not option.is_required() else {"default": default}
+        found[name] |= {} if value == asked else {"given": asked}
     return found
 
 

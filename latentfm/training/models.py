@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from latentfm.bundled import bundled_model
+from latentfm.bundled import pipeline_folder
 from latentfm.config import ModelOptions
 from latentfm.errors import InputError
-from latentfm.files import expanded
 from latentfm.interchange.components import load_component
 from latentfm.interchange.frozen import CPU, FrozenModels
 from latentfm.interchange.weights import empty
@@ -26,16 +25,22 @@ class Models(FrozenModels):
         self.network, self.info = network, read_info(folder)
 
 
+def checked_folder(options: ModelOptions) -> Path:
+    """The pipeline folder of `options`. Raises InputError for one that lacks something."""
+    folder = pipeline_folder(options.pipeline)
+    check_folder(folder, transformer=options.preset is None)
+    if not (folder / "vae" / "config.json").is_file():
+        raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    return folder
+
+
 def load_models(options: ModelOptions, weights: bool = True, device: torch.device = CPU) -> Models:
     """The models of `options`: a pipeline's own network to fine-tune, or a new one of a preset beside its frozen models.
 
     The frozen ones are loaded when they are asked for, onto `device`, the VAE in float32 and the text encoders as the options say; with
     weights=False the network has no memory (it is on the meta device). Raises InputError for a folder that lacks something.
     """
-    folder = expanded(options.pipeline) if options.pipeline else bundled_model()
-    check_folder(folder, transformer=options.preset is None)
-    if not (folder / "vae" / "config.json").is_file():
-        raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    folder = checked_folder(options)
     if (folder / NULL_FILE).exists():
         read_header(folder / NULL_FILE)
     settings = network_settings(folder, options.preset)

@@ -9,6 +9,14 @@ import torch
 from latentfm.config import TrainOptions
 
 
+def computing_device(local_rank: int | None = None) -> torch.device:
+    """The accelerator of this machine, the one of its process `local_rank` if given; the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    device = torch.accelerator.current_accelerator()
+    return device if local_rank is None else torch.device(device.type, local_rank % torch.accelerator.device_count())
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 numbers itself; one that imitates it takes several times as long as for float32."""
     if device.type == "cuda":

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
+from latentfm.bounds import DEFAULT_PROMPTS
 from latentfm.config import SampleOptions
 from latentfm.data.sources import Sample
 from latentfm.errors import InputError
@@ -25,8 +26,6 @@ from latentfm.training.distributed.shards import is_split
 from latentfm.training.models import Models
 from latentfm.training.records.sample_files import write_step
 from latentfm.training.validation import evaluating
-
-DEFAULT_PROMPTS = 8
 
 
 class SamplePictures:

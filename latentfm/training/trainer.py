@@ -26,6 +26,7 @@ from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.from_options import open_dataset, prepared_data
 from latentfm.data.loader import Batch, Dropout, Loader
 from latentfm.data.mixture import Mixture
+from latentfm.data.prepared import PreparedData
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
@@ -42,7 +43,7 @@ from latentfm.training.distributed.processes import broadcast_from_main, find_by
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.figures import Pace, StepFigures, StepSums
 from latentfm.training.models import load_models
-from latentfm.training.precision import choose_workspace, compute_dtype, deterministic, has_bfloat16
+from latentfm.training.precision import choose_workspace, compute_dtype, computing_device, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.run_log import RunLog
 from latentfm.training.samples import SamplePictures
@@ -62,53 +63,28 @@ class Trainer:
 
     def __init__(self, config: RunConfig, resume: bool = False):
         device = computing_device()
-        config = with_precision(config, has_bfloat16(device))
+        self.config = config = with_precision(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
-        self.plan = check(config, resume)
-        self.config, self.out, self.resuming, self.lengths = config, expanded(config.output.folder), resume, self.plan.data.t5_lengths
+        self.plan, self.out, self.resuming = check(config, resume), expanded(config.output.folder), resume
+        self.lengths = self.plan.data.t5_lengths
         torch.manual_seed(config.train.seed)
-        narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
-        self.accelerator = accelerator = Accelerator(
-            mixed_precision="no" if narrow else config.train.mixed_precision,  # bfloat16 weights need no autocast
-            log_with=[*config.output.trackers], project_dir=self.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
-            cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
-        )  # fmt: skip
+        self.accelerator = accelerator = make_accelerator(config, device)
         for note in filter(None, [*cautions(config), fewer_than_asked(accelerator.num_processes)]):
             accelerator.print(f"warning: {note}")
-        self.progress = Progress(accelerator.is_main_process)
-        self.run_log = RunLog(self.out, accelerator.is_main_process)
+        self.progress, self.run_log = Progress(accelerator.is_main_process), RunLog(self.out, accelerator.is_main_process)
         with ExitStack() as resources:
             resources.enter_context(Peers(accelerator).watched())
             self.models = load_models(config.model, device=accelerator.device)
             self.choose_attention()
-            processes = Processes(accelerator.process_index, accelerator.num_processes, partial(find_by_all, accelerator))
-            dataset = open_dataset(config.data, StatCache(expanded(config.data.cache)), processes)
-            accelerator.print(summary(dataset))
             self.objective = Objective.of(config.train, self.models.outline)
             self.dropout = Dropout(config.train.dropout, config.train.dropout_each)
-            self.data = prepared_data(dataset, self.plan.data, self.models, config.data, processes)
-            resources.enter_context(self.progress)
-            resources.enter_context(self.claimed())
-            resources.enter_context(deterministic(config.train.deterministic))
+            self.data = self.listed_data()
+            for context in (self.progress, self.claimed(), deterministic(config.train.deterministic)):
+                resources.enter_context(context)
             self.data.prepare(self.progress)
             accelerator.wait_for_everyone()  # what one found damaged and made again, the others have not seen
-            seed = config.train.seed
-            _, self.held_out = split_held_out(self.data.samples, config.validation.held_out, seed)
-            bucket_of = self.data.bucket_of.copy()
-            bucket_of[self.held_out] = -1  # never drawn
-            self.stream = Stream(Mixture.of(self.data.samples, seed, bucket_of), config.train.batch_size, seed)
-            self.reader = self.data.reader(seed, self.dropout, self.plan.routing)
-            # on the device: from a CPU's memory every step would wait for its copy
-            self.models.null = self.data.null({*self.lengths, self.plan.model.t5_tokens}, accelerator.device)
-            self.samples = SamplePictures(
-                config.sample, self.models, self.data.samples, self.plan.size, self.out / "samples", accelerator.device, self.data.encode
-            )
-            self.validation = Validation(
-                config.validation.times, self.objective, self.reader, self.data.samples, self.data.bucket_of, self.held_out,
-                max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: self.data.complete(batch, accelerator.device),
-            ) if self.held_out else None  # fmt: skip
+            self.divide_data()
             self.data.release()
             self.weights = TrainedWeights(self.models, config, accelerator, sorted(self.lengths))
             frozen = {"frozen weights": self.weights.trained.base} if self.weights.trained.base else {}
@@ -119,6 +95,30 @@ class Trainer:
             self.step = self.restored_step() if resume else 0
             self.begin_records()
             self.resources = resources.pop_all()
+
+    def listed_data(self) -> PreparedData:
+        """The run's data, listed by all processes together; its cache is not filled yet."""
+        place, options = (self.accelerator.process_index, self.accelerator.num_processes), self.config.data
+        processes = Processes(*place, partial(find_by_all, *place))
+        dataset = open_dataset(options, StatCache(expanded(options.cache)), processes)
+        self.accelerator.print(summary(dataset))
+        return prepared_data(dataset, self.plan.data, self.models, options, processes)
+
+    def divide_data(self) -> None:
+        """What of the data is drawn, in which order, what is held out, and what is drawn with it: stream, reader, validation, pictures."""
+        config, data, device, seed = self.config, self.data, self.accelerator.device, self.config.train.seed
+        _, self.held_out = split_held_out(data.samples, config.validation.held_out, seed)
+        bucket_of = data.bucket_of.copy()
+        bucket_of[self.held_out] = -1  # never drawn
+        self.stream = Stream(Mixture.of(data.samples, seed, bucket_of), config.train.batch_size, seed)
+        self.reader = data.reader(seed, self.dropout, self.plan.routing)
+        # on the device: from a CPU's memory every step would wait for its copy
+        self.models.null = data.null({*self.lengths, self.plan.model.t5_tokens}, device)
+        self.samples = SamplePictures(config.sample, self.models, data.samples, self.plan.size, self.out / "samples", device, data.encode)
+        self.validation = Validation(
+            config.validation.times, self.objective, self.reader, data.samples, data.bucket_of, self.held_out,
+            max(self.lengths, key=self.lengths.get), self.plan.micro_batch, lambda batch: data.complete(batch, device),
+        ) if self.held_out else None  # fmt: skip
 
     def choose_attention(self) -> None:
         """Has train.attention compute the network's attention, tried on eight tokens. Raises InputError when it cannot, or not train."""
@@ -170,7 +170,7 @@ class Trainer:
             "trained": self.weights.trained_size,
             "pictures": len(self.data.samples) - len(self.held_out),
             "held_out": len(self.held_out),
-            "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch, 3),
+            "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch(), 3),
             "no_condition": round(self.dropout.p_unconditional(encoders), 4),
             "versions": versions,
         }
@@ -365,6 +365,13 @@ def train(config: RunConfig, resume: bool = False) -> Path:
     return Trainer(config, resume).train()
 
 
-def computing_device() -> torch.device:
-    """The kind of device that a training computes on here."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+def make_accelerator(config: RunConfig, device: torch.device) -> Accelerator:
+    """Accelerate for a run that computes on this kind of device."""
+    narrow = config.train.weights == "bfloat16" and config.train.adapter is None  # an adapter's own weights are float32
+    return Accelerator(
+        mixed_precision="no" if narrow else config.train.mixed_precision,  # bfloat16 weights need no autocast
+        log_with=[*config.output.trackers],
+        project_dir=expanded(config.output.folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # or every gradient is there twice
+        cpu=device.type == "cpu",  # left to itself, Accelerate takes two processes without a GPU for two runs
+    )

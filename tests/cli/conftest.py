@@ -3,6 +3,17 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
+
+from latentfm.cli.main import app
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs the command line with its arguments, in an empty current folder; a command's own file may have another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture

@@ -4,19 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from latentfm import LatentFMPipeline
-from latentfm.cli.main import app
 from latentfm.models.manifest import MANIFEST
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A function that runs the command line with its arguments, in an empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture

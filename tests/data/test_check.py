@@ -162,12 +162,12 @@ def test_the_bucket_table_is_what_the_buckets_say(tmp_path, encoder):
     found = findings_of(tmp_path / "p", encoder)
     assert sum(row["pictures"] for row in found["buckets"]) == 30
     for index, row in enumerate(found["buckets"]):
-        mine = [i for i, size in enumerate(sizes) if PLAN.buckets.of(*size) == index]
-        crops = [PLAN.buckets.crop(*sizes[i]) for i in mine]
+        mine = [i for i, bucket in enumerate(PLAN.buckets.of(sizes)[0]) if bucket == index]
+        crops = PLAN.buckets.of([sizes[i] for i in mine])[1]
         assert row["pictures"] == len(mine) and row["share"] == pytest.approx(len(mine) / 30, abs=1e-4)
         assert row["mean_crop"] == pytest.approx(np.mean(crops), abs=1e-4) and row["worst_crop"] == pytest.approx(max(crops), abs=1e-4)
         assert row["worst"] == f"{mine[int(np.argmax(crops))]:02d}.png"
-        assert row["enlarged"] == sum(PLAN.buckets.scale(*sizes[i]) > 1 for i in mine)
+        assert row["enlarged"] == sum(row["width"] > sizes[i][0] or row["height"] > sizes[i][1] for i in mine)
         assert row["steps_an_epoch"] == len(mine) / 4 and row["left_out"] == 0
     assert found["steps_an_epoch"] == 7.5
     histogram = found["aspects"]
@@ -182,7 +182,7 @@ def test_pictures_that_lose_too_much_are_left_out_worst_first(tmp_path, encoder)
     plan = DataPlan(PLAN.buckets, 4, 0.4, 4, {8: 1.0})
     found = findings_of(tmp_path / "p", encoder, plan)
     assert [row["name"] for row in found["left_out"]] == ["wider.png", "wide.png"]
-    assert found["left_out"][1]["crop"] == pytest.approx(PLAN.buckets.crop(256, 64), abs=1e-4)
+    assert found["left_out"][1]["crop"] == pytest.approx(PLAN.buckets.of([(256, 64)])[1].item(), abs=1e-4)
     assert found["used"] == 1 and found["dropped"] == 2 and [row["left_out"] for row in found["buckets"]] == [0, 0, 0, 0, 2]
     assert findings_of(tmp_path / "p", encoder)["dropped"] == 0
 
@@ -313,15 +313,15 @@ def test_the_sheet_shows_the_pixels_that_are_trained_worst_crops_first(tmp_path,
         put(tmp_path / "p", f"{i:02d}.png", picture(i, *size), f"caption {i}")
     dataset = read_folder(tmp_path / "p")
     report = check(dataset, PLAN, encoder)
-    sheet = contact_sheet(dataset.samples, report, PLAN, 100)
+    sheet = contact_sheet(report.placement, 100)
     assert sorted(crop.name for crops in sheet for crop in crops) == [f"{i:02d}.png" for i in range(len(sizes))]
     for (width, height), crops in zip(PLAN.buckets.shapes, sheet, strict=True):
         assert [crop.lost for crop in crops] == sorted((crop.lost for crop in crops), reverse=True)
         for crop in crops:
             assert np.array_equal(np.asarray(crop.image), load(tmp_path / "p" / crop.name, Transform(height, width)))
             assert crop.size == sizes[int(crop.name[:2])] and crop.caption == f"caption {int(crop.name[:2])}"
-            assert crop.lost == PLAN.buckets.crop(*crop.size) and crop.scale == PLAN.buckets.scale(*crop.size)
-    few = contact_sheet(dataset.samples, report, PLAN, 4)
+            assert crop.lost == PLAN.buckets.of([crop.size])[1].item() and crop.scale == max(width / crop.size[0], height / crop.size[1])
+    few = contact_sheet(report.placement, 4)
     assert [len(crops) for crops in few] == quotas([len(crops) for crops in sheet], 4) and sum(map(len, few)) == 4
     assert all([crop.name for crop in some] == [crop.name for crop in crops[: len(some)]] for some, crops in zip(few, sheet, strict=True))
 
@@ -356,7 +356,7 @@ def test_the_page_is_complete_in_itself_and_shows_texts_as_they_are(tmp_path, en
         put(tmp_path / "p", f"{i} <i>&.png", picture(i), text)
     dataset = read_folder(tmp_path / "p")
     report = check(dataset, PLAN, encoder)
-    made = page(report.findings, contact_sheet(dataset.samples, report, PLAN, 2))
+    made = page(report.findings, contact_sheet(report.placement, 2))
     tags = Tags()
     tags.feed(made)
     assert not tags.open and len(tags.links) == 2 and all(link.startswith("data:image/jpeg;base64,") for link in tags.links)

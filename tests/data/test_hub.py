@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from latentfm.config import SourceOptions
 from latentfm.data import images
-from latentfm.data.sources import Columns, Source, base, read_sources
+from latentfm.data.sources import Columns, base, read_sources
 from latentfm.data.sources.hub import read_dataset
 from latentfm.errors import InputError
 
@@ -152,10 +153,11 @@ def test_a_dataset_that_cannot_be_read_to_its_end_is_refused(saved, monkeypatch)
 
 
 def test_kinds_are_told_by_what_is_there_and_options_of_others_are_refused(saved, files):
-    dataset = read_sources([Source(saved, name="a"), Source(files, "datasets", split="test", name="b", streaming=True)])
+    streamed = SourceOptions(path=files, kind="datasets", split="test", name="b", streaming=True)
+    dataset = read_sources([SourceOptions(path=saved, name="a"), streamed])
     assert len(dataset.samples) == 8 and dataset.samples[-1].id == "b/test:1"
     with pytest.raises(InputError, match="is of the kind parquet, which has no split, streaming; leave it out, or give kind: datasets"):
-        read_sources([Source(files, split="test", streaming=True)])
+        read_sources([SourceOptions(path=files, split="test", streaming=True)])
 
 
 # Datasets that are not to be believed

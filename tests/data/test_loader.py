@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from latentfm.data.cache.store import Cache, key_of
-from latentfm.data.loader import AHEAD, Batch, CachedReader, Draws, Dropout, Loader, Routing
+from latentfm.data.cached import CachedReader
+from latentfm.data.loader import AHEAD, Batch, Draws, Dropout, Loader, Routing
 from latentfm.data.mixture import Mixture
 from latentfm.data.sources import Sample, Share
 from latentfm.data.stream import Stream

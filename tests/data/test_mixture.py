@@ -33,7 +33,7 @@ def counts(samples, epoch, seed=1):
 
 def test_without_weights_a_draw_is_a_sample():
     mixture = Mixture.of(samples_of(a=(3, 1), b=(4, 1)), seed=5)
-    assert mixture.per_epoch == 7 and all(draws_of(mixture, epoch) == [(i, 0) for i in range(7)] for epoch in range(3))
+    assert mixture.per_epoch() == 7 and all(draws_of(mixture, epoch) == [(i, 0) for i in range(7)] for epoch in range(3))
     parted = Mixture.of(samples_of(a=(3, 1), b=(4, 1)), 5, [0, 2, 0, 0, 2, 2, 0])
     assert parted.buckets == [0, 2]
     assert [parted.draws(4, bucket)[0].tolist() for bucket in (0, 2)] == [[0, 2, 3, 6], [1, 4, 5]]
@@ -42,7 +42,7 @@ def test_without_weights_a_draw_is_a_sample():
 @pytest.mark.parametrize("rate", [1, 1.5])
 def test_a_sample_in_a_bucket_below_zero_is_never_drawn(rate):
     mixture = Mixture.of(samples_of(a=(6, rate)), 1, [0, -1, 1, -1, 0, 1])
-    assert mixture.buckets == [0, 1] and mixture.per_epoch == 4 * rate
+    assert mixture.buckets == [0, 1] and mixture.per_epoch() == 4 * rate
     assert {index for epoch in range(4) for index, _ in draws_of(mixture, epoch)} == {0, 2, 4, 5}
 
 
@@ -54,7 +54,7 @@ def test_a_bucket_for_each_sample_or_none():
 def test_repeats_are_exact_and_numbered():
     samples = samples_of(a=(3, 4), b=(5, 1))
     mixture = Mixture.of(samples, 1)
-    assert mixture.per_epoch == 17
+    assert mixture.per_epoch() == 17
     for epoch in range(3):
         assert sorted(draws_of(mixture, epoch)) == [(i, turn) for i in range(3) for turn in range(4)] + [(i, 0) for i in range(3, 8)]
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+from latentfm.config import SourceOptions
 from latentfm.data.cache.store import Cache, key_of
 from latentfm.data.images import UnreadableImage, contents, load, open_rgb, upright_size
-from latentfm.data.sources import Source, read_folder, read_sources, summary
+from latentfm.data.sources import read_folder, read_sources, summary
 from latentfm.data.sources.base import sha256
 from latentfm.errors import InputError
 
@@ -95,7 +96,7 @@ def parquet(plain):
         (folder / "p.png").write_bytes(png(7))
         options = {"compression": "none", "use_dictionary": False} if plain else {"row_group_size": 3}
         pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", **options)
-        return [folder / "a.parquet"], lambda: read_sources([Source(str(folder / "a.parquet"))])
+        return [folder / "a.parquet"], lambda: read_sources([SourceOptions(path=str(folder / "a.parquet"))])
 
     return make
 
@@ -111,7 +112,7 @@ def shards(name):
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
         (folder / name).write_bytes(gzip.compress(out.getvalue()) if name.endswith("gz") else out.getvalue())
-        return [folder / name], lambda: read_sources([Source(str(folder / name))])
+        return [folder / name], lambda: read_sources([SourceOptions(path=str(folder / name))])
 
     return make
 
@@ -120,7 +121,7 @@ def saved(folder):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = {"image": [{"bytes": png(i), "path": None} for i in range(5)], "text": [f"t{i}" for i in range(5)]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(folder / "saved")
-    return sorted((folder / "saved").iterdir()), lambda: read_sources([Source(str(folder / "saved"), kind="datasets")])
+    return sorted((folder / "saved").iterdir()), lambda: read_sources([SourceOptions(path=str(folder / "saved"), kind="datasets")])
 
 
 def cache(folder):

@@ -10,8 +10,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from latentfm.config import SourceOptions
 from latentfm.data import images
-from latentfm.data.sources import Columns, Source, base, read_sources
+from latentfm.data.sources import Columns, base, read_sources
 from latentfm.data.sources.shards import read_shards, split
 from latentfm.errors import InputError
 
@@ -61,7 +62,7 @@ def test_a_shard_in_memory_is_a_url_like_any_other(tmp_path):
 
     with fsspec.open("memory://bucket/a/0.tar", "wb") as file:
         file.write(numbered(tmp_path / "0.tar", 0, 4).read_bytes())
-    dataset = read_sources([Source("memory://bucket/a/{0..0}.tar", name="here")])
+    dataset = read_sources([SourceOptions(url="memory://bucket/a/{0..0}.tar", name="here")])
     assert captions_of(dataset) == {f"here/0.tar/{i:04d}": (f"picture {i}",) for i in range(4)}
     assert [sample.path.read_bytes() for sample in dataset.samples] == [png(i) for i in range(4)]
 

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from latentfm.config import SourceOptions
 from latentfm.data import images
-from latentfm.data.sources import Columns, Source, base, read_folder, read_sources, summary, tables
+from latentfm.data.sources import Columns, base, read_folder, read_sources, summary, tables
 from latentfm.data.sources.tables import read_parquet
 from latentfm.errors import InputError
 
@@ -241,7 +242,8 @@ def test_several_sources_keep_their_ids_apart_and_name_their_problems(tmp_path):
     pictures(tmp_path / "cats", "0.png", "bare.png")
     (tmp_path / "cats" / "0.txt").write_text("a cat")
     parquet(tmp_path / "dogs" / "x.parquet", [{"image": png(), "text": "a dog"}, {"image": None, "text": "no dog"}])
-    dataset = read_sources([Source(str(tmp_path / "cats"), repeats=3, weight=0.5), Source(str(tmp_path / "dogs"), regularisation=True)])
+    cats = SourceOptions(path=str(tmp_path / "cats"), repeats=3, weight=0.5)
+    dataset = read_sources([cats, SourceOptions(path=str(tmp_path / "dogs"), regularisation=True)])
     assert captions_of(dataset) == {"cats/0.png": ("a cat",), "dogs/x.parquet:0": ("a dog",)}
     assert [(s.share.source, s.share.rate, s.share.regularisation) for s in dataset.samples] == [("cats", 1.5, False), ("dogs", 1, True)]
     assert [problem.path for problem in dataset.problems] == ["cats/bare.png", "dogs/x.parquet:1"]
@@ -257,16 +259,16 @@ def test_sources_of_one_name_must_be_told_apart(tmp_path):
         (tmp_path / parent / "cats" / "0.txt").write_text(parent)
     places = [str(tmp_path / parent / "cats") for parent in ("x", "y")]
     with pytest.raises(InputError, match="2 sources are called 'cats': give each a name of its own"):
-        read_sources([Source(place) for place in places])
-    dataset = read_sources([Source(places[0]), Source(places[1], name="more")])
+        read_sources([SourceOptions(path=place) for place in places])
+    dataset = read_sources([SourceOptions(path=places[0]), SourceOptions(path=places[1], name="more")])
     assert captions_of(dataset) == {"cats/0.png": ("x",), "more/0.png": ("y",)}
 
 
 def test_regularisation_alone_and_a_url_of_no_kind_are_refused(tmp_path):
     parquet(tmp_path / "x.parquet", [{"image": png(), "text": "a dog"}])
     with pytest.raises(InputError, match="regularisation alone"):
-        read_sources([Source(str(tmp_path / "x.parquet"), regularisation=True)])
+        read_sources([SourceOptions(path=str(tmp_path / "x.parquet"), regularisation=True)])
     with pytest.raises(InputError, match="cannot tell what memory://a/b is: give its kind, one of folder, parquet, webdataset, datasets"):
-        read_sources([Source("memory://a/b")])
+        read_sources([SourceOptions(url="memory://a/b")])
     with pytest.raises(InputError, match="there is no folder"):
-        read_sources([Source(str(tmp_path / "nowhere"))])
+        read_sources([SourceOptions(path=str(tmp_path / "nowhere"))])

@@ -171,8 +171,8 @@ def test_a_new_network_needs_no_network_in_the_pipeline_folder(configure, tiny_f
 def test_its_steps_are_the_streams(configure):
     config = configure("data.size=32", "data.buckets=3")
     found = dry_run(config)
-    pictures = room.read_pictures(room.open_dataset(config.data), check(config), lambda done, of: None)
-    stream = Stream(pictures.mixture, 4, config.train.seed)
+    placed, _ = room.read_pictures(room.open_dataset(config.data), check(config), lambda done, of: None)
+    stream = Stream(placed.mixture, 4, config.train.seed)
     assert found["steps"]["in the first epoch"] == stream.steps_in(0)
     assert np.mean([stream.steps_in(epoch) for epoch in range(40)]) == pytest.approx(found["steps"]["an epoch"], rel=0.03)
 

@@ -277,7 +277,7 @@ def test_a_run_of_weighted_sources_resumes_to_the_bit(tmp_path, run, start, pict
     assert same_to_the_bit(last_state(tmp_path / "parts"), expected) and whole.exists()
     assert [row["loss"] for row in rows_of(tmp_path / "parts")] == [row["loss"] for row in rows]
     trainer = start(tmp_path / "other", *sources)
-    assert Mixture.of(trainer.data.samples, 0).per_epoch == 6 + 13
+    assert Mixture.of(trainer.data.samples, 0).per_epoch() == 6 + 13
 
 
 def test_two_processes_train_as_one(tmp_path, run, options, pictures, make_pictures, monkeypatch):

@@ -13,8 +13,8 @@ from latentfm.data.check.captions import empty_captions, shared_captions, token_
 from latentfm.data.check.duplicates import exact_groups, near_groups
 from latentfm.data.check.pictures import ODD, Survey, survey
 from latentfm.data.images import Transform, apply, opened_rgb
-from latentfm.data.mixture import Mixture
-from latentfm.data.sources.base import Dataset, Problem, Sample
+from latentfm.data.placement import HoldOut, Placement
+from latentfm.data.sources.base import Dataset, Sample
 from latentfm.models.text import PromptEncoder
 from latentfm.words import shortened
 
@@ -39,8 +39,7 @@ class Report:
     """The findings, as JSON can hold them, and what the contact sheet is made of."""
 
     findings: dict[str, Any]
-    survey: Survey
-    used: np.ndarray  # [N] bool: which samples a run would train on
+    placement: Placement
 
 
 def check(
@@ -48,7 +47,7 @@ def check(
     plan: DataPlan,
     encoder: PromptEncoder,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
-    hold_out: Callable[[Sequence[Sample]], Sequence[int]] = lambda samples: (),
+    hold_out: HoldOut = lambda samples: (),
 ) -> Report:
     """The findings of a dataset under a plan. Nothing is written.
 
@@ -59,61 +58,51 @@ def check(
     samples = dataset.samples
     advance = start("reading pictures", len(samples))
     seen = survey(samples, plan.buckets, plan.factor, lambda: advance(1))
-    kept = np.flatnonzero(seen.usable)
-    bucket_of, lost = np.zeros(len(samples), np.int64), np.zeros(len(samples))
-    used = seen.usable.copy()
-    bucket_of[kept], lost[kept], used[kept] = plan.place(seen.sizes[kept])
-    trained = used.copy()
-    trained[np.flatnonzero(used)[list(hold_out([samples[index] for index in np.flatnonzero(used)]))]] = False
+    placed = Placement.of(samples, seen.sizes, seen.usable, plan, hold_out)
+    used, sizes = int(placed.used.sum()), seen.sizes[seen.usable]
     captions = {caption for sample in samples for caption in sample.captions}
-    tokens = token_report(samples, encoder, plan.t5_lengths, start("counting tokens", tokenizations(encoder, len(captions))))
+    tokenizations = len(captions) * sum(tokenizer is not None for tokenizer in encoder.tokenizers)
+    tokens = token_report(samples, encoder, plan.t5_lengths, start("counting tokens", tokenizations))
     duplicates, alike = duplicate_names(samples, seen)
-    empty, (several, most) = empty_captions(samples), shared_captions(samples)
-    left_out = [index for index in kept[np.argsort(-lost[kept], kind="stable")].tolist() if not used[index]]
-    table = bucket_table(samples, seen, plan, bucket_of, lost, used, trained)
-    lost_by_name = [problem for problem in dataset.problems if not problem.used]
-    dropped = len(samples) - int(used.sum()) + len(lost_by_name)
+    several, most = shared_captions(samples)
+    buckets = [rounded(row) for row in placed.buckets(placed.used)]
+    problems, remarks = (
+        [{"reason": reason, "names": names} for reason, names in dataset.problems_by_reason(used).items()] for used in (False, True)
+    )
     findings = {
         "place": str(dataset.folder),
         "pictures": dataset.pictures,
-        "used": int(used.sum()),
-        "held_out": int((used & ~trained).sum()),
+        "used": used,
+        "held_out": int((placed.used & ~placed.trained).sum()),
         "captions": sum(len(sample.captions) for sample in samples),
         "distinct_captions": len(captions),
-        "sources": source_table(samples, trained),
-        "problems": by_reason(lost_by_name),
-        "remarks": by_reason([problem for problem in dataset.problems if problem.used]),
+        "sources": source_table(samples, placed.trained),
+        "problems": problems,
+        "remarks": remarks,
         "unusable": [{"name": samples[index].id, "reason": reason} for index, reason in seen.reasons.items()],
         "max_crop": plan.max_crop,
-        "left_out": [{"name": samples[index].id, "crop": round(float(lost[index]), 4)} for index in left_out],
-        "odd": odd_table(samples, seen, np.array(plan.buckets.shapes)[bucket_of]),
-        "sizes": size_table(seen.sizes[kept]),
-        "aspects": aspect_histogram(seen.sizes[kept]),
-        "buckets": table,
+        "left_out": [{"name": samples[index].id, "crop": round(float(placed.lost[index]), 4)} for index in placed.left_out()],
+        "odd": odd_table(samples, seen, np.array(plan.buckets.shapes)[placed.bucket_of]),
+        "sizes": size_table(sizes),
+        "aspects": aspect_histogram(sizes),
+        "buckets": buckets,
         "batch_size": plan.batch_size,
-        "steps_an_epoch": round(sum(row["steps_an_epoch"] for row in table), 2),
+        "steps_an_epoch": round(sum(row["steps_an_epoch"] for row in buckets), 2),
         "tokens": tokens,
-        "empty_captions": empty,
+        "empty_captions": empty_captions(samples),
         "shared_captions": {"captions": several, "most": most},
         "exact_duplicates": duplicates,
         "near_duplicates": alike,
-        "dropped": dropped,
+        "dropped": len(samples) - used + sum(len(row["names"]) for row in problems),
         "truncated": max((row["truncated"] for row in tokens), default=0),
     }
-    return Report(findings, seen, used)
+    return Report(findings, placed)
 
 
-def by_reason(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """A row for each reason: {"reason", "names"}."""
-    names: dict[str, list[str]] = {}
-    for problem in problems:
-        names.setdefault(problem.reason, []).append(problem.path)
-    return [{"reason": reason, "names": found} for reason, found in names.items()]
-
-
-def tokenizations(encoder: PromptEncoder, captions: int) -> int:
-    """How many captions are counted in all, over the encoders."""
-    return captions * sum(tokenizer is not None for tokenizer in encoder.tokenizers)
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """A bucket's row with as many digits as a table shows."""
+    digits = {"draws_an_epoch": 6, "steps_an_epoch": 2}
+    return {name: round(value, digits.get(name, 4)) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def source_table(samples: Sequence[Sample], trained: np.ndarray) -> list[dict[str, Any]]:
@@ -167,35 +156,6 @@ def aspect_histogram(sizes: np.ndarray) -> list[dict[str, Any]]:
     return [{"from": bounds[i], "to": bounds[i + 1], "pictures": count} for i, count in enumerate(counts)]
 
 
-def bucket_table(
-    samples: Sequence[Sample],
-    seen: Survey,
-    plan: DataPlan,
-    bucket_of: np.ndarray,
-    lost: np.ndarray,
-    used: np.ndarray,
-    trained: np.ndarray,
-) -> list[dict[str, Any]]:
-    """A row for each bucket. Steps an epoch are in the mean: no draw is dropped or padded, what is over waits for the next epoch."""
-    mixture = Mixture.of(samples, 0, np.where(trained, bucket_of, -1))
-    rows = []
-    for bucket, (width, height) in enumerate(plan.buckets.shapes):
-        mine = np.flatnonzero(used & (bucket_of == bucket))
-        draws = float(sum(len(group.indices) * group.rate for group in mixture.groups if group.bucket == bucket))
-        worst = mine[np.argmax(lost[mine])] if len(mine) else None
-        sizes = seen.sizes[mine]
-        rows.append({
-            "width": width, "height": height, "pictures": len(mine), "share": round(len(mine) / max(1, used.sum()), 4),
-            "mean_crop": round(float(lost[mine].mean()), 4) if len(mine) else 0.0,
-            "worst_crop": 0.0 if worst is None else round(float(lost[worst]), 4),
-            "worst": None if worst is None else samples[worst].id,
-            "enlarged": int(((sizes[:, 0] < width) | (sizes[:, 1] < height)).sum()),
-            "draws_an_epoch": round(draws, 6), "steps_an_epoch": round(draws / plan.batch_size, 2),
-            "left_out": int((seen.usable & ~used & (bucket_of == bucket)).sum()),
-        })  # fmt: skip
-    return rows
-
-
 def duplicate_names(samples: Sequence[Sample], seen: Survey) -> tuple[list[list[str]], list[list[str]]]:
     """The ids of pictures that are equal byte for byte, group by group, and of those that look alike, one of each equal group."""
     kept = np.flatnonzero(seen.usable)
@@ -208,25 +168,21 @@ def duplicate_names(samples: Sequence[Sample], seen: Survey) -> tuple[list[list[
     return [[samples[kept[i]].id for i in group] for group in equal], [[samples[single[i]].id for i in group] for group in alike]
 
 
-def contact_sheet(
-    samples: Sequence[Sample], report: Report, plan: DataPlan, count: int, advance: Callable[[int], None] = lambda count: None
-) -> list[list[Crop]]:
+def contact_sheet(placed: Placement, count: int, advance: Callable[[int], None] = lambda count: None) -> list[list[Crop]]:
     """For each bucket some of its pictures as they will be trained, worst crops first: `count` in all, as evenly as the buckets allow."""
-    drawn = np.flatnonzero(report.used)
-    bucket_of, lost, _ = plan.place(report.survey.sizes[drawn])
-    order = np.lexsort((drawn, -lost))
-    queues = [order[bucket_of[order] == bucket].tolist() for bucket in range(len(plan.buckets.shapes))]
+    shapes, worst_first = placed.plan.buckets.shapes, np.argsort(-placed.lost, kind="stable")
+    used = worst_first[placed.used[worst_first]]
+    queues = [used[placed.bucket_of[used] == bucket].tolist() for bucket in range(len(shapes))]
     quota = quotas([len(queue) for queue in queues], count)
     chosen = {place: bucket for bucket, queue in enumerate(queues) for place in queue[: quota[bucket]]}
     made = {}
     for place in sorted(chosen):  # in the order of the source, which may be read in order only
-        sample = samples[drawn[place]]
-        width, height = plan.buckets.shapes[chosen[place]]
+        sample, (width, height) = placed.samples[place], shapes[chosen[place]]
         with opened_rgb(sample.path) as image:
             size, crop = image.size, Image.fromarray(apply(image, Transform(height, width)))
         crop.thumbnail((192, 192))
         scale = max(width / size[0], height / size[1])
-        made[place] = Crop(sample.id, shortened(sample.captions[0], LONGEST), crop, size, float(lost[place]), scale)
+        made[place] = Crop(sample.id, shortened(sample.captions[0], LONGEST), crop, size, float(placed.lost[place]), scale)
         advance(1)
     return [[made[place] for place in queue[: quota[bucket]]] for bucket, queue in enumerate(queues)]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from latentfm.data.buckets import Buckets
 from latentfm.data.cache.fill import map_ahead
-from latentfm.data.images import FORMATS, Transform, UnreadableImage, contents, load_mask, opened_rgb
+from latentfm.data.images import FORMATS, Transform, UnreadableImage, contents, load_mask, opened_rgb, orientation
 from latentfm.data.sources.base import Sample, sha256
 
 HUGE = 50e6  # pixels; such a picture takes half a second or more, and 200 MB, whenever it is decoded
@@ -113,7 +113,8 @@ def facts_of(
             size = image.size
             small = image.resize((4 * HASH_SHAPE[0], 4 * HASH_SHAPE[1]), Image.Resampling.BOX)
         if mask is not None:
-            width, height = buckets.shapes[buckets.of(*size)]
+            (bucket,), _ = buckets.of([size])
+            width, height = buckets.shapes[bucket]
             load_mask(sample.mask, mask, size, Transform(height, width), factor)
     except UnreadableImage as error:
         return Facts(digest, odd=odd, reason=str(error))
@@ -139,20 +140,10 @@ def oddities(data: bytes) -> tuple[str, ...]:
                 "palette": image.mode in ("P", "PA"),
                 "transparent": image.has_transparency_data,
                 "ICC": bool(profile) and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile,
-                "rotated": orientation(image) in range(2, 9),
+                "rotated": orientation(image, type(image).getexif) in range(2, 9),
             }
     except MemoryError:
         raise
     except Exception:  # whatever a damaged header makes a decoder raise
         return ()
     return tuple(kind for kind, there in shown.items() if there)
-
-
-def orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation of an opened picture, 1 to 8; None without one, or when the EXIF is damaged."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except MemoryError:
-        raise
-    except Exception:
-        return None

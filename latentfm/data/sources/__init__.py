@@ -9,6 +9,6 @@
 
 from latentfm.data.sources.base import Columns, Dataset, Place, Problem, Sample, Share, summary
 from latentfm.data.sources.folder import read_folder
-from latentfm.data.sources.several import KINDS, Source, read_sources
+from latentfm.data.sources.several import read_sources
 
-__all__ = ["KINDS", "Columns", "Dataset", "Place", "Problem", "Sample", "Share", "Source", "read_folder", "read_sources", "summary"]
+__all__ = ["Columns", "Dataset", "Place", "Problem", "Sample", "Share", "read_folder", "read_sources", "summary"]

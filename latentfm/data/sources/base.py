@@ -3,15 +3,15 @@
 import hashlib
 import os
 import posixpath
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
-from latentfm.data.sources.texts import Unusable, checked, is_text, oddity, visible
+from latentfm.data.sources.texts import Unusable, checked, oddity, visible
 from latentfm.errors import InputError, nearest
-from latentfm.words import count, listed, shown
+from latentfm.words import count, is_text, listed, shown
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -98,6 +98,14 @@ class Dataset:
         """How many pictures there are, used or not."""
         return len(self.samples) if self.found is None else self.found
 
+    def problems_by_reason(self, used: bool) -> dict[str, list[str]]:
+        """What is not used, or what is `used` and only said, by its reason."""
+        found: dict[str, list[str]] = {}
+        for problem in self.problems:
+            if problem.used == used:
+                found.setdefault(problem.reason, []).append(problem.path)
+        return found
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -111,13 +119,17 @@ class Columns:
     mask: str | None = None
     caption: str | None = None
 
+    def check_in(self, names: Collection[str], otherwise: str) -> None:
+        """Raises InputError, beginning with `otherwise`, for a column that is not among `names`."""
+        for wanted in (self.image, self.mask, *self.captions):
+            if wanted is not None and wanted not in names:
+                raise InputError(f"{otherwise} '{shown(wanted)}'{shown(nearest(wanted, names))}; there are {listed(names, 50)}")
+
     def found_in(self, names: Iterable[str], where: str) -> "Columns":
         """These columns, the ones left open chosen among `names`. Raises InputError for one that is not there."""
         names = list(names)
+        self.check_in(names, f"{shown(where)} has no column")
         there = f"there are {listed(names, 50)}"
-        for wanted in (self.image, self.mask, *self.captions):
-            if wanted is not None and wanted not in names:
-                raise InputError(f"{shown(where)} has no column '{shown(wanted)}'{shown(nearest(wanted, names))}; {there}")
         image = self.image or next((name for name in IMAGE_COLUMNS if name in names), None)
         if image is None:
             raise InputError(f"{shown(where)} has no column {' or '.join(IMAGE_COLUMNS)}; name one as image_column, {there}")
@@ -236,11 +248,9 @@ def summary(dataset: Dataset) -> str:
             f"{shown(share.source)}: {count(number, 'picture')}, {share.rate:g} x an epoch"
             + (", a regularisation set" if share.regularisation else "")
         )
-    kinds = defaultdict(list)
-    for problem in dataset.problems:
-        kinds[problem.used, problem.reason].append(problem.path)
-    for (used, reason), paths in sorted(kinds.items(), key=lambda item: item[0][0]):
-        lines.append(f"{'used' if used else 'not used'}, {shown(reason)}: {len(paths):,} ({listed(paths, NAMES_SHOWN)})")
+    for used, what in ((False, "not used"), (True, "used")):
+        for reason, paths in dataset.problems_by_reason(used).items():
+            lines.append(f"{what}, {shown(reason)}: {len(paths):,} ({listed(paths, NAMES_SHOWN)})")
     return "\n".join(lines)
 
 

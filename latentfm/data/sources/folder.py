@@ -33,9 +33,9 @@ from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.listing import CAPTION_SUFFIXES, METADATA_NAMES, list_files
 from latentfm.data.sources.rows import metadata_rows
 from latentfm.data.sources.texts import CAPTION_BYTES, Unusable, composed, decoded, lines_of
-from latentfm.errors import InputError, nearest
+from latentfm.errors import InputError
 from latentfm.files import TooLarge, read_bytes
-from latentfm.words import count, listed, shown
+from latentfm.words import count, shown
 
 MASK_SUFFIX = ".mask.png"
 LAYOUT = (
@@ -190,11 +190,7 @@ def _read_metadata(
                 texts.setdefault(id, {}).setdefault(column, []).extend(found)
         except Unusable as error:
             problems.append(Problem(where, str(error)))
-    for wanted in (columns.image, columns.mask, *columns.captions):
-        if wanted is not None and wanted not in seen:
-            names = sorted(name for name in seen if isinstance(name, str))
-            there = f"{shown(nearest(wanted, names))}; there are {listed(names, 50)}"
-            raise InputError(f"no row of {shown(root / metadata)} has '{shown(wanted)}'{there}")
+    columns.check_in(sorted(name for name in seen if isinstance(name, str)), f"no row of {shown(root / metadata)} has")
 
     samples = []
     for id, path in paths.items():

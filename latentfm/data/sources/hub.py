@@ -14,7 +14,7 @@ from latentfm.data.sources.tables import WAY_OUT, cell, is_pointer, samples_of
 from latentfm.data.sources.texts import FETCH, Unusable
 from latentfm.data.sources.urls import read_beside, read_whole
 from latentfm.errors import InputError, nearest
-from latentfm.files import expanded, read_json, reason
+from latentfm.files import any_error_told, expanded, read_json
 from latentfm.words import listed, shown
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # what save_to_disk writes
@@ -47,21 +47,17 @@ def list_dataset(name: str, split: str, rows: "Rows") -> Dataset:
     samples: list[Sample] = []
     problems: list[Problem] = []
     data, columns = rows.open()
-    try:
+    with any_error_told(lambda why: failed(name, why, len(samples) + len(problems))):
         if hasattr(data, "__len__"):
             data.data.table.validate(full=True)  # Arrow follows the offsets in its files without looking where they lead
         samples_of(data, columns, split, rows, (), reader_of(name), samples, problems)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # a stream's storage, a decoder, Arrow: each raises its own
-        raise failed(name, error, len(samples) + len(problems)) from error
     if not samples:
         raise nothing_usable(name, problems, WAY_OUT)
     return finished(name, samples, problems, len(samples) + len(problems))
 
 
-def failed(name: str, error: Exception, done: int = 0) -> InputError:
-    return InputError(f"reading the dataset {shown(name)} failed after {done:,} rows ({reason(error)}); start again")
+def failed(name: str, why: str, done: int = 0) -> str:
+    return f"reading the dataset {shown(name)} failed after {done:,} rows ({why}); start again"
 
 
 class Rows:
@@ -76,14 +72,10 @@ class Rows:
         """(the dataset, its pictures as they are stored, the columns that are read). Raises InputError."""
         if self.found is None:
             data = opened(self.name, *self.given)
-            try:
+            with any_error_told(lambda why: failed(self.name, why)):
                 names = data.column_names or list(next(iter(data), {}))
                 columns = self.columns.found_in(names, f"the dataset {self.name}")
                 data = without_decoding(data.select_columns([column for column in names if column in wanted(columns)]), columns)
-            except (InputError, MemoryError):
-                raise
-            except Exception as error:
-                raise failed(self.name, error) from error
             self.found, self.row = (data, columns), data if hasattr(data, "__len__") else Forward(partial(iter, data))
         return self.found
 
@@ -98,7 +90,7 @@ def opened(name: str, subset: str | None, split: str, revision: str | None, stre
     import datasets
 
     folder = expanded(name)
-    try:
+    with any_error_told(lambda why: f"cannot open the dataset {shown(name)}: {why}"):
         if folder.is_dir():
             check_files(folder)
         if is_saved(folder):
@@ -106,10 +98,6 @@ def opened(name: str, subset: str | None, split: str, revision: str | None, stre
             data = datasets.load_from_disk(str(folder))
         else:
             data = datasets.load_dataset(str(folder) if folder.is_dir() else name, subset, revision=revision, streaming=streaming)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"cannot open the dataset {shown(name)}: {reason(error)}") from error
     if isinstance(data, dict):
         if split not in data:
             there = f"{shown(nearest(split, data))}; there are {listed(data, 50)}"

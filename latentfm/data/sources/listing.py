@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentfm.data.sources.base import IMAGE_SUFFIXES, Problem
-from latentfm.data.sources.texts import composed, is_text
+from latentfm.data.sources.texts import composed
 from latentfm.files import KINDS, check_regular
+from latentfm.words import is_text
 
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".jxl", ".jp2", ".svg", ".psd", ".tga"})
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")

@@ -1,11 +1,12 @@
 """Several sources as one: which kind each is, read in turn, with its share of the draws and ids that do not clash."""
 
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import get_args
 
+from latentfm.config import SourceKind, SourceOptions
 from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
 from latentfm.data.sources.base import Columns, Dataset, Problem, Sample, Share, is_image
 from latentfm.data.sources.folder import read_folder
@@ -16,42 +17,16 @@ from latentfm.data.sources.tables import read_parquet
 from latentfm.errors import InputError
 from latentfm.words import listed, shown
 
-KINDS = ("folder", "parquet", "webdataset", "datasets")
 
+def read_sources(sources: Sequence[SourceOptions], kept: StatCache = NOTHING_KEPT, caption: str | None = None) -> Dataset:
+    """The samples of all sources, in their order, ids as "<title>/<id>", and their problems. No picture is decoded.
 
-@dataclass(frozen=True)
-class Source:
-    """One source: `place` is a path, an fsspec URL or the name of a dataset; `kind` one of KINDS, or None to look.
+    Each sample is drawn repeats x weight times an epoch, in the mean; see `latentfm.data.mixture`. A source whose listing is `kept` is not
+    read. `caption` is every picture's one caption where its source says nothing of captions.
 
-    Each sample is drawn `repeats` x `weight` times an epoch, in the mean; see `latentfm.data.mixture`. `name` stands before the ids of
-    its samples; None is the last part of `place`.
+    Raises InputError for two sources of one title, a kind that cannot be told, and what the kind's reader raises.
     """
-
-    place: str
-    kind: str | None = None
-    columns: Columns = field(default_factory=Columns)
-    name: str | None = None
-    repeats: int = 1
-    weight: float = 1.0
-    regularisation: bool = False
-    subset: str | None = None  # this and what follows: of datasets alone
-    split: str | None = None
-    revision: str | None = None
-    streaming: bool = False
-
-    def named(self) -> str:
-        """The name its ids begin with."""
-        return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
-
-
-def read_sources(sources: Sequence[Source], kept: StatCache = NOTHING_KEPT) -> Dataset:
-    """Returns the samples of all sources, in their order, ids as "<name>/<id>", and their problems. No picture is decoded.
-
-    A source whose listing is `kept` is not read.
-
-    Raises InputError for two sources of one name, a kind that cannot be told, and what the kind's reader raises.
-    """
-    names = [source.named() for source in sources]
+    names = [source.title for source in sources]
     for name in names:
         if names.count(name) > 1:
             called = f"{names.count(name)} sources are called '{shown(name)}'"
@@ -60,7 +35,7 @@ def read_sources(sources: Sequence[Source], kept: StatCache = NOTHING_KEPT) -> D
     problems: list[Problem] = []
     pictures = 0
     for name, source in zip(names, sources, strict=True):
-        found = read_source(source, kept)
+        found = read_source(source, columns_of(source, caption), kept)
         share = Share(name, source.repeats * source.weight, source.regularisation)
         samples += [replace(sample, id=f"{name}/{sample.id}", share=share) for sample in found.samples]
         problems += [replace(problem, path=f"{name}/{problem.path}") for problem in found.problems]
@@ -70,22 +45,25 @@ def read_sources(sources: Sequence[Source], kept: StatCache = NOTHING_KEPT) -> D
     return Dataset(", ".join(source.place for source in sources), tuple(samples), tuple(problems), pictures)
 
 
-def read_source(source: Source, kept: StatCache = NOTHING_KEPT) -> Dataset:
-    """Returns one source's samples, with the ids its own kind gives."""
-    kind = source.kind or kind_of(source.place)
+def columns_of(source: SourceOptions, caption: str | None) -> Columns:
+    """Which columns of a source hold what; `caption` as for `read_sources`."""
+    captions = source.caption_columns or {}
+    caption = source.caption if source.caption is not None or captions else caption
+    return Columns(
+        source.image_column, {captions: 1.0} if isinstance(captions, str) else captions, source.mask_column, caption and caption.strip()
+    )
+
+
+def read_source(source: SourceOptions, columns: Columns, kept: StatCache) -> Dataset:
+    """One source's samples, with the ids its own kind gives."""
+    place, kind = source.place, source.kind or ("datasets" if source.dataset else kind_of(source.place))
     if kind == "datasets":
-        return read_dataset(
-            source.place, source.columns, source.subset, source.split or "train", source.revision, source.streaming, kept
-        )
+        return read_dataset(place, columns, source.subset, source.split or "train", source.revision, source.streaming, kept)
     given = [name for name in ("subset", "split", "revision", "streaming") if getattr(source, name)]
     if given:
-        what = f"{shown(source.place)} is of the kind {kind}, which has no {', '.join(given)}"
+        what = f"{shown(place)} is of the kind {kind}, which has no {', '.join(given)}"
         raise InputError(f"{what}; leave it out, or give kind: datasets")
-    if kind == "folder":
-        return read_folder(source.place, source.columns, kept)
-    if kind == "webdataset":
-        return read_shards(source.place, source.columns, kept)
-    return read_parquet(source.place, source.columns, kept)
+    return {"folder": read_folder, "parquet": read_parquet, "webdataset": read_shards}[kind](place, columns, kept)
 
 
 def kind_of(place: str) -> str:
@@ -96,7 +74,7 @@ def kind_of(place: str) -> str:
     root = Path(os.path.expanduser(place))
     if not root.is_dir():
         if "://" in place:
-            raise InputError(f"cannot tell what {shown(place)} is: give its kind, one of {', '.join(KINDS)}")
+            raise InputError(f"cannot tell what {shown(place)} is: give its kind, one of {', '.join(get_args(SourceKind))}")
         return "folder"  # whose reader says what is wrong with it
     if is_saved(root):
         return "datasets"

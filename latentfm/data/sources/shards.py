@@ -32,11 +32,10 @@ from latentfm.data.sources.base import (
     nothing_usable,
 )
 from latentfm.data.sources.kept import kept_listing
-from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, is_text, lines_of
-from latentfm.data.sources.urls import BLOCK, expand, open_url
-from latentfm.errors import InputError, nearest
+from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, lines_of
+from latentfm.data.sources.urls import BLOCK, expand, names_of, open_url
 from latentfm.files import CONTENT_ERRORS, JSON_BYTES, reason
-from latentfm.words import count, listed, shown
+from latentfm.words import count, is_text, shown
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MASK_COLUMN = "mask.png"
@@ -102,11 +101,6 @@ def read_shards(place: str, columns: Columns | None = None, kept: StatCache = NO
     Raises InputError when there is no archive, no usable sample, or when no sample has a column that `columns` names.
     """
     columns, files = columns or Columns(), expand(place, SUFFIXES)
-    names = [file.rpartition("/")[2] for file in files]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(
-            f"two archives are called {shown(twice[0])}: their samples could not be told apart; rename one, or make them two sources"
-        )
     read = Archives().read
     return kept_listing(kept, "shards", (files, columns), files, place, read, lambda: (list_shards(place, files, columns, read), ()))
 
@@ -117,8 +111,8 @@ def list_shards(place: str, files: Sequence[str], columns: Columns, read: Callab
     problems: list[Problem] = []
     seen: set[str] = set()
     found = 0
-    for file in files:
-        name, groups, broken = file.rpartition("/")[2], {}, None
+    for file, name in zip(files, names_of(files, "archives"), strict=True):
+        groups, broken = {}, None
         try:
             read_groups(file, columns, groups)
         except CutOff as error:
@@ -139,10 +133,8 @@ def list_shards(place: str, files: Sequence[str], columns: Columns, read: Callab
             last = f"{name}/{next(reversed(groups))}" if groups else "its beginning"
             where = f"{file} after {last}, {count(len(groups), 'sample')} read ({broken})"
             problems.append(Problem(where, FETCH if str(broken) == FETCH else BROKEN))
-    for wanted in (columns.image, columns.mask, *columns.captions):
-        if wanted is not None and wanted not in seen and seen:
-            there = f"{shown(nearest(wanted, seen))}; there are {listed(sorted(seen), 50)}"
-            raise InputError(f"no sample of {shown(place)} has '{shown(wanted)}'{there}")
+    if seen:
+        columns.check_in(sorted(seen), f"no sample of {shown(place)} has")
     if not samples:
         raise nothing_usable(place, problems, WAY_OUT)
     return finished(place, samples, problems, found)

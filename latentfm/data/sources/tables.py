@@ -21,10 +21,9 @@ from latentfm.data.sources.base import (
 )
 from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.texts import FETCH, POINTER, Unusable
-from latentfm.data.sources.urls import UNFOLDED_BYTES, UNFOLDED_TIMES, expand, open_url, read_beside
+from latentfm.data.sources.urls import UNFOLDED_BYTES, UNFOLDED_TIMES, expand, names_of, open_url, read_beside
 from latentfm.errors import InputError
 from latentfm.files import CONTENT_ERRORS, SpecialFile, reason
-from latentfm.words import shown
 
 ROWS_AT_ONCE, FEW_ROWS = 16, 4  # pictures held while one is read; few where the rows of a group might be very large ones
 LARGE_GROUP = 64 * 2**20  # bytes of a row group: one row may have them all
@@ -42,7 +41,6 @@ def read_parquet(place: str, columns: Columns | None = None, kept: StatCache = N
     Raises InputError when there is no file, no usable row, or a column that `columns` names.
     """
     columns, files = columns or Columns(), expand(place, [".parquet"])
-    short(files)
     read = Cells()
     return kept_listing(kept, "parquet", (files, columns), files, place, read, lambda: list_parquet(place, files, columns, read))
 
@@ -55,7 +53,7 @@ def list_parquet(place: str, files: Sequence[str], columns: Columns, read: "Cell
     rows: list[Problem] = []
     broken: list[Problem] = []
     beside: list[str] = []
-    for file, name in zip(files, short(files), strict=True):
+    for file, name in zip(files, names_of(files, "files"), strict=True):
         try:
             found = columns.found_in(column_names(file), file)
             wanted = [found.image, *found.captions, *([found.mask] if found.mask else [])]
@@ -201,14 +199,3 @@ def bytes_of(value: Any, read_path: Callable[[str], bytes]) -> bytes:
     if len(value) > PICTURE_BYTES:
         raise Unusable(f"row whose picture has more than {PICTURE_BYTES:,} bytes")
     return value
-
-
-def short(files: list[str]) -> list[str]:
-    """The files' names without their folders. Raises InputError when two are the same."""
-    names = [file.rpartition("/")[2] for file in files]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(
-            f"two files are called {shown(twice)}: their samples could not be told apart; rename one, or make them two sources"
-        )
-    return names

@@ -97,12 +97,3 @@ def decoded_twice(text: str) -> bool:
 def composed(name: str) -> str:
     """A file's name with its accents composed (NFC): macOS writes them decomposed, most editors and tables do not."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def is_text(text: str) -> bool:
-    """False for lone surrogates: undecodable file names, or half an emoji in JSON. No tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from latentfm.data.sources.base import PICTURE_BYTES, path_within
 from latentfm.data.sources.texts import Unusable, composed
 from latentfm.errors import InputError
-from latentfm.files import TooLarge, open_file, read_bytes, reason
+from latentfm.files import TooLarge, any_error_told, open_file, read_bytes
 from latentfm.words import count, shown
 
 FILES = 100_000  # the most that one name may stand for
@@ -32,17 +33,13 @@ def expand(place: str, suffixes: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in braces(os.path.expanduser(place) if "://" not in place else place):
         system, path = located(name)
-        try:
+        with any_error_told(lambda why, name=name: f"cannot look for {shown(name)}: {why}"):  # no network, no permission, no such bucket
             if any(character in path for character in "*?"):
                 files = [file for file in sorted(system.glob(path)) if file.endswith(tuple(suffixes))]
             elif system.isdir(path):
                 files = sorted(file for file in system.ls(path, detail=False) if file.endswith(tuple(suffixes)))
             else:
                 files = [path] if system.exists(path) else []
-        except MemoryError:
-            raise
-        except Exception as error:  # each kind of storage raises its own: no network, no permission, no such bucket
-            raise InputError(f"cannot look for {shown(name)}: {reason(error)}") from error
         if not files:
             raise InputError(f"there is no {' or '.join(suffixes)} file at {shown(name)}: check the name, or give the kind of the source")
         found += [system.unstrip_protocol(file) if "://" in name else file for file in files]
@@ -53,32 +50,29 @@ def expand(place: str, suffixes: Sequence[str]) -> list[str]:
 
 def braces(name: str) -> list[str]:
     """The names that {first..last} stands for, leading zeros kept: "a-{08..10}" is a-08, a-09, a-10. Raises InputError above FILES."""
-    numbers = [range(int(first), int(last) + 1) for first, last in re.findall(BRACES, name)]
+    parts = re.split(BRACES, name)  # a text, the first and the last number, a text, ...
+    numbers = [range(int(first), int(last) + 1) for first, last in zip(parts[1::3], parts[2::3], strict=True)]
     if math.prod(map(len, numbers)) > FILES or len(numbers) > MOST_BRACES:
         raise InputError(f"{shown(name, 300)} stands for more than {FILES:,} files; name the folder that holds them, or use *")
-    return unfolded_braces(name)
+    written = ([str(number).zfill(len(first)) for number in each] for each, first in zip(numbers, parts[1::3], strict=True))
+    return ["".join(chain.from_iterable(zip_longest(parts[::3], chosen, fillvalue=""))) for chosen in product(*written)]
 
 
-def unfolded_braces(name: str) -> list[str]:
-    """What `braces` gives, however many they are."""
-    match = re.search(BRACES, name)
-    if match is None:
-        return [name]
-    first, last = match.groups()
-    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [whole for number in numbers for whole in unfolded_braces(name[: match.start()] + number + name[match.end() :])]
+def names_of(files: Sequence[str], what: str) -> list[str]:
+    """The names of files, which are `what`, without their folders. Raises InputError when two are the same."""
+    names = [file.rpartition("/")[2] for file in files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        called = f"two {what} are called {shown(twice[0])}"
+        raise InputError(f"{called}: their samples could not be told apart; rename one, or make them two sources")
+    return names
 
 
 def located(url: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path in it. Raises InputError for a protocol that cannot be read here."""
     import fsspec
 
-    try:
+    with any_error_told(lambda why: f"cannot read {shown(url)}: {why}"):
         return fsspec.core.url_to_fs(url)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f"cannot read {shown(url)}: {reason(error)}") from error
 
 
 def open_url(url: str) -> BinaryIO:

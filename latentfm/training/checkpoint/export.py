@@ -149,22 +149,19 @@ def own_weights(network: MMDiT, averages: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: averages.get(name, parameter.detach()) for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def write_adapter(
-    folder: Path, network: MMDiT, averages: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_adapter(folder: Path, network: MMDiT, averages: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Writes `folder`/pytorch_lora_weights.safetensors, the adapter "default" as load_lora_weights takes it; all of it or nothing.
 
     Its values are the `averages` by the parameters' names, and the network's own where there is none, in `dtype`. Rank, alpha and
-    targets are in the file's metadata, and `metadata` beside them.
+    targets are in the file's metadata.
     """
     tensors = get_peft_model_state_dict(network, state_dict=own_weights(network, averages))
     held = {name: Held.of(value) for name, value in tensors.items()}
     with whole_or_nothing(folder) as partial:
         partial.mkdir()
         path = partial / ADAPTER_FILE
-        adapter = Adapter(path, "diffusers LoRA file", network.peft_config["default"].to_dict(), held, {})
-        named, described = diffusers_adapter(adapter)
-        write_file(path, named, dict(metadata or {}) | described, dtype)
+        named, described = diffusers_adapter(Adapter(path, "diffusers LoRA file", network.peft_config["default"].to_dict(), held, {}))
+        write_file(path, named, described, dtype)
         write_manifest(partial)
 
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentfm.config import RunConfig, SourceOptions
+from latentfm.config import RunConfig, SourceOptions, default_of
 from latentfm.errors import InputError
 from latentfm.files import expanded, read_json
 from latentfm.models.folder import read_info
@@ -28,13 +28,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of the options that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
     found = []
     for section, options in now.items():
-        defaults = RunConfig.model_fields[section].annotation.model_fields
         given = before.get(section)
         for key, value in options.items():
-            was = (given if isinstance(given, dict) else {}).get(key, in_json(defaults[key].get_default(call_default_factory=True)))
-            same = was == value or (f"{section}.{key}" == "data.sources" and without_places(was) == without_places(value))
-            if section not in FREE_ON_RESUME and f"{section}.{key}" not in FREE_ON_RESUME and not same:
-                found.append(f"{section}.{key} was {shown(repr(was), LONGEST)}, is {shown(repr(value), LONGEST)}")
+            name = f"{section}.{key}"
+            was = (given if isinstance(given, dict) else {}).get(key, in_json(default_of(name)))
+            same = was == value or (name == "data.sources" and without_places(was) == without_places(value))
+            if not ({section, name} & FREE_ON_RESUME or same):
+                found.append(f"{name} was {shown(repr(was), LONGEST)}, is {shown(repr(value), LONGEST)}")
     return found
 
 

@@ -52,33 +52,32 @@ def broadcast_from_main(accelerator: Accelerator, value: Any) -> Any:
     return told[0]
 
 
-def find_by_all(accelerator: Accelerator, find: Find, items: Sequence[Any], name: str) -> list[Any]:
-    """find(items), each process doing its share and told of the others': values that JSON holds, tuples as lists.
+def find_by_all(rank: int, world: int, find: Find, items: Sequence[Any], name: str) -> list[Any]:
+    """find(items), each of `world` processes doing its share and told of the others': values that JSON holds, tuples as lists.
 
     They meet in the store that the processes found each other by, by polling it: a collective would time out where one takes longer than
     the others. `name` is of this call alone. Raises InputError on every process when one of them raises anything.
     """
-    world = accelerator.num_processes
     if world == 1:
         return json.loads(json.dumps(find(items)))
     store = torch.distributed.PrefixStore(f"latentfm {name}", torch.distributed.distributed_c10d._get_default_store())
     problem: Exception | None = None
     try:
-        told = json.dumps({"found": find(items[accelerator.process_index :: world])})
+        told = json.dumps({"found": find(items[rank::world])})
     except Exception as error:
         problem, told = error, json.dumps({"failed": in_words(error)})
-    store.set(str(accelerator.process_index), told)
+    store.set(str(rank), told)
     if problem is not None:
         raise problem
     found: list[Any] = [None] * len(items)
-    for rank in range(world):
-        while not store.check([str(rank)]):
+    for other in range(world):
+        while not store.check([str(other)]):
             time.sleep(SECONDS_BETWEEN_POLLS)
-        answer = json.loads(store.get(str(rank)))
+        answer = json.loads(store.get(str(other)))
         if "failed" in answer:
             raise InputError(answer["failed"])
-        found[rank::world] = answer["found"]
+        found[other::world] = answer["found"]
     if store.add("done", 1) == world:  # the last one clears up
-        for rank in range(world):
-            store.delete_key(str(rank))
+        for other in range(world):
+            store.delete_key(str(other))
     return found

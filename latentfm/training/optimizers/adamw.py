@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentfm.bounds import OPTIMIZER_CHUNK
 from latentfm.randomness import generator
 
-CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 23  # elements whose float32 copies exist at one time: a CPU's cache, a GPU's launches
+CPU_CHUNK = 1 << 20  # elements whose float32 copies exist at one time on a CPU, which its cache holds; on a GPU OPTIMIZER_CHUNK
 
 
 class AdamW(torch.optim.Optimizer):
@@ -19,8 +20,8 @@ class AdamW(torch.optim.Optimizer):
     random so that its mean is exact (stochastic rounding, Gupta et al. 2015). The random bits are a function of `seed`, the count of
     steps and the place among the parameters, so a resumed run is the same to the bit, and so are processes with devices of one kind.
 
-    Moments are float32, or bfloat16 with stochastic rounding where `moments` says so. A step goes chunk by chunk (CPU_CHUNK,
-    GPU_CHUNK elements) and needs beside the state 14 bytes an element of one chunk: 4 with masters, 22 with bfloat16 moments. float32
+    Moments are float32, or bfloat16 with stochastic rounding where `moments` says so. A step goes chunk by chunk (CPU_CHUNK or
+    OPTIMIZER_CHUNK elements) and needs beside the state 14 bytes an element of a chunk: 4 with masters, 22 with bfloat16 moments. float32
     parameters are stepped in place, as by torch's fused AdamW. Masters are taken from the parameters as they are here: make the
     optimizer before casting a float32 network. Raises ValueError for a parameter that is not contiguous or neither float32 nor bfloat16.
     """
@@ -75,7 +76,7 @@ class AdamW(torch.optim.Optimizer):
                     if own != kind or not room:
                         if pieces:
                             yield group, pieces
-                        pieces, room, kind = [], CPU_CHUNK if parameter.device.type == "cpu" else GPU_CHUNK, own
+                        pieces, room, kind = [], CPU_CHUNK if parameter.device.type == "cpu" else OPTIMIZER_CHUNK, own
                     stop = min(parameter.numel(), start + room)
                     pieces.append((parameter, slice(start, stop)))
                     room, start = room - (stop - start), stop

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-PART = 1 << 24  # elements whose float32 copies exist at one time
+from latentfm.bounds import EMA_CHUNK
 
 
 class EMA:
@@ -35,10 +35,10 @@ class EMA:
             torch._foreach_lerp_([self.shadow[name] for name in names], towards, 1.0 - decay)
 
     def groups(self) -> Iterator[list[str]]:
-        """All names, in lists of at most PART elements or of one tensor."""
+        """All names, in lists of at most EMA_CHUNK elements or of one tensor."""
         names, size = [], 0
         for name, value in self.shadow.items():
-            if names and size + value.numel() > PART:
+            if names and size + value.numel() > EMA_CHUNK:
                 yield names
                 names, size = [], 0
             names.append(name)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from latentfm.config import RunConfig
+from latentfm.config import OPTIONS, default_of
 from latentfm.errors import InputError
 from latentfm.files import TEXT_BYTES, read_bytes, read_json, whole_or_nothing
 from latentfm.training.records.curves import POINTS, Log, curves, parsed
@@ -182,14 +182,12 @@ def options(config: dict) -> list[dict[str, Any]]:
     """Each option of a configuration: its name, value, default, meaning, and whether the value is another than the default."""
     found = []
     for section, values in config.items():
-        fields = RunConfig.model_fields[section].annotation.model_fields if section in RunConfig.model_fields else {}
         for key, value in values.items() if isinstance(values, dict) else ():
-            field = fields.get(key)
-            required = field is None or field.is_required()
-            default = "" if required else written(field.get_default(call_default_factory=True))
-            meaning = field.description if field is not None else "an option of another version"
+            option = OPTIONS.get(name := f"{section}.{key}")
+            default = "" if option is None or option.is_required() else written(default_of(name))
+            meaning = "an option of another version" if option is None else option.description
             found.append(
-                {"name": f"{section}.{key}", "value": written(value), "default": default, "changed": written(value) != default}
+                {"name": name, "value": written(value), "default": default, "changed": written(value) != default}
                 | ({"meaning": meaning} if meaning else {})
             )
     return found

@@ -104,14 +104,14 @@ def test_what_is_merged_is_the_averages_into_the_folders_own_weights(tmp_path, t
     assert merged == 15
 
 
-def test_the_adapters_file_says_its_rank_and_more_and_any_tool_finds_its_names(tmp_path, tiny_folder):
+def test_the_adapters_file_says_its_rank_and_any_tool_finds_its_names(tmp_path, tiny_folder):
     models, _, averages = trained(tiny_folder, tmp_path, {"rank": 4, "alpha": 6, "targets": ["attn.to_q", "ff.net.2"]}, blocks="1")
-    write_adapter(tmp_path / "one", models.network, averages, torch.float32, {"latentfm.step": "12"})
+    write_adapter(tmp_path / "one", models.network, averages, torch.float32)
     write_adapter(tmp_path / "half", models.network, {}, torch.float16)
     with safe_open(tmp_path / "one" / FILE, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
         said = json.loads(metadata["lora_adapter_metadata"])
-    assert metadata["latentfm.step"] == "12" and metadata["format"] == "pt"
+    assert metadata["format"] == "pt"
     assert said["transformer.r"] == 4 and said["transformer.lora_alpha"] == 6
     modules = ["transformer.transformer_blocks.1.attn.to_q", "transformer.transformer_blocks.1.ff.net.2"]
     assert names == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}

@@ -21,7 +21,7 @@ def at_once(monkeypatch):
     def run(world, work, items, name="pictures"):
         def one(rank):
             try:
-                return find_by_all(SimpleNamespace(num_processes=world, process_index=rank), lambda own: work(rank, own), items, name)
+                return find_by_all(rank, world, lambda own: work(rank, own), items, name)
             except Exception as error:
                 return error
 

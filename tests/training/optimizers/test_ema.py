@@ -71,7 +71,7 @@ def test_groups_change_nothing(monkeypatch):
     first, second, module = EMA(trained(network()), 0.9), EMA(trained(network()), 0.9), network()
     move(module, 1)
     first.update(trained(module), 5)
-    monkeypatch.setattr("latentfm.training.optimizers.ema.PART", 10)  # a weight of 12, the rest of 4 + 8
+    monkeypatch.setattr("latentfm.training.optimizers.ema.EMA_CHUNK", 10)  # a weight of 12, the rest of 4 + 8
     assert list(second.groups()) == [["0.weight"], ["0.bias"], ["1.weight"]]
     second.update(trained(module), 5)
     assert all(torch.equal(first.shadow[name], second.shadow[name]) for name in first.shadow)
