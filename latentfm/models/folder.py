@@ -195,8 +195,7 @@ def ways_out(lost: list[str]) -> str:
     pairs = {name: encoder for encoder in ENCODERS for name in (encoder.name, encoder.tokenizer)}
     if all(name in pairs for name in lost):
         names = dict.fromkeys(own for name in lost for own in (pairs[name].name, pairs[name].tokenizer))
-        nothing = " and ".join(f'"{name}": [null, null]' for name in names)
-        ways += [f"or, to draw without, load it with {', '.join(f'{name}=None' for name in names)}, or write {nothing} into {INDEX_FILE}"]
+        ways += [f"or draw without: {', '.join(f'{name}=None' for name in names)} when it is loaded, --without of latentfm generate"]
     return ", ".join(ways)
 
 
