@@ -13,10 +13,11 @@ from peft.utils import get_peft_model_state_dict
 
 from latentfm import LatentFMPipeline
 from latentfm.drawing import fingerprint
+from latentfm.interchange.completing import completed
 from latentfm.interchange.components import load_text_encoders, read_null
 from latentfm.interchange.lora.files import open_adapter
 from latentfm.interchange.lora.writing import write_peft
-from latentfm.interchange.weights import completed, load_part, load_transformer, open_weights
+from latentfm.interchange.weights import load_part, load_transformer, open_weights
 from latentfm.interchange.writers import write_component, write_single
 from latentfm.models.folder import check_folder
 from latentfm.models.manifest import check_manifest, write_manifest

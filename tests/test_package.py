@@ -126,7 +126,8 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_only_training_and_the_command_line_know_accelerate(path):
     names = {name.split(".")[0] for name in imported(path.read_text("utf-8"), package_of(path))}
-    assert "accelerate" not in names or own_room(path) in ("training", "cli")
+    knows = own_room(path) in ("training", "cli") or path.name == "placing.py"  # and what hangs a device map's hooks on, as diffusers does
+    assert "accelerate" not in names or knows
 
 
 def test_training_does_know_accelerate():

@@ -11,12 +11,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from safetensors import SafetensorError
 
 from latentfm.errors import InputError
 from latentfm.files import reading
-from latentfm.interchange.networks import all_finite, text_config
+from latentfm.interchange.networks import VAES, all_finite, plain_parts, text_config, vae_class
 from latentfm.interchange.weights import CLASSES, load_part, open_component
 from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, T5, TEXT
 from latentfm.models.folder import MOST_T5_TOKENS, PARTS, read_config, read_index
@@ -31,6 +31,7 @@ EXTRA = {  # of SD3 pipelines with an image adapter; nothing here computes with 
     "image_encoder": ("CLIPVisionModelWithProjection", "SiglipVisionModel"),
     "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "SiglipImageProcessor", "SiglipImageProcessorFast"),
 }
+OTHERS = EXTRA | {"vae": VAES}  # classes, where there are several
 CODE = (  # settings that have transformers fetch code, open other files, or both
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
     "transformers_weights", "adapter_config", "kernel_config", "use_kernels",
@@ -38,15 +39,16 @@ CODE = (  # settings that have transformers fetch code, open other files, or bot
 
 
 def load_component(
-    folder: Path, name: str, kind: str, dtype: torch.dtype, variant: str | None = None, quantization: Any = None
+    folder: Path, name: str, kind: str, dtype: torch.dtype, variant: str | None = None, quantization: Any = None, device: Any = None
 ) -> Any:
     """The component `name` of the pipeline in `folder`, of the class that its model_index.json calls `kind`, on the CPU.
 
-    Weights are in `dtype`, of the files of `variant` where it is there. quantization: a library's configuration to quantise them by.
+    Weights are in `dtype`, of the files of `variant` where it is there. quantization: a library's configuration to quantise them by; then
+    they are put on `device` at once (None: where the library wants them), since what is quantised may not be moved.
     Raises InputError when it is of another class than a Stable Diffusion 3 pipeline's, damaged, not finite, or would need code or
     files from elsewhere.
     """
-    place, expected = folder / name, EXTRA.get(name) or (CLASSES[name][1],)
+    place, expected = folder / name, OTHERS.get(name) or (CLASSES[name][1],)
     if name == "scheduler":
         return load_scheduler(folder, kind)
     if ALIKE.get(kind, kind) not in expected:
@@ -56,8 +58,10 @@ def load_component(
     if name in EXTRA:
         return load_extra(place, kind)
     config = read_config(place / "config.json")
+    if name == "vae" and vae_class(config).__name__ != kind:
+        raise InputError(f"{shown(folder)} has a {kind} as its vae, and its config.json is of another class; copy the folder again")
     if quantization is not None or config.get("quantization_config") is not None:
-        return load_quantised(place, name, config, dtype, variant, quantization)
+        return load_quantised(place, name, config, dtype, variant, quantization, device)
     return load_part(name, open_component(place, name, variant)[0], dtype)
 
 
@@ -104,8 +108,9 @@ def load_text_encoders(folder: Path, joint_dim: int, pooled_dim: int, dtype: tor
 
 
 def load_quantised(
-    place: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None, quantization: Any = None
-) -> torch.nn.Module:
+    place: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None, quantization: Any = None,
+    device: Any = None,
+) -> torch.nn.Module:  # fmt: skip
     """A component that is quantised, as saved by bitsandbytes or, by a `quantization` given, as it is loaded; by its library."""
     saved = config.get("quantization_config")
     if saved is not None:
@@ -118,16 +123,22 @@ def load_quantised(
     check_for_library(place, name, config, variant)
     more = {"use_safetensors": True, "variant": variant, "local_files_only": True}
     more |= {"quantization_config": quantization} if quantization is not None else {}
-    with reading(place, "take the model in float16, bfloat16 or float32, or copy the folder again", also=(ImportError,)):
+    more |= {"device_map": {"": device}} if device is not None else {}
+    what, way_out = shown(place), "take the model in float16, bfloat16 or float32, or copy the folder again"
+    if quantization is not None:
+        method = getattr(quantization, "quant_method", type(quantization).__name__)
+        what = f"{what}, to be quantised by {getattr(method, 'value', method)},"
+        way_out = "leave quantization_config out, or ask for another"
+    with reading(what, way_out, also=(ImportError,)):
         if name in TEXT:
             own = text_config(name, config)
             if saved is not None:
                 own.quantization_config = dict(saved)
             network = getattr(transformers, BY_NAME[name].family.model).from_pretrained(place, config=own, dtype=dtype, **more)
         else:
-            network = (MMDiT if name == "transformer" else AutoencoderKL).from_pretrained(place, torch_dtype=dtype, **more)
+            network = (MMDiT if name == "transformer" else vae_class(config)).from_pretrained(place, torch_dtype=dtype, **more)
     for key, value in network.state_dict().items():
-        if torch.is_tensor(value) and not all_finite(value):
+        if torch.is_tensor(value) and not all(map(all_finite, plain_parts(value))):
             raise InputError(f"the weights of the {name} are damaged: {shown(key, 100)} in {shown(place)} is not finite; copy it again")
     return network.eval()
 

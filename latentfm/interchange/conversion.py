@@ -10,12 +10,13 @@ import torch
 
 from latentfm.adapters import kind_of
 from latentfm.errors import InputError
+from latentfm.interchange.completing import completed
 from latentfm.interchange.lora.files import Adapter, open_adapter
 from latentfm.interchange.lora.formats import FORMATS
 from latentfm.interchange.lora.kinds import KINDS
 from latentfm.interchange.lora.writing import spelt, write_peft
 from latentfm.interchange.tensors import Tensors, target_dtype, write_file, written_bytes
-from latentfm.interchange.weights import Weights, architecture, completed, open_weights
+from latentfm.interchange.weights import Weights, architecture, open_weights
 from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
 from latentfm.models.folder import GROUPS, PARTS
 from latentfm.models.manifest import write_manifest

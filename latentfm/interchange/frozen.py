@@ -55,7 +55,7 @@ class FrozenModels:
         return self._encoder
 
     def read_vae(self) -> AutoencoderKL:
-        return load_component(self.folder, "vae", "AutoencoderKL", torch.float32).requires_grad_(False)
+        return load_component(self.folder, "vae", type(self.outline).__name__, torch.float32).requires_grad_(False)
 
     @cached_property
     def null(self) -> NullCondition:
@@ -107,7 +107,8 @@ class FrozenModels:
         if not (self.folder / name).is_dir():
             return "absent"
         if read_config(self.folder / name / "config.json").get("quantization_config") is not None:  # its library alone knows its tensors
-            module = load_component(self.folder, name, CLASSES[name][1], dtype)
+            kind = type(self.outline).__name__ if name == "vae" else CLASSES[name][1]
+            module = load_component(self.folder, name, kind, dtype)
             return fingerprint(module, module.state_dict().items())
         part, _ = open_component(self.folder / name, name)
         return fingerprint(empty(name, part.config), load_part_tensors(name, part, dtype))

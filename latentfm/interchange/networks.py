@@ -1,16 +1,19 @@
 """The networks that configurations make, without memory, and whether numbers are numbers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, T5Config
 
 from latentfm.models.encoders import BY_NAME
 from latentfm.models.mmdit import MMDiT
+
+VAES = (AutoencoderKL.__name__, AutoencoderTiny.__name__)
 
 
 def empty(name: str, config: dict[str, Any]) -> nn.Module:
@@ -19,8 +22,13 @@ def empty(name: str, config: dict[str, Any]) -> nn.Module:
         if name == "transformer":
             return MMDiT.from_config(config)
         if name == "vae":
-            return AutoencoderKL.from_config(config)
+            return vae_class(config).from_config(config)
         return getattr(transformers, BY_NAME[name].family.model)(text_config(name, config))
+
+
+def vae_class(config: dict[str, Any]) -> type[AutoencoderKL] | type[AutoencoderTiny]:
+    """The class of a VAE of this configuration: AutoencoderTiny where it says so, AutoencoderKL where not."""
+    return AutoencoderTiny if config.get("_class_name") == AutoencoderTiny.__name__ else AutoencoderKL
 
 
 def text_config(name: str, config: dict[str, Any]) -> CLIPTextConfig | T5Config:
@@ -48,3 +56,12 @@ def all_finite(value: Tensor) -> bool:
         return True
     least, greatest = torch.aminmax(value.detach())
     return bool(least.isfinite() & greatest.isfinite())
+
+
+def plain_parts(value: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of a quantising library's own kind is made of; a plain one itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(value, name))

@@ -1,25 +1,18 @@
 """How a pipeline comes from disk and goes back: folders and single files."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import PipelineQuantizationConfig
-
-from latentfm.errors import InputError
-from latentfm.files import follow_umask, reason
-from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
-from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
-from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
-from latentfm.models.folder import INFO_FILE, PARTS, check_folder, read_info, refuse_pickle, write_stock_names
+from latentfm.files import follow_umask
+from latentfm.interchange.components import read_null
+from latentfm.interchange.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, UPLOAD, check_keywords
+from latentfm.interchange.loading import COMPONENTS, components_in, folder_of, load_file, load_folder, replaced_by
+from latentfm.models.folder import INFO_FILE, read_info, write_stock_names
 from latentfm.models.manifest import write_manifest
 from latentfm.models.preview import readable
-from latentfm.words import listed, shown
 
-logger = logging.getLogger(__name__)
-COMPONENTS = (*CLASSES, *EXTRA)
+__all__ = ["COMPONENTS", "PipelineFiles"]
 
 
 class PipelineFiles:
@@ -29,87 +22,73 @@ class PipelineFiles:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, verify: bool = False, **kwargs: Any) -> "PipelineFiles":
         """Loads a pipeline folder: one saved here, or a stock SD3 / SD3.5 folder (a hub name works as in diffusers).
 
-        The keyword arguments are DiffusionPipeline.from_pretrained's: components that stand for the folder's, torch_dtype (or dtype, one
-        or by component), float32 unless given, variant, quantization_config, and those of the download. verify: every byte of the
-        folder is compared with what was saved there. Raises InputError for a folder that is no pipeline, has changed since it was
-        saved, holds only pickles or would need code of its own, and for components cut short, damaged, or of another model.
+        The keyword arguments are DiffusionPipeline.from_pretrained's, none of them passed over: components that stand for the folder's,
+        None to leave one out; dtype (or torch_dtype: one, or one by component), float32 unless given; variant; quantization_config (a
+        PipelineQuantizationConfig, or configurations by component); device_map (a device, one by component, or "balanced", within
+        max_memory); and those of the download. verify: every byte of the folder is compared with what was saved there. Raises InputError
+        for a folder that is no pipeline, has changed since it was saved, holds only pickles or would need code of its own, for components
+        cut short, damaged, or of another model, and for a keyword that is unknown or cannot be served.
         """
-        folder = Path(pretrained_model_name_or_path)
-        names = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
-        dtype = next((given for given in names if given is not None), torch.float32)
-        kwargs["use_safetensors"] = True
-        if not folder.is_dir():
-            if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
-                check_folder(folder)
-            refuse_pickle(folder)
-            try:
-                folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"no such model folder: {shown(folder)}; as a model on the hub it did not load either: {reason(error)}"
-                ) from error
-        given = {name: kwargs[name] for name in COMPONENTS if name in kwargs}
-        device, variant = place_asked_for(kwargs.get("device_map")), kwargs.get("variant")
-        index = check_folder(folder, transformer="transformer" not in given, without=given.keys(), verify=verify, variant=variant)
-        if unknown := index.keys() - set(COMPONENTS):
-            logger.warning("%s has components that are not of this pipeline and are left out: %s", shown(folder), listed(sorted(unknown)))
-        loaded = dict(given)
-        for name in (name for name in COMPONENTS if name in index and name not in given):
-            wanted = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
-            quantization = quantisation_of(name, kwargs.get("quantization_config"))
-            loaded[name] = load_component(folder, name, index[name][1], wanted, variant, quantization)
-        if lost := [name for name in ("transformer", "vae", "scheduler") if name not in loaded]:
-            raise InputError(f"{shown(folder)} has no {' and no '.join(lost)}; give one, or another folder")
-        for name in (name for name in TEXT if name in index and loaded[name] is not None):
-            if (tokenizer := BY_NAME[name].tokenizer) not in loaded:
-                raise InputError(f"{shown(folder)} has a {name} and no {tokenizer}; its copy is not complete")
-        check_together({name: part for name, part in loaded.items() if name not in given}, folder)
-        pipe = cls(**loaded)
+        given = components_in(kwargs)
+        check_keywords("from_pretrained", kwargs, FOLDER_KEYWORDS)
+        folder = folder_of(cls, pretrained_model_name_or_path, given | kwargs)
+        parts = load_folder(folder, given, kwargs, verify)
+        pipe = cls(**parts.components)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         info = read_info(folder)
         rgb = info.pop("latent_rgb", None)
         if "vae" not in given and pipe.vae is not None:
             pipe.vae.latent_rgb = readable(rgb, pipe.vae.config.latent_channels)
         pipe.info = info
-        replaced = [number for number, encoder in enumerate(ENCODERS) if {encoder.name, encoder.tokenizer} & given.keys()]
-        pipe.null = read_null(folder, pipe.prompt_encoder, replaced)
-        return pipe if device is None else pipe.to(device)
+        pipe.null = read_null(folder, pipe.prompt_encoder, replaced_by(given))
+        pipe.hf_device_map = parts.places.devices
+        if parts.quantization is not None:
+            pipe.quantization_config = parts.quantization
+        return pipe
 
     @classmethod
     def from_single_file(
-        cls,
-        path: str | Path,
-        pipeline: str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
-        sample_size: int | None = None,
+        cls, pretrained_model_link_or_path: str | Path, pipeline: str | Path | None = None, **kwargs: Any
     ) -> "PipelineFiles":
         """Loads an SD3 / SD3.5 safetensors file in the original naming or diffusers', straight into the networks.
 
-        What the file lacks (often the VAE, the text encoders, T5's tokenizer) comes from `pipeline`, a pipeline folder; without
-        it text encoders are None where absent, CLIP's tokenizers are CLIP's own, the scheduler is SD3's. sample_size: the side
-        of the latents that default pictures have, 128 in a file that does not say. Raises InputError naming what is missing, or
-        what the file is instead.
+        The file may be a link to one on the hub. What it lacks (often the VAE, the text encoders, T5's tokenizer) comes from `pipeline`,
+        a pipeline folder; without it text encoders are None where absent, CLIP's tokenizers are CLIP's own, the scheduler is SD3's.
+
+        The keyword arguments are StableDiffusion3Pipeline.from_single_file's: config, a folder (or a name on the hub) that need hold no
+        weights; components that stand for the file's, None to leave one out; dtype (or torch_dtype), float32 unless given; device_map;
+        and those of the download. sample_size, ours: the side of the latents that default pictures have, 128 in a file that does not say.
+        Raises InputError naming what is missing, what the file is instead, or a keyword that cannot be served.
         """
-        base = open_weights(pipeline) if pipeline is not None else None
-        weights = completed(open_weights(path, like=base, sample_size=sample_size), base)
-        for note in weights.notes:
-            logger.warning(note)
-        components = {name: load_part(name, part, torch_dtype) for name, part in weights.parts.items()}
-        tokenizers = [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
-        components |= {name: tokenizer_of(name, weights) for name in tokenizers}
-        pipe = cls(scheduler=scheduler_from(weights.scheduler, weights.path), **components)
+        given = components_in(kwargs)
+        check_keywords("from_single_file", kwargs, FILE_KEYWORDS)
+        weights, parts = load_file(pretrained_model_link_or_path, pipeline, given, kwargs)
+        pipe = cls(**parts.components)
         pipe.info = weights.info
         if weights.null:
-            pipe.null = read_null(weights.null.parent, pipe.prompt_encoder)
+            pipe.null = read_null(weights.null.parent, pipe.prompt_encoder, replaced_by(given))
+        pipe.hf_device_map = parts.places.devices
         return pipe
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest.
+
+        The arguments are DiffusionPipeline.save_pretrained's; those of the upload (repo_id, token, ...) go with push_to_hub. Raises
+        InputError for pickles, which are not written either, and for an argument that cannot be served.
+        """
         folder = Path(save_directory)
-        kwargs["safe_serialization"] = True
+        check_keywords("save_pretrained", kwargs | {"safe_serialization": safe_serialization}, UPLOAD if push_to_hub else ())
         if self.has_encoders:
             self.null.parts(self.max_sequence_length)
-        super().save_pretrained(str(folder), **kwargs)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
         follow_umask(file for name in self.components for file in (folder / name).glob("*.safetensors"))
         self.null.save(folder)
         rgb = getattr(self.vae, "latent_rgb", None)
@@ -117,21 +96,5 @@ class PipelineFiles:
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info, **preview}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
         write_manifest(folder)
-
-
-def place_asked_for(device_map: Any) -> torch.device | None:
-    """The device that device_map names; None for none. Raises InputError for a map over several."""
-    try:
-        return None if device_map is None else torch.device(device_map)
-    except (RuntimeError, TypeError):
-        raise InputError(
-            f"device_map {device_map!r} is no device; components are put on one, as in device_map='cuda', or moved while drawing: "
-            "pipe.enable_model_cpu_offload()"
-        ) from None
-
-
-def quantisation_of(name: str, config: PipelineQuantizationConfig | None) -> Any:
-    """How `config` has the component `name` quantised; None for not at all."""
-    if config is None or name not in PARTS:
-        return None
-    return config._resolve_quant_config(is_diffusers=name not in TEXT, module_name=name)
+        if push_to_hub:  # which saves it once more, elsewhere: the library's own upload comes before what is written here
+            self.push_to_hub(**{"repo_id": folder.name, "variant": variant} | kwargs)

@@ -17,7 +17,6 @@ from latentfm.errors import InputError
 from latentfm.files import CONTENT_ERRORS, reading, reason
 from latentfm.interchange import original
 from latentfm.interchange.networks import all_finite, empty
-from latentfm.interchange.open_clip import clip_tokenizer
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
 from latentfm.interchange.tensors import Held, Stored, Tensors, read_file, read_folder, target_dtype
 from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, T5, TEXT
@@ -25,7 +24,6 @@ from latentfm.models.folder import PARTS, check_folder, read_config, read_info, 
 from latentfm.models.manifest import check_manifest
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import NULL_FILE
-from latentfm.models.tokenizers import load_tokenizer
 from latentfm.words import count, listed, shown
 
 CLASSES = {
@@ -36,9 +34,7 @@ CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
 KEY = "latentfm"  # in a single file's metadata: the configurations, which weights alone do not tell whole
-SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's, one tensor under two names
-CLIP_VOCABULARY = 49408
 WIDEST_CLIP = 8192
 
 
@@ -55,7 +51,7 @@ class Weights:
     """What `path` holds. kind: "pipeline folder", "transformer folder", "single file (original naming)" or "(diffusers naming)".
 
     tokenizers: a folder for each one there is. others: folders of components that are only copied. notes: what a person
-    should know about how it was read, a line each.
+    should know about how it was read, a line each. configs: of components whose weights are not there.
     """
 
     path: Path
@@ -68,6 +64,11 @@ class Weights:
     null: Path | None = None
     others: dict[str, tuple[Path, list[str]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def config(self, name: str) -> dict[str, Any] | None:
+        """The configuration of component `name`; None where there is none."""
+        return self.parts[name].config if name in self.parts else self.configs.get(name)
 
 
 def open_weights(
@@ -165,9 +166,7 @@ def open_file(path: Path, parts: tuple[str, ...], like: Weights | None, sample_s
             raise InputError(f"{shown(path)}: {name} {wrong}")
         opened[name] = part
     naming = "original" if in_original else "diffusers"
-    return Weights(
-        path, f"single file ({naming} naming)", opened, metadata, scheduler=said.get("scheduler"), info=said.get("info") or {}
-    )
+    return Weights(path, f"single file ({naming} naming)", opened, metadata, scheduler=said.get("scheduler"), info=said.get("info") or {})
 
 
 def own_words(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -227,8 +226,8 @@ def identity(tensors: Tensors) -> Stored:
 
 def config_for(name: str, tensors: Tensors, like: Weights | None) -> dict[str, Any]:
     """The configuration of `tensors`: that of the pipeline folder `like` if it fits them, else what their shapes say."""
-    if like and name in like.parts and not problems(name, Part(like.parts[name].config, tensors)):
-        return like.parts[name].config
+    if like and (said := like.config(name)) is not None and not problems(name, Part(said, tensors)):
+        return said
     if name == "transformer":
         return original.transformer_config(tensors)
     if name == "vae":
@@ -329,49 +328,3 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32, sampl
     """
     weights = open_weights(path, parts=("transformer",), sample_size=sample_size)
     return load_part("transformer", weights.parts["transformer"], dtype)
-
-
-def completed(weights: Weights, base: Weights | None) -> Weights:
-    """`weights` as a whole pipeline: what it lacks taken from the pipeline folder `base`, tokenizers and scheduler too.
-
-    Without them: SD3's scheduler, CLIP's own tokenizers; a T5 without tokenizer is left out, and `notes` says so. Raises
-    InputError naming what is still missing.
-    """
-    base = base or Weights(weights.path, "", {})
-    parts = {name: found for name in PARTS if (found := weights.parts.get(name) or base.parts.get(name))}
-    if missing := [name for name in ("transformer", "vae") if name not in parts]:
-        raise InputError(f"{shown(weights.path)} has no {' and no '.join(missing)}; give a pipeline folder to take the rest from")
-    notes, tokenizers = list(weights.notes), {}
-    for name, encoder in BY_NAME.items():
-        tokenizer = encoder.tokenizer
-        if name not in parts:
-            continue
-        if folder := weights.tokenizers.get(tokenizer) or base.tokenizers.get(tokenizer):
-            tokenizers[tokenizer] = folder
-        elif encoder.family is T5:
-            del parts[name]
-            notes.append(f"T5 is left out: its tokenizer is not in the file; give a pipeline folder with a {tokenizer} to keep it")
-        elif parts[name].config["vocab_size"] != CLIP_VOCABULARY:
-            what = f"a {name} with a vocabulary of its own and no tokenizer"
-            raise InputError(f"{shown(weights.path)} has {what}; give the pipeline it is of")
-    if not any(name in parts for name in TEXT):
-        notes.append("no text encoder: prompts cannot be read, only prompt_embeds given; give a pipeline folder to take the encoders from")
-    encoders = weights if any(name in weights.parts for name in TEXT) else base  # whose null condition and T5 length hold
-    return replace(
-        weights,
-        parts=parts,
-        tokenizers=tokenizers,
-        scheduler=weights.scheduler or base.scheduler or SD3_SCHEDULER,
-        info=encoders.info,
-        null=encoders.null,
-        others=weights.others or base.others,
-        notes=tuple(notes),
-    )
-
-
-def tokenizer_of(name: str, weights: Weights) -> Any:
-    """The tokenizer `name` of a completed pipeline: its folder's, or CLIP's own."""
-    if name in weights.tokenizers:
-        return load_tokenizer(weights.tokenizers[name])
-    length = weights.parts[name.replace("tokenizer", "text_encoder")].config["max_position_embeddings"]
-    return clip_tokenizer("!" if name == "tokenizer_2" else "<|endoftext|>", length)

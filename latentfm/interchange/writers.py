@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 
+from latentfm.errors import InputError
 from latentfm.files import check_regular
 from latentfm.interchange import original
+from latentfm.interchange.completing import tokenizer_of
+from latentfm.interchange.networks import vae_class
 from latentfm.interchange.tensors import Tensors, write_file, write_shards
-from latentfm.interchange.weights import CLASSES, KEY, Part, Weights, empty, tokenizer_of
+from latentfm.interchange.weights import CLASSES, KEY, Part, Weights, empty
 from latentfm.models.encoders import BY_NAME, TEXT
 from latentfm.models.folder import INFO_FILE, write_stock_names
 from latentfm.models.manifest import write_manifest
 from latentfm.models.stored import is_pickle, names_in
 from latentfm.models.text import NULL_FILE
+from latentfm.words import shown
 
 
 def carried(metadata: dict[str, str]) -> dict[str, str]:
@@ -38,6 +42,9 @@ def single_file(weights: Weights, naming: str) -> tuple[Tensors, dict[str, str]]
         if name == "transformer":
             own = original.transformer_to_original(own)
         elif name == "vae":
+            if (kind := vae_class(part.config).__name__) != CLASSES["vae"][1]:
+                what = f"{shown(weights.path)} has an {kind} as its VAE, which has no names in SD3's single files"
+                raise InputError(f"{what}; name the others (--with)")
             own = original.vae_to_original(own)
         tensors |= {original.PREFIXES[name][0] + key: stored for key, stored in own.items()}
     return tensors, metadata
@@ -66,6 +73,8 @@ def write_pipeline(
     for name in CLASSES:
         is_there = name in weights.parts or name == "scheduler" or name.replace("tokenizer", "text_encoder") in weights.parts
         index[name] = list(CLASSES[name]) if is_there else [None, None]
+    if "vae" in weights.parts:
+        index["vae"][1] = vae_class(weights.parts["vae"].config).__name__
     for name, part in weights.parts.items():
         metadata = carried(weights.metadata) if name == "transformer" else {"format": "pt"}
         write_component(folder / name, name, part, metadata, dtype, most, advance)

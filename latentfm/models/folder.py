@@ -22,9 +22,10 @@ COMPONENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # a component's name, wh
 
 # Bounds on what a configuration asks for, well beyond every published model's
 MOST_OF = {
-    "num_layers": 512, "num_hidden_layers": 512, "num_decoder_layers": 512, "layers_per_block": 32, "num_train_timesteps": 100_000,
+    "num_layers": 512, "num_hidden_layers": 512, "num_decoder_layers": 512, "layers_per_block": 32, "upsampling_scaling_factor": 16,
+    "num_train_timesteps": 100_000,
 }  # fmt: skip
-MOST_LEVELS = 16  # of a VAE
+MOST_LEVELS, MOST_BLOCKS = 16, 32  # of a VAE
 MOST = 2**24  # of any other whole number: a width, a vocabulary
 MOST_T5_TOKENS = 4096
 WHOLE = {
@@ -34,7 +35,9 @@ WHOLE = {
     "relative_attention_num_buckets", "relative_attention_max_distance", "base_image_seq_len", "max_image_seq_len",
 }  # fmt: skip
 NUMBERS = ("scaling_factor", "shift_factor", "shift", "shift_terminal", "base_shift", "max_shift", "layer_norm_eps", "layer_norm_epsilon")
-LISTS = ("block_out_channels", "down_block_types", "up_block_types")
+WIDTHS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
+DEPTHS = ("num_encoder_blocks", "num_decoder_blocks")
+LISTS = (*WIDTHS, *DEPTHS, "down_block_types", "up_block_types")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def wrong_setting(key: str, value: Any) -> str:
             return f"more than the {most:,} that are read"
     if key in LISTS and (not isinstance(value, list) or len(value) > MOST_LEVELS):
         return f"which is no list of at most {MOST_LEVELS}"
-    if key == "block_out_channels" and not all(type(width) is int and 1 <= width <= MOST for width in value):
+    if key in (*WIDTHS, *DEPTHS) and not all(type(size) is int and 1 <= size <= (MOST_BLOCKS if key in DEPTHS else MOST) for size in value):
         return "which is no list of whole numbers from 1 on"
     if key == "dual_attention_layers" and not (
         value is None or (isinstance(value, list) and len(value) <= MOST_OF["num_layers"] and all(type(i) is int for i in value))
@@ -137,6 +140,14 @@ def read_index(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
+def left_out(folder: Path) -> list[str]:
+    """The components that a folder's model_index.json names as left out; none where there is no such file."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return []
+    return [name for name, value in read_json(path, way_out="it is damaged: copy the folder again").items() if value == [None, None]]
+
+
 def refuse_pickle(path: Path) -> None:
     """Raises InputError when `path` is a pickle by its name, or a folder of whose weights only pickles would be opened."""
     if is_pickle(path):
@@ -168,11 +179,7 @@ def check_folder(
         raise InputError(f"{shown(folder)} has no transformer/config.json; it is not an SD3-style pipeline, or its copy is not complete")
     named = [name for name in index if name not in without]
     if lost := [name for name in named if not (folder / name).is_dir()]:
-        without_config = [f"it has no {name}/config.json" for name in lost if name in PARTS][:1]
-        raise InputError(
-            f"{shown(folder)} lacks the folder {', '.join(lost)}, which its {INDEX_FILE} names; "
-            f"{', '.join([*without_config, 'its copy is not complete'])}"
-        )
+        raise InputError(f"{shown(folder)} lacks the folder {', '.join(lost)}, which its {INDEX_FILE} names; {ways_out(lost)}")
     for name in (name for name in named if name in PARTS):  # what is wrong with a file says more than that it is another than was saved
         read_config(folder / name / "config.json")
         for path in weight_files(folder / name, variant).paths:
@@ -182,15 +189,27 @@ def check_folder(
     return index
 
 
+def ways_out(lost: list[str]) -> str:
+    """What to say of components whose folders are missing: the text encoders are those that a model can do without."""
+    ways = [f"it has no {name}/config.json" for name in lost if name in PARTS][:1] + ["its copy is not complete"]
+    pairs = {name: encoder for encoder in ENCODERS for name in (encoder.name, encoder.tokenizer)}
+    if all(name in pairs for name in lost):
+        names = dict.fromkeys(own for name in lost for own in (pairs[name].name, pairs[name].tokenizer))
+        ways += [f"or draw without: {', '.join(f'{name}=None' for name in names)} when it is loaded, --without of latentfm generate"]
+    return ", ".join(ways)
+
+
 def write_stock_names(folder: Path) -> None:
     """Makes the folder's JSON files name diffusers' classes and float32 text encoders, so that stock code loads and runs it.
 
     Without a dtype stock diffusers loads the transformer and the VAE in float32 whatever was saved, but transformers 5 loads
-    a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail.
+    a text encoder in the dtype its config.json names: float16 there would meet float32 weights and fail. A VAE's shift of None, which
+    stock code adds, is 0.
     """
     index = read_json(folder / INDEX_FILE)
     index.pop("_name_or_path", None)  # a path of the machine it was saved on
-    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    index |= {"_class_name": "StableDiffusion3Pipeline"}
+    index |= {"transformer": ["diffusers", "SD3Transformer2DModel"]} if index.get("transformer") != [None, None] else {}
     write_json(folder / INDEX_FILE, index)
     for name in read_index(folder):
         path = folder / name / "config.json"
@@ -200,6 +219,7 @@ def write_stock_names(folder: Path) -> None:
         config.pop("_name_or_path", None)
         config |= {"_class_name": "SD3Transformer2DModel"} if name == "transformer" else {}
         config |= {"dtype": "float32"} if name in TEXT else {}
+        config |= {"shift_factor": 0.0} if name == "vae" and config.get("shift_factor", 0.0) is None else {}
         write_json(path, config)
 
 

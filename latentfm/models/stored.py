@@ -8,6 +8,7 @@ the range of bytes after it; the bytes.
 import json
 import math
 import os
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,7 +18,9 @@ from latentfm.files import JSON_BYTES, TooLarge, open_file, read_json, reading
 from latentfm.words import count, listed, shown
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name a component's weights
+DIFFUSERS = "diffusion_pytorch_model"
+STEMS = (DIFFUSERS, "model")  # as diffusers and transformers name a component's weights
+VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([^.]+)\.safetensors|\.safetensors\.index\.([^.]+)\.json)")
 MOST_FILES = 10_000  # in one folder of a model
 MOST_DIMENSIONS = 16
 MOST_NUMBERS = 2**62  # of a tensor; a file of as many bytes does not exist
@@ -140,7 +143,7 @@ def pickle_refused(path: Path) -> InputError:
     name = shown(path)
     return InputError(
         f"{name} is a pickle, which can run code when opened; only safetensors are loaded. Convert it once in a "
-        "place you trust: python -c \"import torch, safetensors.torch as s; "
+        'place you trust: python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{name}', weights_only=True), '{shown(path.with_suffix('.safetensors'))}')\""
     )
 
@@ -164,24 +167,31 @@ class WeightFiles(NamedTuple):
     file_of: dict[str, str] | None
 
 
+def variants_in(folder: Path) -> list[str]:
+    """The variants, as "fp16", that a component's weights are there in beside or instead of the plain ones, sorted."""
+    found = (VARIANT.fullmatch(name) for name in names_in(folder))
+    return sorted({match[1] or match[2] for match in found if match})
+
+
 def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
     """The safetensors that a component's folder is read from: one file, or shards with their index.
 
-    `variant` ("fp16") is taken where it is there. Otherwise the file as diffusers or transformers name it, then an index, then a lone
-    variant or a lone file of another name. Raises InputError for a pickle where weights would be opened, a shard that is missing or lies
-    elsewhere, several files of which none is meant, and for none at all.
+    `variant` ("fp16") is taken where it is there. Otherwise the file as diffusers or transformers name it, or its index, then a lone
+    variant or a lone file of another name. Where there is both, whole, diffusers' library reads the index, transformers' the file, and so
+    it is here. Raises InputError for a pickle where weights would be opened, a shard that is missing or lies elsewhere, several files of
+    which none is meant, and for none at all.
     """
-    names = names_in(folder)
+    names = [name for name in names_in(folder) if name[0] != "."]
     files = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if ".safetensors.index." in name and name.endswith(".json")]
-    if variant is not None:
-        chosen = [name for name in files if name in {f"{stem}.{variant}.safetensors" for stem in STEMS}]
-        chosen += [name for name in indices if name.endswith(f".safetensors.index.{variant}.json")]
-        if chosen:
-            return one_of(folder, chosen[0])
-    for name in (f"{stem}{kind}" for kind in (".safetensors", ".safetensors.index.json") for stem in STEMS):
-        if name in names:
-            return one_of(folder, name)
+    stems = STEMS[::-1] if folder.name.startswith(("text_encoder", "image_encoder")) else STEMS  # the library's own first
+    for middle in ("", *([f".{variant}"] if variant is not None else []))[::-1]:
+        for stem in stems:
+            own = [name for name in (f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json") if name in names]
+            if len(own) == 2 and stem == DIFFUSERS and whole(folder, own[1]):
+                own.reverse()
+            if own:
+                return one_of(folder, own[0])
     if indices:
         return one_of(folder, min(indices, key=lambda name: (len(name), name)))
     if not files:
@@ -190,8 +200,19 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
         raise InputError(f"{shown(folder)} has no safetensors weights; its copy is not complete")
     files.sort(key=lambda name: (name.count("."), name))
     if len(files) > 1 and files[1].count(".") == files[0].count("."):
+        if len(kinds := variants_in(folder)) > 1:
+            raise InputError(f"{shown(folder)} has weights of the variants {listed(kinds)} alone: say which, as in variant='{kinds[0]}'")
         raise InputError(f"{shown(folder)} has several weights ({listed(files)}) and no index; keep one")
     return one_of(folder, files[0])
+
+
+def whole(folder: Path, index: str) -> bool:
+    """Whether all the shards of an index are there."""
+    try:
+        one_of(folder, index)
+    except InputError:
+        return False
+    return True
 
 
 def one_of(folder: Path, name: str) -> WeightFiles:
@@ -212,9 +233,7 @@ def one_of(folder: Path, name: str) -> WeightFiles:
         if not shard.endswith(".safetensors"):
             raise InputError(f"{shown(index)} names {shown(shard, 200)}, which is no safetensors file; only these are loaded")
     if lost := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise InputError(
-            f"{shown(folder)} lacks {listed(lost)}, {len(lost)} of {count(len(shards), 'shard')}; its copy is not complete"
-        )
+        raise InputError(f"{shown(folder)} lacks {listed(lost)}, {len(lost)} of {count(len(shards), 'shard')}; its copy is not complete")
     return WeightFiles(tuple(folder / shard for shard in shards), file_of)
 
 

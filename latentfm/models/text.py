@@ -1,7 +1,7 @@
 """Prompts to embeddings: two CLIP text encoders and T5, any of them absent, and the one null condition.
 
 SD3's layout (paper, section 4; diffusers' StableDiffusion3Pipeline): the second-to-last hidden states of both CLIPs are joined
-on the features and zero-padded to the joint width; T5's last hidden states follow on the sequence, padding unmasked;
+on the features and zero-padded to the joint width, or cut to it; T5's last hidden states follow on the sequence, padding unmasked;
 the pooled vector joins both CLIP projections. What an absent encoder would give is zeros.
 """
 
@@ -24,6 +24,7 @@ from latentfm.errors import InputError
 from latentfm.files import read_bytes, reading, whole_or_nothing
 from latentfm.models.encoders import CLIP, ENCODERS, T5, TextEncoder
 from latentfm.models.manifest import MANIFEST, renew_entry
+from latentfm.models.offloading import execution_device
 from latentfm.models.prints import encoder_print
 from latentfm.models.stored import header_of
 from latentfm.words import shortened
@@ -98,16 +99,11 @@ def assemble(parts: PromptParts, joint_dim: int, pooled_dim: int) -> Condition:
         clips = [parts.clip_1, parts.clip_2]
         if parts.clip_1 is None:
             clips[0] = parts.clip_2.new_zeros(rows, parts.clip_2.shape[1], absent)
-        joined = torch.cat([clip for clip in clips if clip is not None], dim=-1)
-        if joined.shape[-1] > joint_dim:
-            raise ValueError(f"the CLIP features are {joined.shape[-1]} wide, more than the joint width {joint_dim}")
-        sequence.append(F.pad(joined, (0, joint_dim - joined.shape[-1])))
+        joined = torch.cat([clip.to(like) for clip in clips if clip is not None], dim=-1)
+        sequence.append(F.pad(joined, (0, joint_dim - joined.shape[-1])))  # a negative number of zeros cuts off
     if parts.t5 is not None:
-        sequence.append(parts.t5)
-    return Condition(
-        embeds=torch.cat([part.to(like.dtype) for part in sequence], dim=1),
-        pooled=torch.cat([part.to(like.dtype) for part in pooled if part is not None], dim=-1),
-    )
+        sequence.append(parts.t5.to(like))
+    return Condition(torch.cat(sequence, dim=1), torch.cat([part.to(like) for part in pooled if part is not None], dim=-1))
 
 
 class PromptEncoder:
@@ -207,7 +203,7 @@ class PromptEncoder:
                 continue
             whole, texts = chunks == 1 or kind.family is not CLIP, prompts[index]
             ids = self.tokenize(index, texts, self.lengths(t5_length)[index]) if whole else self.pieces(index, texts, chunks)
-            ids = ids.to(encoder.device)
+            ids = ids.to(execution_device(encoder))
             out = encoder(ids, output_hidden_states=kind.family is CLIP)
             if kind.family is CLIP and clip_skip + 2 > len(out.hidden_states):
                 most = len(out.hidden_states) - 2

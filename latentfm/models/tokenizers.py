@@ -36,6 +36,8 @@ def load_tokenizer(folder: Path) -> Any:
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(str(error)) from error
+    for how in ("local_files_only", "is_local"):  # it was loaded, which transformers would save with it
+        tokenizer.init_kwargs.pop(how, None)
     return tokenizer
 
 

@@ -1,9 +1,12 @@
-"""Images to latents and back through a frozen AutoencoderKL, with SD3's shift and scale."""
+"""Images to latents and back through a frozen AutoencoderKL or AutoencoderTiny, with SD3's shift and scale."""
 
 import torch
 from torch import Tensor
 
 from latentfm.errors import InputError
+from latentfm.models.offloading import execution_device
+
+NO_VARIANCE = -200.0  # as a log-variance: the smallest float32 moves by less
 
 
 def shift_and_scale(vae: torch.nn.Module) -> tuple[float, float]:
@@ -18,8 +21,13 @@ def downsampling(vae: torch.nn.Module) -> int:
 
 @torch.no_grad()
 def encode_moments(vae: torch.nn.Module, images: Tensor) -> Tensor:
-    """Posterior mean and log-variance, [B, 2 C, h, w] float32, of images [B, 3, H, W] in [-1, 1]."""
-    posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    """Posterior mean and log-variance, [B, 2 C, h, w] float32, of images [B, 3, H, W] in [-1, 1].
+
+    A VAE whose latents are no draw (AutoencoderTiny) has a variance of nothing.
+    """
+    found = vae.encode(images.to(execution_device(vae), vae.dtype))
+    if (posterior := getattr(found, "latent_dist", None)) is None:
+        return torch.cat([found.latents, torch.full_like(found.latents, NO_VARIANCE)], dim=1).float()
     return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
 

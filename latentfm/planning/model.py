@@ -108,6 +108,8 @@ def read_model(folder: Path, network: dict[str, Any] | None = None) -> ModelSpec
         check_manifest(folder)
         return among_sd3(str(folder), net, latents)
     settings, clip = read_config(folder / "vae" / "config.json"), folder / "text_encoder" / "config.json"
+    if settings.get("_class_name") == "AutoencoderTiny":
+        raise InputError(f"{shown(folder)} has an AutoencoderTiny as its VAE, which draws; to plan and train give the model's own")
     with reading(folder / "vae" / "config.json"):
         if unsaid := [key for key in ("block_out_channels", "layers_per_block", "latent_channels") if not settings[key]]:
             raise KeyError(unsaid[0])

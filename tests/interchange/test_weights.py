@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
 from latentfm.files import whole_or_nothing
+from latentfm.interchange.completing import completed
 from latentfm.interchange.recognise import LORA, MMDIT, recognise
 from latentfm.interchange.tensors import read_folder
-from latentfm.interchange.weights import Part, Weights, completed, load_transformer, open_weights
+from latentfm.interchange.weights import Part, Weights, load_transformer, open_weights
 from latentfm.interchange.writers import write_component, write_pipeline, write_single
 from latentfm.models.mmdit import MMDiT
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from latentfm.errors import InputError
 from latentfm.models import stored
-from latentfm.models.stored import names_in, read_header, stored_numbers, weight_files
+from latentfm.models.stored import names_in, read_header, stored_numbers, variants_in, weight_files
 
 SOME = {"x": torch.zeros(2, 3)}
 
@@ -41,6 +41,45 @@ def test_shards_are_those_of_the_index_and_of_a_variants_own(tmp_path):
     index(tmp_path, {"x": "model.fp16-00001-of-00001.safetensors"}, "model.safetensors.index.fp16.json")
     assert names(tmp_path) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert names(tmp_path, "fp16") == ["model.fp16-00001-of-00001.safetensors"]
+
+
+def test_between_a_file_and_shards_each_librarys_own_choice_is_made(tmp_path):
+    for stem in ("diffusion_pytorch_model", "model"):
+        folder = tmp_path / stem
+        folder.mkdir()
+        save_file(SOME, folder / f"{stem}.safetensors")
+        save_file(SOME, folder / "one.safetensors")
+        index(folder, {"x": "one.safetensors"}, f"{stem}.safetensors.index.json")
+    assert names(tmp_path / "diffusion_pytorch_model") == ["one.safetensors"]
+    assert names(tmp_path / "model") == ["model.safetensors"]
+    (tmp_path / "diffusion_pytorch_model" / "one.safetensors").unlink()  # an index left over, whose shards are gone
+    assert names(tmp_path / "diffusion_pytorch_model") == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_each_component_is_read_by_its_own_librarys_name(tmp_path):
+    for part, own in (("transformer", "diffusion_pytorch_model"), ("text_encoder_3", "model"), ("text_encoder", "model")):
+        (tmp_path / part).mkdir()
+        for stem in ("diffusion_pytorch_model", "model"):
+            save_file(SOME, tmp_path / part / f"{stem}.safetensors")
+        assert names(tmp_path / part) == [f"{own}.safetensors"]
+
+
+def test_what_a_desktop_leaves_beside_weights_is_no_weights(tmp_path):
+    save_file(SOME, tmp_path / "model.fp16.safetensors")
+    (tmp_path / "._model.fp16.safetensors").write_bytes(b"Mac OS X")
+    (tmp_path / "._model.safetensors.index.json").write_bytes(b"Mac OS X")
+    assert names(tmp_path) == ["model.fp16.safetensors"]
+
+
+def test_of_several_variants_and_no_plain_weights_one_is_to_be_named(tmp_path):
+    for variant in ("fp16", "bf16"):
+        save_file(SOME, tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
+    index(tmp_path, {"x": "diffusion_pytorch_model.fp16.safetensors"}, "diffusion_pytorch_model.safetensors.index.int8.json")
+    assert variants_in(tmp_path) == ["bf16", "fp16", "int8"]
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.int8.json").unlink()
+    with pytest.raises(InputError, match="has weights of the variants bf16, fp16 alone: say which, as in variant='bf16'"):
+        weight_files(tmp_path)
+    assert names(tmp_path, "fp16") == ["diffusion_pytorch_model.fp16.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,19 @@ def test_no_encoder_at_all(encoder):
         assemble(PromptParts(), JOINT, POOLED)
 
 
-def test_clips_wider_than_the_joint_width_are_refused(encoder):
-    with pytest.raises(ValueError, match=r"40 wide.*32"):
-        assemble(encoder.encode(["a cat"], 16), 32, POOLED)
+def test_clips_wider_than_the_joint_width_are_cut_to_it_as_in_diffusers(encoder, stock):
+    bare = StableDiffusion3Pipeline(**stock.components | {"text_encoder_3": None, "tokenizer_3": None})
+    wide = bare.transformer.config.joint_attention_dim
+    bare.transformer.register_to_config(joint_attention_dim=32)
+    try:
+        embeds, pooled = theirs(bare, ["a cat", ""], length=16)
+    finally:
+        bare.transformer.register_to_config(joint_attention_dim=wide)
+    narrow = PromptEncoder([*encoder.tokenizers[:2], None], [*encoder.encoders[:2], None], 32, POOLED)
+    condition = assemble(narrow.encode(["a cat", ""], 16), 32, POOLED)
+    assert condition.embeds.shape == embeds.shape == (2, 32, 32)
+    torch.testing.assert_close(condition.embeds, embeds, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(condition.pooled, pooled, rtol=1e-5, atol=1e-6)
 
 
 def test_truncation_is_logged_with_the_lost_text(encoder, caplog):
@@ -249,6 +259,11 @@ def test_a_print_is_of_all_that_an_encoders_answer_depends_on(encoder):
     finally:
         hook.remove()
     assert encoder_print(copy.deepcopy(module).to("meta"), ids) is None
+    for rows in (slice(None), slice(0, 2), slice(1, 2)):  # of which the signs alone change
+        large = torch.randn(70_000).view(-1, 2)
+        flipped = large.clone()
+        flipped[1000:3000, rows].neg_()
+        assert totals([flipped]) != totals([large]) == totals([flipped.index_copy_(0, torch.arange(35_000), large)])
     large = torch.randn(70_000)
     assert totals([large, large[:0], large[:3].to(torch.float16)]) == [*totals([large]), 0, *totals([large[:3].to(torch.float16)])]
 
@@ -298,3 +313,44 @@ def test_the_null_condition_of_a_training_stands_by_itself(encoder, monkeypatch)
     assert kept.parts(16).t5.shape[1] == 16 and kept.parts(24).t5.shape[1] == 24 and kept.encoder is None
     with pytest.raises(InputError, match=r"\[16, 24\], not 8"):
         kept.parts(8)
+
+
+def test_a_glance_at_an_encoder_that_is_as_before_reads_no_large_weights_again(encoder, monkeypatch):
+    from latentfm.models import prints
+
+    module = torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.LayerNorm(400))
+    module.config = encoder.encoders[0].config
+    ids, full = torch.zeros(1, 4, dtype=torch.long), []
+    monkeypatch.setattr(prints, "full_print", lambda tensors, whole=prints.full_print: full.append(tensors) or whole(tensors))
+
+    def times_read(change) -> int:
+        full.clear()
+        before = prints.encoder_print(module, ids)
+        full.clear()
+        change(module)
+        assert prints.encoder_print(module, ids) != before
+        return len(full)
+
+    def in_place(module):
+        with torch.no_grad():
+            module[0].weight[1, 1] += 1.0
+
+    def past_autograd(module):  # as adapters are merged
+        module[0].weight.data += torch.outer(torch.ones(400), torch.linspace(0.1, 0.2, 300))
+
+    def another_tensor(module):
+        module[0].weight.data = module[0].weight.data.clone().index_fill_(0, torch.tensor([3]), 1.0)
+
+    def a_setting(module):
+        module[1].eps = 0.1
+
+    assert [times_read(change) for change in (in_place, past_autograd, another_tensor, a_setting)] == [1, 1, 1, 0]
+    full.clear()
+    assert prints.encoder_print(module, ids) == prints.encoder_print(module.train(), ids) != prints.encoder_print(module, ids + 1)
+    assert not full
+    with torch.inference_mode():  # whose tensors have no version
+        kept = torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.LayerNorm(400))
+        kept.config = module.config
+        before = prints.encoder_print(kept, ids)
+        kept[0].weight[1, 1] += 1.0
+    assert prints.encoder_print(kept, ids) != before
