@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentfm.models import vae as vae_room
+from latentfm.models.offloading import execution_device
 
 SIDE, PICTURES = 16, 8  # of the latents that the map is fitted to
 
@@ -26,7 +27,7 @@ def fitted(vae: nn.Module) -> Tensor:
     sides = (1, 2, 4, 8)  # of the patches of one value
     rough = [torch.randn(PICTURES // len(sides), channels, SIDE // side, SIDE // side, generator=generator) for side in sides]
     latents = torch.cat([F.interpolate(each, size=(SIDE, SIDE), mode="bilinear") / each.std() for each in rough])
-    place = next(vae.parameters()).device
+    place = execution_device(vae)
     pixels = torch.cat([vae_room.decode(vae, each[None].to(place)) for each in latents]).float().cpu().clamp(-1, 1)
     colours = F.adaptive_avg_pool2d(pixels, SIDE).movedim(1, -1).flatten(0, 2)
     return torch.linalg.lstsq(with_ones(latents.movedim(1, -1).flatten(0, 2)), colours).solution
