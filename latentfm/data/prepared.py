@@ -16,7 +16,7 @@ from latentfm.data.cache.fill import Job, fill
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.cache.store import Cache, key_of
-from latentfm.data.check.captions import limits_of, load_tokenizers
+from latentfm.data.check.captions import limits_of, load_tokenizers, token_counts
 from latentfm.data.images import UnreadableImage, load, load_mask, opened_rgb
 from latentfm.data.inventory import Inventory, unchanged
 from latentfm.data.loader import Batch, Dropout, Reader, Routing
@@ -29,7 +29,6 @@ from latentfm.models.text import NullCondition, PromptEncoder, PromptParts
 from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
-TOKENIZED_AT_ONCE = 1024
 
 Picture = tuple[Sample, bool]  # a sample, and whether it is mirrored
 
@@ -206,11 +205,7 @@ def warn_of_cuts(encoder: PromptEncoder, items: Sequence[tuple[str, int]]) -> No
     found, cut = [], set()
     for index, limit in limits_of(encoder, {length for _, length in items}):
         captions = list(dict.fromkeys(caption for caption, length in items if index < 2 or length == limit))
-        long = []
-        for start in range(0, len(captions), TOKENIZED_AT_ONCE):
-            part = captions[start : start + TOKENIZED_AT_ONCE]
-            ids = encoder.tokenizers[index](part, verbose=False).input_ids
-            long += [caption for caption, row in zip(part, ids, strict=True) if len(row) > limit]
+        long = [captions[place] for place in np.flatnonzero(token_counts(encoder, index, captions) > limit)]
         cut |= set(long)
         found += [f"{len(long):,} by {ENCODERS[index]} after {limit} tokens"] if long else []
     if cut:
