@@ -11,7 +11,9 @@ from latentfm import quantised
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LatentFMPipeline": "latentfm.pipeline",
+    "LatentFMPipeline": "latentfm.pipelines.text_to_image",
+    "LatentFMImg2ImgPipeline": "latentfm.pipelines.image_to_image",
+    "LatentFMInpaintPipeline": "latentfm.pipelines.image_to_image",
     "MMDiT": "latentfm.models.mmdit",
     "NullCondition": "latentfm.models.text",
     "PromptEncoder": "latentfm.models.text",

@@ -230,7 +230,9 @@ class SampleOptions(Section):
     every: int = Field(200, ge=1, description="steps between pictures; they are also made before the first step and after the last")
     steps: int = Field(28, ge=1, le=MOST_STEPS)
     guidance: float = Field(3.0, ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)
-    solver: Solver = Field("euler", description="midpoint and heun cost twice, rk4 four times a step; euler_maruyama is an SDE's")
+    solver: Solver | None = Field(
+        None, description="Euler's method if unset; midpoint and heun cost twice, rk4 four times a step; euler_maruyama is an SDE's"
+    )
     schedule: Schedule = Field("model", description="the times visited: model, the scheduler's own, or one of latentfm.flow.grids")
     shift: float | None = Field(None, gt=0, le=1000, description="of a schedule other than model; the scheduler's if not given")
     guidance_rule: Literal["cfg", "cfg_zero_star", "apg"] = "cfg"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from latentfm.pipeline import LatentFMPipeline
+    from latentfm.pipelines.text_to_image import LatentFMPipeline
 
 PIECES, PIECE_BYTES = 64, 4096  # what the fingerprint reads of each large file
 
@@ -31,7 +31,7 @@ def load(folder: Path, dtype: str, verify: bool = False, option: str = "--model"
     import torch
 
     from latentfm.files import reading
-    from latentfm.pipeline import LatentFMPipeline
+    from latentfm.pipelines.text_to_image import LatentFMPipeline
 
     with reading(f"{option} {shown(folder)}", "its copy may be incomplete or damaged"):
         pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype))

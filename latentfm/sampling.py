@@ -3,6 +3,7 @@
 The names stand here without torch, so that options and `--help` know them at once; `latentfm.flow` holds what they mean.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -28,11 +29,12 @@ Guidance = Literal["cfg", "cfg_zero_star", "apg", "autoguidance"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn. The defaults are StableDiffusion3Pipeline's: Euler's method on the model's own schedule, guided by CFG.
+    """How pictures are drawn. The defaults are StableDiffusion3Pipeline's: by the model's own scheduler, guided by CFG.
 
     num_inference_steps: intervals of the schedule. How often the network is evaluated in each is in SOLVERS.
     guidance_scale: w; 1 or less is no guidance.
-    solver: of flow.ode, or of flow.sde, which draws fresh noise at each step.
+    solver: of flow.ode, or of flow.sde, which draws fresh noise at each step. None: the model's own scheduler makes the steps of its own
+        schedule (SD3's makes Euler's), Euler's method those of another.
     schedule: "model", the times that the model's own scheduler visits, or one of flow.grids.
     shift: of a schedule of flow.grids (flow.shift_sigma); the scheduler's own if None.
     guidance: a rule of flow.guidance. "autoguidance" needs a weaker network to guide against.
@@ -46,7 +48,7 @@ class Sampler:
 
     num_inference_steps: int = 28
     guidance_scale: float = 7.0
-    solver: Solver = "euler"
+    solver: Solver | None = None
     schedule: Schedule = "model"
     shift: float | None = None
     guidance: Guidance = "cfg"
@@ -57,12 +59,13 @@ class Sampler:
 
     def __post_init__(self) -> None:
         for what, value, known in (
-            ("solver", self.solver, tuple(SOLVERS)),
+            ("solver", self.solver, (None, *SOLVERS)),
             ("schedule", self.schedule, get_args(Schedule)),
             ("guidance", self.guidance, get_args(Guidance)),
         ):
             if value not in known:
-                raise InputError(f"no {what} {shown(repr(value), 60)}{nearest(str(value), known)}; there are {', '.join(known)}")
+                names = [name for name in known if name is not None]
+                raise InputError(f"no {what} {shown(repr(value), 60)}{nearest(str(value), names)}; there are {', '.join(names)}")
         if self.shift is not None and self.schedule == "model":
             raise InputError(f"shift {self.shift:g} needs a schedule of its own, as schedule 'uniform'; 'model' follows the scheduler's")
         if self.shift is not None and not 0 < self.shift <= 1000:
@@ -89,14 +92,25 @@ class Sampler:
         given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)[2:]}
         return {"guidance_rule" if name == "guidance" else name: value for name, (value, default) in given.items() if value != default}
 
-    def grid(self, scheduler: Any, tokens: int) -> "Tensor":
-        """The times t of the steps, [steps + 1] from about 0 to 1. `tokens` [int]: of the image, for schedulers that shift by them."""
-        if self.schedule == "model":
-            return scheduler_grid(scheduler, self.num_inference_steps, tokens)
-        from latentfm import flow
+    @property
+    def by_scheduler(self) -> bool:
+        """Whether the model's own scheduler makes the steps."""
+        return self.solver is None and self.schedule == "model"
 
-        shift = self.shift or scheduler.config.get("shift") or 1.0
-        return flow.GRIDS[self.schedule](self.num_inference_steps, shift)
+    def grid(self, scheduler: Any, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> "Tensor":
+        """The times t of the steps, [steps + 1] from about 0 to 1, to which the scheduler is set too; see `set_timesteps`."""
+        if self.schedule == "model":
+            return scheduler_grid(scheduler, self.num_inference_steps, tokens, sigmas, mu)
+        if sigmas is not None or mu is not None:
+            raise InputError(f"sigmas and mu are for the scheduler's own schedule; schedule '{self.schedule}' has times of its own")
+        from latentfm import flow
+        from latentfm.models.velocity import timesteps
+
+        grid = flow.GRIDS[self.schedule](self.num_inference_steps, self.shift or scheduler.config.get("shift") or 1.0)
+        scheduler.num_inference_steps = self.num_inference_steps
+        scheduler.timesteps, scheduler.sigmas = timesteps(grid[:-1]), timesteps(grid) / 1000.0
+        scheduler._step_index = scheduler._begin_index = None
+        return grid
 
     def guides_at(self, t: "Tensor") -> bool:
         """Whether there is guidance at the time t, a scalar."""
@@ -124,7 +138,7 @@ class Sampler:
         from latentfm import flow
 
         if self.solver not in flow.SCHEMES:
-            solver = flow.DormandPrince() if self.solver == "dormand_prince" else flow.SOLVERS[self.solver]()
+            solver = flow.DormandPrince() if self.solver == "dormand_prince" else flow.SOLVERS[self.solver or "euler"]()
             return flow.integrate(field, x, grid, solver, on_step, host_times=True)
         diffusion, scheme = flow.PowerOfBeta(self.noise), flow.SCHEMES[self.solver]()
         try:
@@ -148,35 +162,43 @@ class Sampler:
         return torch.tensor(list(dict.fromkeys(seen)))
 
 
-def scheduler_grid(scheduler: Any, steps: int, tokens: int) -> "Tensor":
-    """The times t of `steps` Euler steps, [steps + 1] from about 0 to 1: those that a scheduler visits.
+def set_timesteps(scheduler: Any, steps: int, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> None:
+    """Sets a scheduler of diffusers' to a run of `steps` steps, its timesteps on the CPU.
 
-    It is asked for its sigmas, so that all of its configuration counts. `tokens` is the number of image tokens, for schedulers whose
-    shift depends on it. Raises InputError for a scheduler that steps in another way, or counts time in another way than the network.
+    tokens [int]: of the image, for schedulers that shift by them. sigmas: the steps' noise levels, where not the scheduler's own. mu: of
+    dynamic shifting, where not by the tokens. Raises InputError for a scheduler that cannot be set so.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from latentfm.models.velocity import times
-
-    own_step = getattr(type(scheduler), "step", None) is FlowMatchEulerDiscreteScheduler.step and "step" not in vars(scheduler)
-    if not own_step or scheduler.config.get("stochastic_sampling"):
-        raise InputError(f"this {type(scheduler).__name__} does not fit; use a FlowMatchEulerDiscreteScheduler, not stochastic")
-    config, extra = scheduler.config, {}
+    config, extra = scheduler.config, {} if mu is None else {"mu": mu}
     try:
-        if config.get("use_dynamic_shifting"):
+        if config.get("use_dynamic_shifting") and mu is None:
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             slope = (config.get("max_shift", 1.16) - config.get("base_shift", 0.5)) / (high - low)
             extra["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
-        scheduler.set_timesteps(steps, device="cpu", **extra)
-        sigmas = scheduler.sigmas.float()
-        apart = (scheduler.timesteps.float() - 1000.0 * sigmas[:-1]).abs().max()  # from what the network is told
-    except (ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
+        if sigmas is not None:
+            extra["sigmas"] = list(sigmas)
+        if unknown := extra.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+            raise ValueError(f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}")
+        scheduler.set_timesteps(**{"num_inference_steps": steps} if sigmas is None else {}, device="cpu", **extra)
+        if not (scheduler.timesteps.isfinite().all() and len(scheduler.timesteps)):
+            raise ValueError(f"its timesteps are {shortened(str(scheduler.timesteps.tolist()), 80)}")
+    except (AttributeError, ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
         raise InputError(f"the scheduler's configuration cannot be followed for {steps} steps: {shown(error, 200)}") from error
-    moves = sigmas.diff()
-    if not (sigmas.isfinite().all() and ((moves < 0).all() or (moves > 0).all())):
-        found = shortened(str(sigmas.tolist()), 80)
-        raise InputError(f"the scheduler's {steps} steps are no way from noise to a picture: its sigmas are {found}")
-    if apart > 0.01:
-        count = config.get("num_train_timesteps")
-        raise InputError(f"the scheduler counts time to {count} (num_train_timesteps), the network to 1000; use one that does too")
-    return times(sigmas)
+
+
+def scheduler_grid(scheduler: Any, steps: int, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> "Tensor":
+    """The times t of the steps of a scheduler set by `set_timesteps`, [steps + 1] from about 0 to 1, for a solver of ours.
+
+    Raises InputError for a scheduler whose sigmas are no such times, or that counts time in another way than the network.
+    """
+    from latentfm.models.velocity import times
+
+    set_timesteps(scheduler, steps, tokens, sigmas, mu)
+    visited = scheduler.sigmas.float()
+    moves = visited.diff()
+    if not (visited.isfinite().all() and ((moves < 0).all() or (moves > 0).all())):
+        found = shortened(str(visited.tolist()), 80)
+        raise InputError(f"the scheduler's {steps} steps are no way from noise to a picture: its sigmas are {found}; give a schedule")
+    if (scheduler.timesteps.float() - 1000.0 * visited[:-1]).abs().max() > 0.01:  # from what the network is told
+        count = scheduler.config.get("num_train_timesteps")
+        raise InputError(f"the scheduler counts time to {count} (num_train_timesteps), the network to 1000; give a schedule, or no solver")
+    return times(visited)

@@ -66,12 +66,15 @@ def clip_text(tokenizer, width: int, act: str):
     return CLIPTextModelWithProjection(config).eval()
 
 
-def tiny_pipeline(folder: Path, seed: int = 0, with_t5: bool = True, clip_length: int = 16) -> Path:
+def tiny_pipeline(
+    folder: Path, seed: int = 0, with_t5: bool = True, clip_length: int = 16, channels: int = 4, read_channels: int | None = None
+) -> Path:
     """Writes a stock StableDiffusion3Pipeline folder of random weights (a function of `seed`) and returns `folder`.
 
-    Images 32 x 32, latents 4 x 8 x 8 (factor 4), 2 MM-DiT blocks of 2 heads x 16, joint width 48, pooled width 40. The
-    velocity network's modulations and output are not zero, so that pictures depend on prompts and times. Stock diffusers loads
-    a folder without T5 only when asked with text_encoder_3=None, tokenizer_3=None, as it does any SD3 folder.
+    Images 32 x 32, latents `channels` x 8 x 8 (factor 4), 2 MM-DiT blocks of 2 heads x 16, joint width 48, pooled width 40; an
+    inpainting network reads `read_channels`. The velocity network's modulations and output are not zero, so that pictures depend on
+    prompts and times. Stock diffusers loads a folder without T5 only when asked with text_encoder_3=None, tokenizer_3=None, as it does
+    any SD3 folder.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import T5Config, T5EncoderModel
@@ -90,11 +93,12 @@ def tiny_pipeline(folder: Path, seed: int = 0, with_t5: bool = True, clip_length
             t5 = T5EncoderModel(t5_config).eval()
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=VAE_LEVELS,
-            layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=1.5305, shift_factor=0.0609,
+            layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=32, scaling_factor=1.5305, shift_factor=0.0609,
             use_quant_conv=False, use_post_quant_conv=False,
         ).eval()  # fmt: skip
         transformer = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            sample_size=8, patch_size=2, in_channels=read_channels or channels, out_channels=channels, num_layers=2,
+            attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=T5_WIDTH, caption_projection_dim=32, pooled_projection_dim=sum(CLIP_WIDTHS), pos_embed_max_size=8,
             qk_norm="rms_norm",
         ).eval()  # fmt: skip

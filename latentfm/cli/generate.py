@@ -31,7 +31,7 @@ from latentfm.words import shortened, shown
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from latentfm.pipeline import LatentFMPipeline
+    from latentfm.pipelines.text_to_image import LatentFMPipeline
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -171,7 +171,8 @@ def check_together(parts: Mapping[str, Any], where: Path) -> None:
     clips = [sizes[encoder.name].projection_dim for encoder in ENCODERS if encoder.family is CLIP and encoder.name in sizes]
     meetings = []
     if network is not None:
-        meetings += [("the transformer's latent channels", network.in_channels, "the VAE's", vae.latent_channels)] if vae else []
+        if vae and network.in_channels != 2 * vae.latent_channels + 1:  # which an inpainting network reads, the mask's among them
+            meetings += [("the transformer's latent channels", network.in_channels, "the VAE's", vae.latent_channels)]
         meetings += [("the transformer's text width", network.joint_attention_dim, "T5's", t5.d_model)] if t5 else []
         if len(clips) == 2:
             meetings += [("the transformer's pooled width", network.pooled_projection_dim, "the two CLIPs'", sum(clips))]

@@ -21,6 +21,7 @@ from latentfm.interchange.weights import CLASSES, completed, load_part, open_wei
 from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
 from latentfm.models.folder import INFO_FILE, PARTS, check_folder, read_info, refuse_pickle, write_stock_names
 from latentfm.models.manifest import renew_entry, write_manifest
+from latentfm.models.preview import readable
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,11 @@ class PipelineFiles(SD3LoraLoaderMixin):
         check_together({name: part for name, part in loaded.items() if name not in given}, folder)
         pipe = cls(**loaded)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        pipe.info = read_info(folder)
+        info = read_info(folder)
+        rgb = info.pop("latent_rgb", None)
+        if "vae" not in given and pipe.vae is not None:
+            pipe.vae.latent_rgb = readable(rgb, pipe.vae.config.latent_channels)
+        pipe.info = info
         replaced = [number for number, encoder in enumerate(ENCODERS) if {encoder.name, encoder.tokenizer} & given.keys()]
         pipe.null = read_null(folder, pipe.prompt_encoder, replaced)
         return pipe if device is None else pipe.to(device)
@@ -165,7 +170,9 @@ class PipelineFiles(SD3LoraLoaderMixin):
         super().save_pretrained(str(folder), **kwargs)
         follow_umask(file for name in self.components for file in (folder / name).glob("*.safetensors"))
         self.null.save(folder)
-        (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info}, indent=2) + "\n", "utf-8")
+        rgb = getattr(self.vae, "latent_rgb", None)
+        preview = {} if rgb is None else {"latent_rgb": rgb.tolist()}
+        (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info, **preview}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
         write_manifest(folder)
 

@@ -3,24 +3,28 @@
 from typing import Any
 
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from latentfm.models.backends import Backend, attend
+from latentfm.models.backends import Backend, Processed, attend
 from latentfm.models.fused_qkv import FusedProjections, apart
 from latentfm.models.kernels import HeadNorm, unread
 from latentfm.models.packing import Heads, each_with_its_own
 
 
-class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
+class Attention(Processed, FusedProjections, AttentionModuleMixin, attention_processor.Attention):
     """Attention over [image, text] tokens, each modality with its own projections.
 
     joint=False leaves the text out (SD3.5's second attention). context_pre_only drops the text's output projection and with it
-    the text's queries, as in the last block. qk_norm is None or "rms_norm" (per head, eps 1e-6).
+    the text's queries, as in the last block. qk_norm is None or "rms_norm" (per head, eps 1e-6). It is one of diffusers' by class alone,
+    for those who look for these (PAG): nothing of theirs is built or run.
     """
 
+    is_cross_attention = False
+
     def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None, joint: bool, context_pre_only: bool = False):
-        super().__init__()
+        nn.Module.__init__(self)
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm must be None or 'rms_norm', got {qk_norm!r}")
         self.heads, self.joint, self.context_pre_only = heads, joint, context_pre_only
@@ -33,7 +37,7 @@ class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
 
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, inner), nn.Linear(dim, inner), nn.Linear(dim, inner)
         self.norm_q, self.norm_k = norm(), norm()
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Identity()])  # diffusers' processors apply a dropout there
         if joint:
             self.add_q_proj, self.add_k_proj = nn.Linear(dim, inner), nn.Linear(dim, inner)
             self.add_v_proj = nn.Linear(dim, inner)
@@ -41,19 +45,21 @@ class Attention(FusedProjections, nn.Module, AttentionModuleMixin):
             if not context_pre_only:
                 self.to_add_out = nn.Linear(inner, dim)
 
-    def set_processor(self, processor: Any) -> None:
-        """Raises ValueError for anything but a Backend: another way of computing the attention would be passed over in silence."""
-        if not isinstance(processor, Backend):
-            raise ValueError(f"MMDiT's attention takes no processor of another kind, got {type(processor).__name__}")
-        self.processor = processor
-
     def forward(
-        self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None
+        self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None, **extra: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(image [B, N, dim], text [B, L, dim]) -> the same shapes, or the image's output alone where the text has none.
 
         With `lengths`, text is [1, sum(lengths), dim]: the tokens of each sample behind those of the one before, none of them padding.
+        `extra` is a processor's of diffusers'. Raises ValueError for what the processor does not take.
         """
+        if not isinstance(self.processor, Backend):
+            if lengths is not None:
+                raise ValueError(f"an encoder_attention_mask does not go together with {type(self.processor).__name__}")
+            out = self.processor(self, image, text, **extra)
+            return out[0] if self.context_pre_only and self.joint else out
+        if extra:
+            raise ValueError(f"MMDiT takes no joint_attention_kwargs but scale, got {sorted(extra)}; an IP-Adapter's need load_ip_adapter")
         of_image = self.heads_of(image, ("to_q", "to_k", "to_v"), self.norm_q, self.norm_k)
         if not self.joint:
             return self.to_out[0](self.attend(*of_image).flatten(2))

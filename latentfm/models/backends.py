@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements, dispatch_attention_fn
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor
 
 from latentfm.errors import InputError, nearest
@@ -27,6 +28,7 @@ BACKENDS = {
     "flex": "flex",
 }
 ENVIRONMENT = "LATENTFM_ATTENTION"
+PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
 
 
 def attention_backend(name: str) -> AttentionBackendName | None:
@@ -89,6 +91,17 @@ class Backend:
 
     _attention_backend: AttentionBackendName | None = None
     _parallel_config: Any = None
+
+
+class Processed:
+    """An attention that a processor of diffusers' may compute in our place: an IP-Adapter's, PAG's."""
+
+    def set_processor(self, processor: Any) -> None:
+        """Has `processor` compute the attention; a plain one of diffusers' gives it back to us. Raises ValueError for what is none."""
+        if not (callable(processor) or isinstance(processor, Backend)):
+            raise ValueError(f"MMDiT's attention takes a processor of diffusers', got {type(processor).__name__}")
+        self._modules.pop("processor", None)  # an IP-Adapter's has weights
+        self.processor = Backend() if type(processor) in PLAIN_PROCESSORS else processor
 
 
 class ChosenAttention:

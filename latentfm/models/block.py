@@ -1,6 +1,6 @@
 """One MM-DiT block (Esser et al. 2024, figure 2b): two streams of tokens, image and text, that meet in one attention."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,15 @@ class Block(nn.Module):
         conditioning: Tensor | None,
         modulation: BlockModulation | None = None,
         packing: Packing | None = None,
+        attention: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(image [B, N, dim], text [B, L, dim], conditioning [B, dim]) -> (image, text); the last block gives back the text it got.
 
-        `modulation` stands for the conditioning vector where it was computed before; with `packing` the text is packed.
+        `modulation` stands for the conditioning vector where it was computed before; with `packing` the text is packed;
+        `attention` is for attention processors of diffusers'.
         The two streams go by the names that diffusers' caching hooks ask a block's arguments for.
         """
-        image, text = hidden_states, encoder_hidden_states
+        image, text, attention = hidden_states, encoder_hidden_states, attention or {}
         of_image, of_text = self.modulation(conditioning) if modulation is None else modulation
         if packing is not None:
             of_text = packing.per_token(of_text)
@@ -97,13 +99,13 @@ class Block(nn.Module):
         else:
             text_shift, text_scale, text_gate, text_ff_shift, text_ff_scale, text_ff_gate = of_text
         attended = self.attn(
-            modulated_norm(image, scale, shift), modulated_norm(text, text_scale, text_shift), packing and packing.lengths
+            modulated_norm(image, scale, shift), modulated_norm(text, text_scale, text_shift), packing and packing.lengths, **attention
         )
         attended, text_attended = (attended, None) if self.context_pre_only else attended
         after = torch.addcmul(image, gate, attended)
         if self.dual:
             shift2, scale2, gate2 = second
-            after = torch.addcmul(after, gate2, self.attn2(modulated_norm(image, scale2, shift2)))
+            after = torch.addcmul(after, gate2, self.attn2(modulated_norm(image, scale2, shift2), **attention))
         image = torch.addcmul(after, ff_gate, self.ff(modulated_norm(after, ff_scale, ff_shift)))
         if self.context_pre_only:
             return image, text

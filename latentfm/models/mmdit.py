@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin, SD3Transformer2DLoadersMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -25,11 +25,14 @@ from latentfm.models.embeddings import PatchEmbed, TimeTextEmbed
 from latentfm.models.kernels import modulated_norm
 from latentfm.models.packing import pack
 from latentfm.models.presets import PRESETS
+from latentfm.models.recompute import PartlyRecomputed
 from latentfm.models.routing import TokenRoute
 from latentfm.models.schedule import Precomputed
 
 
-class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class MMDiT(
+    PartlyRecomputed, ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapterMixin, SD3Transformer2DLoadersMixin, CacheMixin
+):
     """The MM-DiT. Arguments, state-dict names and shapes are those of diffusers' SD3Transformer2DModel.
 
     sample_size: side of the latents the position table is scaled to. caption_projection_dim must equal
@@ -76,8 +79,8 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
         )
         self.norm_out = Modulation(dim, 2, (0,))
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
+        self.image_proj = None  # an IP-Adapter's, made by its loader
         self.gradient_checkpointing = False
-        self.checkpointed_fraction = 1.0
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "MMDiT":
@@ -109,21 +112,6 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    def set_gradient_checkpointing(self, fraction: float) -> None:
-        """Recomputes this share of the blocks in the backward pass, evenly spread: 0 none, 1 all. Raises ValueError outside [0, 1]."""
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"the fraction of blocks to checkpoint must be from 0 to 1, got {fraction}")
-        self.checkpointed_fraction = float(fraction)
-        if fraction:
-            self.enable_gradient_checkpointing()
-        else:
-            self.disable_gradient_checkpointing()
-
-    def checkpointed(self, index: int) -> bool:
-        """Whether block `index` is recomputed in the backward pass."""
-        share = self.checkpointed_fraction
-        return self.gradient_checkpointing and int((index + 1) * share) > int(index * share)
-
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
@@ -144,14 +132,13 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
         hidden_states [B, C, H, W]; encoder_hidden_states [B, L, joint_attention_dim]; pooled_projections
         [B, pooled_projection_dim]; timestep [B] = 1000 sigma. Blocks listed in skip_layers are passed over;
         block_controlnet_hidden_states are residuals added after the blocks, spread evenly over them;
-        joint_attention_kwargs may hold "scale", the strength of a LoRA.
+        joint_attention_kwargs may hold "scale", the strength of a LoRA, and what the attention processors take;
+        "ip_adapter_image_embeds" [B, images, width] is what a loaded IP-Adapter looks at.
         encoder_attention_mask [B, L]: True for the text tokens to read; the others are left out of every computation (SD3 itself
         reads its padding). token_route: image tokens that alone pass through some blocks. precomputed: of a schedule and
         these prompts, looked up by a timestep on the CPU; after its first use it stands for pooled_projections and encoder_hidden_states.
         Raises ValueError when a shape does not fit the configuration, or an argument the way the network is spread over processes.
         """
-        if joint_attention_kwargs:
-            raise ValueError(f"MMDiT takes no joint_attention_kwargs but scale, got {sorted(joint_attention_kwargs)}")
         self.check_shapes(hidden_states, encoder_hidden_states, pooled_projections, timestep)
         batch, patch = hidden_states.shape[0], self.config.patch_size
         rows, columns = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
@@ -170,6 +157,9 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
             text, modulations, out = self.context_embedder(encoder_hidden_states), [None] * len(self.transformer_blocks), None
         else:
             conditioning, (text, modulations, out) = None, precomputed.at(place, self, encoder_hidden_states, pooled_projections)
+        attention = dict(joint_attention_kwargs or {})
+        if self.image_proj is not None and (seen := attention.pop("ip_adapter_image_embeds", None)) is not None:
+            attention["ip_hidden_states"], attention["temb"] = self.image_proj(seen, timestep.to(image.device))
         text, packing = (text, None) if encoder_attention_mask is None else pack(text, encoder_attention_mask)
         if token_route is not None:
             token_route.check(len(self.transformer_blocks), image)
@@ -178,7 +168,7 @@ class MMDiT(ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapte
             if token_route is not None and index == token_route.first:
                 every, image = image, image.gather(1, token_route.indices(image))
             if skip_layers is None or index not in skip_layers:
-                arguments = (image, text, conditioning, modulations[index], packing)
+                arguments = (image, text, conditioning, modulations[index], packing, attention)
                 if torch.is_grad_enabled() and self.checkpointed(index):
                     image, text = self._gradient_checkpointing_func(block, *arguments)
                 else:

@@ -161,25 +161,60 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(
-        self, prompts: list[str], t5_length: int, prompts_2: list[str] | None = None, prompts_3: list[str] | None = None
+        self,
+        prompts: list[str],
+        t5_length: int,
+        prompts_2: list[str] | None = None,
+        prompts_3: list[str] | None = None,
+        clip_skip: int = 0,
+        chunks: int = 1,
     ) -> PromptParts:
         """Each encoder's share of `prompts` [B]; `prompts_2` and `prompts_3` replace them for the second CLIP and for T5.
 
-        t5_length is the number of T5 tokens, padding included. Without T5, t5 is that many rows of zeros, as in SD3. The encoders
-        answer in evaluation mode, whatever mode they are in.
+        t5_length is the number of T5 tokens, padding included. Without T5, t5 is that many rows of zeros, as in SD3. clip_skip: how many
+        more of CLIP's last layers are left out than the one that SD3 leaves out. chunks: CLIP reads so many pieces of a prompt one by one,
+        its pooled answer being the first one's, and T5 as many times its length. The encoders answer in evaluation mode, whatever mode
+        they are in.
         """
         with evaluating(*self.encoders):
-            return self.answers((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length)
+            return self.answers((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length * chunks, clip_skip, chunks)
 
-    def answers(self, prompts: Sequence[list[str]], t5_length: int) -> PromptParts:
+    def chunks_of(self, prompts: Sequence[list[str]], t5_length: int) -> int:
+        """The least number of chunks in which no encoder loses a word of its `prompts`."""
+        most = 1
+        for index, (kind, tokenizer, encoder) in enumerate(self.rows()):
+            if encoder is not None:
+                marks = 2 if kind.family is CLIP else 1  # the beginning and the end are marked in each of CLIP's chunks
+                counts = [len(ids) - marks for ids in tokenizer(prompts[index], verbose=False).input_ids]
+                most = max(most, *(-(-count // (self.lengths(t5_length)[index] - marks)) for count in counts))
+        return most
+
+    def pieces(self, index: int, texts: list[str], chunks: int) -> Tensor:
+        """Token ids [B chunks, length] of CLIP `index`: each text in so many pieces, each with its own beginning and end."""
+        tokenizer, length, rows = self.tokenizers[index], self.clip_length, []
+        for ids in tokenizer(texts, verbose=False).input_ids:
+            words = ids[1:-1]
+            for first in range(0, chunks * (length - 2), length - 2):
+                piece = [ids[0], *words[first : first + length - 2], ids[-1]]
+                rows.append(piece + [tokenizer.pad_token_id] * (length - len(piece)))
+        return torch.tensor(rows)
+
+    def answers(self, prompts: Sequence[list[str]], t5_length: int, clip_skip: int = 0, chunks: int = 1) -> PromptParts:
         """What `encode` returns, from the encoders as they are, each given its own prompts."""
         found: dict[str, Tensor] = {}
         for index, (kind, _, encoder) in enumerate(self.rows()):
             if encoder is None:
                 continue
-            ids = self.tokenize(index, prompts[index], self.lengths(t5_length)[index]).to(encoder.device)
+            whole, texts = chunks == 1 or kind.family is not CLIP, prompts[index]
+            ids = self.tokenize(index, texts, self.lengths(t5_length)[index]) if whole else self.pieces(index, texts, chunks)
+            ids = ids.to(encoder.device)
             out = encoder(ids, output_hidden_states=kind.family is CLIP)
-            states = (out.hidden_states[-2], out[0]) if kind.family is CLIP else (out[0],)
+            if kind.family is CLIP and clip_skip + 2 > len(out.hidden_states):
+                most = len(out.hidden_states) - 2
+                raise InputError(f"clip_skip {clip_skip} leaves no layer of {kind.title}; {most} is the most that it has to leave out")
+            states = (out.hidden_states[-2 - clip_skip], out[0]) if kind.family is CLIP else (out[0],)
+            if not whole:
+                states = states[0].unflatten(0, (-1, chunks)).flatten(1, 2), states[1][::chunks]
             found |= dict(zip(kind.parts, states, strict=True))
         if "t5" not in found:
             like = next(iter(found.values()), torch.zeros(0))

@@ -23,6 +23,16 @@ def encode_moments(vae: torch.nn.Module, images: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
 
+@torch.no_grad()
+def encode(vae: torch.nn.Module, images: Tensor, generator: torch.Generator | None = None, sample: bool = True) -> Tensor:
+    """The MM-DiT's latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: one draw of the posterior, or with sample=False its mode."""
+    shift, scale = shift_and_scale(vae)
+    found = vae.encode(images.to(vae.dtype))
+    posterior = getattr(found, "latent_dist", None)  # a tiny autoencoder's latents are plain
+    latents = found.latents if posterior is None else posterior.sample(generator) if sample else posterior.mode()
+    return (latents - shift) * scale
+
+
 def sample_latents(moments: Tensor, noise: Tensor, shift: float, scale: float) -> Tensor:
     """The MM-DiT's latents (z - shift) * scale for one posterior draw z = mean + std * noise; noise [B, C, h, w]."""
     mean, logvar = moments.chunk(2, dim=1)

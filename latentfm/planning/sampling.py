@@ -24,10 +24,10 @@ class Sampling:
     dtype: str
     pictures: int
     gpus: int = 1
-    solver: str = "euler"
+    solver: str | None = None
 
     def __post_init__(self) -> None:
-        if SOLVERS[self.solver] is None:
+        if SOLVERS[self.solver or "euler"] is None:
             others = ", ".join(name for name, evaluations in SOLVERS.items() if evaluations)
             raise InputError(f"how often {self.solver} evaluates the network is not known beforehand; plan with {others}")
 
@@ -53,7 +53,7 @@ class Sampling:
     def flops(self) -> dict[str, dict[str, int]]:
         """FLOP of one picture by part: of one forward pass, and of all its steps and decoding."""
         once = forward_flops(self.model.network, self.model.image_tokens(self.size), self.text_tokens)
-        evaluations = self.steps * SOLVERS[self.solver] * (1 + (self.guidance > 1))
+        evaluations = self.steps * SOLVERS[self.solver or "euler"] * (1 + (self.guidance > 1))
         decoding = self.model.decoder.flops(self.size[0] * self.size[1])
         return {"forward": once, "picture": {"the network's steps": evaluations * sum(once.values()), "decoding": decoding}}
 

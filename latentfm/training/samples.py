@@ -19,7 +19,7 @@ from latentfm.models import vae as vae_room
 from latentfm.models.folder import t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.text import Condition, PromptParts, assemble
-from latentfm.pipeline import LatentFMPipeline
+from latentfm.pipelines.text_to_image import LatentFMPipeline
 from latentfm.sampling import Sampler
 from latentfm.training.distributed.processes import raise_on_all_ranks
 from latentfm.training.distributed.shards import is_split

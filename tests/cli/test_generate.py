@@ -422,7 +422,7 @@ def failing(monkeypatch, prompt, error):
     """Has the pipeline fail in any batch that holds `prompt`, with `error`, or with latents that are no numbers where that is None."""
     import torch
 
-    from latentfm.pipeline import LatentFMPipeline
+    from latentfm.pipelines.text_to_image import LatentFMPipeline
 
     real = LatentFMPipeline.__call__
 

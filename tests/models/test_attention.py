@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_dispatch import attention_backend as diffusers_attention_backend
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from models.twins import VARIANTS, difference, inputs, twins
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from latentfm.errors import InputError
 from latentfm.models.attention import Attention
-from latentfm.models.backends import ENVIRONMENT, attention_backend, available_backends
+from latentfm.models.backends import ENVIRONMENT, Backend, attention_backend, available_backends
 from latentfm.models.fused_qkv import side_by_side
 from latentfm.models.mmdit import MMDiT
 
@@ -149,12 +150,24 @@ def test_xformers_by_diffusers_old_name_says_what_is_missing():
     assert kernels(model) == {"flash"}
 
 
-def test_a_processor_of_another_kind_is_refused():
+@torch.no_grad()
+def test_a_processor_of_diffusers_computes_the_attention():
+    class Scaled(JointAttnProcessor2_0):
+        def __call__(self, *given, **named):
+            image, text = super().__call__(*given, **named)
+            return 1.5 * image, text
+
     ours, theirs = twins()
-    with pytest.raises(ValueError, match="JointAttnProcessor2_0"):
-        ours.set_attn_processor(theirs.transformer_blocks[0].attn.processor)
-    ours.set_attn_processor(ours.transformer_blocks[0].attn.processor)
-    assert len(ours.attn_processors) == 3
+    given = inputs(ours)
+    before = ours(**given).sample
+    for network in (ours, theirs):
+        network.set_attn_processor(Scaled())
+    assert (ours(**given).sample - theirs(**given).sample).abs().max() < 2e-5
+    assert (ours(**given).sample - before).abs().max() > 1e-3
+    ours.set_attn_processor(JointAttnProcessor2_0())
+    assert torch.equal(ours(**given).sample, before) and all(type(p) is Backend for p in ours.attn_processors.values())
+    with pytest.raises(ValueError, match="takes a processor of diffusers', got int"):
+        ours.set_attn_processor(3)
 
 
 def test_the_environment_is_read_by_compiled_blocks_too(monkeypatch):

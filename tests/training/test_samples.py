@@ -17,7 +17,7 @@ from latentfm.config import ModelOptions, SampleOptions
 from latentfm.data.sources import Sample
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
-from latentfm.pipeline import LatentFMPipeline
+from latentfm.pipelines.text_to_image import LatentFMPipeline
 from latentfm.training.models import load_models
 from latentfm.training.records.sample_files import COLUMNS, ROWS, cells_of, steps, strip, thinned, unstrip, write_step
 from latentfm.training.samples import SamplePictures

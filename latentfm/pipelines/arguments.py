@@ -1,7 +1,7 @@
 """What a pipeline's call is given, checked by kind before any work is done: refusals name argument, value and what is taken."""
 
 import math
-import numbers
+import numbers as kinds
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,7 +33,7 @@ def whole_number(name: str, value: Any, least: int | None = 1, most: int | None 
     Raises InputError for anything else, and outside `least` to `most`.
     """
     number = plain_number(value)
-    whole = isinstance(number, numbers.Integral) or (isinstance(number, numbers.Real) and math.isfinite(number) and number == int(number))
+    whole = isinstance(number, kinds.Integral) or (isinstance(number, kinds.Real) and math.isfinite(number) and number == int(number))
     if isinstance(number, bool) or not whole or (least is not None and number < least):
         raise InputError(f"{name} {told(value)} must be a whole number" + ("" if least is None else f" of at least {least}"))
     if most is not None and number > most:
@@ -45,7 +45,7 @@ def real_number(name: str, value: Any, meaning: str) -> float:
     """`value` as a float. Raises InputError, saying what the number means, for what is none or not finite."""
     number = plain_number(value)
     try:
-        found = float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else math.nan
+        found = float(number) if isinstance(number, kinds.Real) and not isinstance(number, bool) else math.nan
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
@@ -58,6 +58,17 @@ def pair(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise InputError(f"{name} {told(value)} must be two numbers")
     return real_number(name, value[0], "to begin with"), real_number(name, value[1], "to end with")
+
+
+def numbers(name: str, value: Any) -> list[float]:
+    """`value`, one number or more in a list, an array or a tensor, as floats. Raises InputError for anything else."""
+    try:
+        found = list(value)
+    except TypeError:
+        found = []
+    if not found or isinstance(value, str | bytes | dict):
+        raise InputError(f"{name} {told(value)} must be a list of numbers")
+    return [real_number(name, each, "in a list of them") for each in found]
 
 
 def texts(name: str, value: Any) -> str | list[str] | None:

@@ -10,9 +10,9 @@ import torch
 from latentfm import flow
 from latentfm.config import SampleOptions
 from latentfm.errors import InputError
-from latentfm.guided import GuidedVelocity, joined
 from latentfm.models.velocity import velocity
-from latentfm.pipeline import LatentFMPipeline
+from latentfm.pipelines.denoising import GuidedVelocity, joined
+from latentfm.pipelines.text_to_image import LatentFMPipeline
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver, scheduler_grid
 
 STEPS, SCALE = 6, 4.0
