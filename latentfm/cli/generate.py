@@ -59,8 +59,12 @@ def generate(
         float, typer.Option(help="How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal.")
     ] = 3.0,
     solver: Annotated[
-        Solver, typer.Option(metavar="NAME", help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step.")
-    ] = "euler",
+        Solver | None,
+        typer.Option(
+            metavar="NAME", show_default=False,
+            help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Default: the model's own scheduler, Euler's.",
+        ),
+    ] = None,
     schedule: Annotated[
         Schedule, typer.Option(metavar="NAME", help=f"The times that the steps visit: {', '.join(get_args(Schedule))}.")
     ] = "model",
