@@ -2,8 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,8 +161,11 @@ class PreparedData(ABC):
     def encoded(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
         """What the text encoders give, without a word on what they cut: that was said of all together."""
         encoder = self.models.encoder
-        with without_warnings(encoder):
+        encoder.tells_cuts = False
+        try:
             return encoder.encode(list(prompts), t5_length)
+        finally:
+            encoder.tells_cuts = True
 
 
 def fingerprints(models: FrozenModels, kept: StatCache, processes: Processes) -> tuple[str, str]:
@@ -188,16 +190,6 @@ def fingerprints(models: FrozenModels, kept: StatCache, processes: Processes) ->
 
     vae_print, text_print = processes.share(lambda own: [of(which) for which in own], list(made), "fingerprints")
     return vae_print, text_print
-
-
-@contextmanager
-def without_warnings(encoder: PromptEncoder) -> Iterator[None]:
-    """A context in which the encoder does not say of each prompt what is cut off."""
-    encoder.tells_cuts = False
-    try:
-        yield
-    finally:
-        encoder.tells_cuts = True
 
 
 def warn_of_cuts(encoder: PromptEncoder, items: Sequence[tuple[str, int]]) -> None:

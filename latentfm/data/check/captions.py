@@ -68,9 +68,7 @@ def token_report(
     users = first_users(samples)
     captions = list(users)
     limits, rows = limits_of(encoder, t5_lengths), []
-    lengths: dict[int, np.ndarray] = {}
-    for index in dict.fromkeys(index for index, _ in limits):
-        lengths[index] = token_counts(encoder, index, captions, advance)
+    lengths = {index: token_counts(encoder, index, captions, advance) for index in dict.fromkeys(index for index, _ in limits)}
     for index, limit in limits:
         mine = lengths[index]
         over = np.flatnonzero(mine > limit)
