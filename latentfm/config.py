@@ -325,9 +325,7 @@ class RunConfig(Section):
 
 # every option by its name, "section.key"
 OPTIONS = {
-    f"{section}.{key}": option
-    for section, field in RunConfig.model_fields.items()
-    for key, option in field.annotation.model_fields.items()
+    f"{section}.{key}": option for section, field in RunConfig.model_fields.items() for key, option in field.annotation.model_fields.items()
 }
 
 
