@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 PIECES, PIECE_BYTES = 64, 4096  # what the fingerprint reads of each large file
 
 
-def load(folder: Path, dtype: str, verify: bool = False, option: str = "--model") -> "LatentFMPipeline":
+# what a model can be loaded without, by the names that people have for SD3's text encoders
+PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
+
+
+def load(
+    folder: Path, dtype: str, verify: bool = False, option: str = "--model", variant: str | None = None, without: Sequence[str] = ()
+) -> "LatentFMPipeline":
     """The pipeline in `folder`, that `option` named, on the CPU; with `verify` once every byte is what was saved.
+
+    variant: of the weights' files, as "fp16". without: which of PARTS are left out.
 
     Raises InputError when it cannot be read.
     """
@@ -34,7 +42,8 @@ def load(folder: Path, dtype: str, verify: bool = False, option: str = "--model"
     from latentfm.pipelines.text_to_image import LatentFMPipeline
 
     with reading(f"{option} {shown(folder)}", "its copy may be incomplete or damaged"):
-        pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype))
+        absent = {name: None for part in without for name in (PARTS[part], PARTS[part].replace("text_encoder", "tokenizer"))}
+        pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype), variant=variant, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -78,11 +87,13 @@ def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
 
 
 def draw(
-    pipe: "LatentFMPipeline", part: list[tuple[str, int]], arguments: dict[str, Any], advance: Callable[[int], None]
-) -> "list[Image.Image | InputError]":
+    pipe: "LatentFMPipeline", part: list[tuple[str, int]], arguments: dict[str, Any], advance: Callable[[int], None],
+    look: "Callable[[list[Image.Image]], None] | None" = None,
+) -> "list[Image.Image | InputError]":  # fmt: skip
     """The pictures of `part`, a list of (prompt, seed): one batch. Each picture's noise comes from its own seed, drawn on the CPU.
 
-    arguments: of the pipeline's call, besides. advance(n) is called when n pictures are a step further. In the place of a picture that
+    arguments: of the pipeline's call, besides. advance(n) is called when n pictures are a step further, look with
+    previews of them as they will be. In the place of a picture that
     cannot be drawn stands why: its latents are no numbers, or the memory does not suffice for it alone.
     """
     import torch
@@ -91,6 +102,8 @@ def draw(
 
     def after_step(pipe: "LatentFMPipeline", step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         advance(len(part))
+        if look is not None:
+            look(pipe.preview(tensors["denoised"]))
         if step < pipe.num_timesteps - 1:
             return {}
         finite = torch.isfinite(tensors["latents"]).flatten(1).all(dim=1)
@@ -102,7 +115,7 @@ def draw(
             prompt=[text for text, _ in part],
             generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
             callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=["latents"],
+            callback_on_step_end_tensor_inputs=["latents", "denoised"] if look else ["latents"],
             **arguments,
         ).images
     except (InputError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -117,7 +130,7 @@ def draw(
     if len(part) == 1:
         return [problem]
     half = len(part) // 2  # out here the error no longer holds on to what had been allocated; a batch changes no picture
-    return [picture for few in (part[:half], part[half:]) for picture in draw(pipe, few, arguments, advance)]
+    return [picture for few in (part[:half], part[half:]) for picture in draw(pipe, few, arguments, advance, look)]
 
 
 def is_lack_of_memory(error: Exception) -> bool:

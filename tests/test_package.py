@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "bundled": {"errors", "files"},
     "pictures": {"errors", "files", "words"},
     "quantised": set(),
+    "requests": {"errors", "files", "words", "bounds", "sampling"},
+    "system": {"models", "__init__"},
     "__init__": {"quantised"},
     "option_text": {"errors", "words"},
     "config": LEAVES | {"option_text", "sampling"},

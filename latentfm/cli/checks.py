@@ -5,45 +5,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentfm.bounds import MOST_LETTERS
 from latentfm.errors import InputError, nearest
-from latentfm.files import read_text
-from latentfm.words import is_text, shortened, shown
 
 if TYPE_CHECKING:
     import torch
-
-
-def wanted_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read.
-
-    A line of the file ends with a line feed, a carriage return, or both; what else Unicode calls an end of line is part of the prompt.
-    """
-    texts = list(prompts or [])
-    for text in texts:
-        check_text(text, "the prompt")
-    if file is not None:
-        try:
-            lines = re.split(r"\r\n|\n|\r", read_text(file))
-        except InputError as error:
-            raise InputError(f"--prompts-file {error}; it is a UTF-8 text file with one prompt a line") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise InputError(f"--prompts-file {file} has no prompt in it; write one a line")
-        for text in found:
-            check_text(text, f"a prompt in {file}")
-        texts += found
-    if not texts:
-        raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
-    return texts
-
-
-def check_text(text: str, what: str) -> None:
-    """Raises InputError for text that is too long, or no valid Unicode (bytes in another encoding than the terminal's)."""
-    if len(text) > MOST_LETTERS:
-        raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
-    if not is_text(text):
-        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file")
 
 
 def check_at_least_one(values: dict[str, int]) -> None:

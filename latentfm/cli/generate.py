@@ -1,8 +1,9 @@
 """`latentfm generate`: pictures from prompts. Everything that can be checked without a model is checked before one is loaded."""
 
+import math
+import os
 import secrets
-import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -14,55 +15,60 @@ from latentfm.cli.checks import (
     check_at_most,
     check_name,
     check_size,
-    check_text,
     chosen_device,
     model_folder,
     parse_size,
-    wanted_prompts,
 )
-from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show, uninterrupted
-from latentfm.drawing import add_adapters, choose_attention, contact_sheet, draw, fingerprint, load, move, save, slug, versions
+from latentfm.cli.drawing import Drawing
+from latentfm.cli.terminal import progress_bar, quiet_libraries, say
+from latentfm.cli.watch import Watch
+from latentfm.drawing import PARTS, add_adapters, choose_attention, fingerprint, load, move, versions
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
+from latentfm.requests import Settings, check_text, requests, values, wanted
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
-from latentfm.words import count as count_of
-from latentfm.words import shortened, shown
+from latentfm.words import shown
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
-    from latentfm.pipelines.text_to_image import LatentFMPipeline
+    pass
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers", "flex")  # attention.BACKENDS, without torch
-ENOUGH = 16  # pictures that could not be drawn: so many are told, and no more are tried where none could be
-MOST_IN_SHEET = 1000  # characters of a prompt in the settings of a contact sheet
+SWEPT = "4,8,16 or 1..7: a picture with each, and all in one table."
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
 
 
 def generate(
+    ctx: typer.Context,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(help='What to show, each prompt in quotes. "" is the empty prompt: no condition.', show_default=False),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="A text file (UTF-8) with one prompt a line; blank lines are skipped.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Prompts from a UTF-8 file: text with one a line; .csv or .jsonl with a prompt and settings of its own (seed, steps, "
+            "guidance, negative, solver, width, height, image, ...) in each. - is standard input.",
+            show_default=False,
+        ),
     ] = None,
     number: Annotated[int, typer.Option("--number", "-n", help="Pictures of each prompt.")] = 1,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the first picture; each next picture has the next one. Default: random, printed.", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler: more is slower and finer.")] = 28,
+    steps: Annotated[str, typer.Option(help=f"Steps of the sampler: more is slower and finer. {SWEPT}")] = "28",
     guidance: Annotated[
-        float, typer.Option(help="How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal.")
-    ] = 3.0,
+        str, typer.Option(help=f"How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal. {SWEPT}")
+    ] = "3",
     solver: Annotated[
-        Solver | None,
+        str | None,
         typer.Option(
             metavar="NAME", show_default=False,
-            help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Default: the model's own scheduler, Euler's.",
+            help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Several by commas, as --steps. Default: the "
+            "model's own scheduler, Euler's.",
         ),
     ] = None,
     schedule: Annotated[
@@ -90,8 +96,28 @@ def generate(
     size: Annotated[
         str | None, typer.Option(help="Pixels: WIDTHxHEIGHT, or one number for a square. Default: the model's.", show_default=False)
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --image: white where it is drawn anew, black where it stays.", show_default=False)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --image: how much is drawn anew, to 1. Default: 0.6, with --mask 1.", show_default=False)
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A picture made here: its prompt, seed, model and settings, but for those given beside it.", show_default=False),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Pipeline folder, ours or a stock SD3 / SD3.5 one. Default: the bundled model.", show_default=False)
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Of the model's files: fp16 loads model.fp16.safetensors and its like.", show_default=False)
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.", metavar="PART", show_default=False),
     ] = None,
     lora: Annotated[
         list[Path] | None,
@@ -108,6 +134,17 @@ def generate(
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Show the pictures as they form: in a terminal of kitty's or iTerm2's kind, else in OUT/watch.png."),
+    ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option("--skip-existing", help="Leave out pictures that --out has already with these settings: to go on where it stopped."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Prints a JSON object a picture, its path and its settings, in place of the path alone.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="First compare every byte of the model and of LoRA folders with what was saved there.")
     ] = False,
@@ -117,24 +154,67 @@ def generate(
     Prints the path of each picture on stdout. A picture depends on its prompt, its seed and the settings, not on what was made
     beside it; all of these are written into the PNG (latentfm.pictures.read_settings), so that any picture can be made again.
     """
-    texts = wanted_prompts(prompts, prompts_file)
-    check_at_least_one({"--number": number, "--steps": steps, "--batch": batch})
-    count = len(texts) * number
-    check_at_most({"--steps": (steps, MOST_STEPS), "--batch": (batch, MOST_AT_ONCE), "the number of pictures,": (count, MOST_PICTURES)})
+    before: dict[str, Any] = {}
+    if like is not None:
+        from latentfm.pictures import read_settings
+
+        before = read_settings(like)
+
+    def said(option: str, value: Any, name: str | None = None) -> Any:
+        """The value of an option: as given, else as the picture that this one shall be like has it, else the default."""
+        source = ctx.get_parameter_source(option)
+        return before.get(name or option, value) if source is None or source.name.startswith("DEFAULT") else value
+
+    lines = wanted(list(prompts or []) or ([before["prompt"]] if "prompt" in before and prompts_file is None else []), prompts_file)
+    check_at_least_one({"--number": number, "--batch": batch})
+    sweeps = {
+        "steps": values("--steps", str(said("steps", steps)), int),
+        "guidance": values("--guidance", str(said("guidance", guidance)), float),
+        "solver": [name or None for name in (said("solver", solver) or "").split(",")],
+    }
+    count = len(lines) * number * math.prod(len(each) for each in sweeps.values())
+    check_at_most({"--steps": (max(sweeps["steps"]), MOST_STEPS), "--batch": (batch, MOST_AT_ONCE)})
+    check_at_most({"the number of pictures,": (count, MOST_PICTURES)})
     if grid:
         check_at_most({"--grid of pictures,": (count, MOST_AT_ONCE)})
-    if not 0 <= guidance <= MOST_GUIDANCE:  # false for nan too
-        raise InputError(f"--guidance {guidance} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
-    sampler = Sampler(steps, guidance, solver, schedule, shift, guidance_rule, guidance_rescale, guidance_interval, zero_init, noise)
-    if (reference is None) == (guidance_rule == "autoguidance"):
+    check_at_least_one({"--steps": min(sweeps["steps"])})
+    if wrong := [each for each in sweeps["guidance"] if not 0 <= each <= MOST_GUIDANCE]:  # nan too
+        raise InputError(f"--guidance {wrong[0]} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
+    sampler = Sampler(
+        sweeps["steps"][0], sweeps["guidance"][0], sweeps["solver"][0], said("schedule", schedule), said("shift", shift),
+        said("guidance_rule", guidance_rule), said("guidance_rescale", guidance_rescale),
+        None if (interval := said("guidance_interval", guidance_interval)) is None else tuple(interval), said("zero_init", zero_init),
+        said("noise", noise),
+    )  # fmt: skip
+    reference = None if (weaker := said("reference", reference)) is None else Path(weaker)
+    if (reference is None) == (sampler.guidance == "autoguidance"):
         raise InputError("--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
-    if solver == "dormand_prince":
+    if "dormand_prince" in sweeps["solver"]:
         batch = 1  # its steps suit the mean of a batch
-    if seed is not None and not 0 <= seed <= LAST_SEED - (count - 1):
-        raise InputError(f"--seed {seed} is out of range: {count} pictures need a seed from 0 to {LAST_SEED - (count - 1)}")
+    seed = said("seed", seed)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and seed is None:
+        raise InputError(f"--seed is needed where {processes} processes share the pictures, as --seed 0")
+    pictures = len(lines) * number
+    if seed is not None and not 0 <= seed <= LAST_SEED - (pictures - 1):
+        raise InputError(f"--seed {seed} is out of range: {pictures} pictures need a seed from 0 to {LAST_SEED - (pictures - 1)}")
+    negative = said("negative", negative, "negative_prompt")
     if negative is not None:
         check_text(negative, "--negative")
-    wanted_size = parse_size(size) if size is not None else None
+    wanted_size = parse_size(size) if size is not None else (before["width"], before["height"]) if "width" in before else None
+    image, mask = (None if (path := said(name, value)) is None else Path(path) for name, value in (("image", image), ("mask", mask)))
+    base = Settings(sampler, negative, *(wanted_size or (None, None)), image, mask, said("strength", strength))
+    for each in requests(lines, 1, 0, base, sweeps):  # whatever is wrong with a line is told before the model is loaded
+        for path in (each.settings.image, each.settings.mask):
+            if path is not None and not path.is_file():
+                raise InputError(f"there is no picture {shown(path)}")
+    model = None if (folder_of := said("model", model)) in (None, "bundled") else Path(folder_of)
+    attention, dtype = said("attention", attention), said("dtype", dtype)
+    lora = [Path(path) for path in said("lora", lora) or []]
+    variant = said("variant", variant)
+    without = [part for given in said("without", without) or [] for part in given.split(",")]
+    for part in without:
+        check_name("--without", part, tuple(PARTS))
     check_name("--device", device.split(":")[0], DEVICES)
     check_name("--dtype", dtype, DTYPES)
     check_name("--attention", attention, ATTENTION)
@@ -151,98 +231,47 @@ def generate(
     with progress_bar() as bar:
         task = bar.add_task("loading the model", total=None)
         chosen = chosen_device(device)
+        if processes > 1 and device == "auto" and chosen.type == "cuda":
+            chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind, verify)
+        pipe = load(folder, kind, verify, variant=variant, without=without)
         add_adapters(pipe, adapters, verify)
         choose_attention(pipe, attention, chosen)
         weaker = None if reference is None else load(model_folder(reference, "--reference"), kind, verify, "--reference").transformer
         width, height = wanted_size or (pipe.default_width, pipe.default_height)
-        check_size(width, height, pipe.size_multiple, pipe.max_side)
-        for line in pipe.prompt_warnings(list(dict.fromkeys([*texts, negative or ""]))):
+        base = replace(base, width=width, height=height)
+        for side in {(each.settings.width, each.settings.height) for each in requests(lines, 1, 0, base, sweeps)}:
+            check_size(*side, pipe.size_multiple, pipe.max_side)
+        negatives = [line.own.get("negative", negative or "") for line in lines]
+        for line in pipe.prompt_warnings(list(dict.fromkeys([*(line.prompt for line in lines), *negatives]))):
             say(f"note: {line}", bar)
-        if negative and guidance <= 1:
-            say(f"note: --negative does nothing at --guidance {guidance:g}; it needs more than 1", bar)
+        if negative and max(sweeps["guidance"]) <= 1:
+            say(f"note: --negative does nothing at --guidance {sweeps['guidance'][0]:g}; it needs more than 1", bar)
         if seed is None:
             seed = secrets.randbelow(2**32)
             say(f"seed {seed} (to repeat: --seed {seed})", bar)
-        settings = {
-            "negative_prompt": negative or "",
-            "steps": steps,
-            "guidance": guidance,
-            **sampler.unusual(),
+        common = {
             **({"reference": str(reference)} if reference else {}),
-            "width": width,
-            "height": height,
             "model": str(model) if model else "bundled",
             "model_fingerprint": fingerprint(folder),
+            **({"variant": variant} if variant else {}),
+            **({"without": without} if without else {}),
             **({"lora": [str(path) for path in adapters]} if adapters else {}),
             "device": str(chosen),
             "dtype": kind,
             "attention": attention,
             **versions(),
         }
-        bar.update(task, description="drawing", total=count * steps)
+        if before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
+            say(f"note: {shown(like)} was made by a model of other weights than {common['model']}", bar)
+        asked = requests(lines, number, seed, base, sweeps)[rank::processes]
+        bar.update(task, description="drawing", total=sum(each.settings.sampler.num_inference_steps for each in asked))
         move(pipe, chosen)
-        arguments = {"negative_prompt": negative or None, "height": height, "width": width, **asdict(sampler)}
-        if weaker is not None:
-            arguments["reference"] = weaker.to(chosen)
-        with_grid = count > 1 and (count <= GRID_UP_TO if grid is None else grid)
-        draw_all(pipe, texts, number, seed, batch, arguments, settings, out, with_grid, bar, task)
-
-
-def draw_all(
-    pipe: "LatentFMPipeline", texts: list[str], number: int, seed: int, batch: int, arguments: dict[str, Any], settings: dict[str, Any],
-    out: Path, with_grid: bool, bar: "Progress", task: "TaskID",
-) -> None:  # fmt: skip
-    """Draws `number` pictures of each text, a batch at a time, and saves each at once, under its seed and prompt; prints the paths.
-
-    Raises InputError, at the end, for those that could not be drawn.
-    """
-    from latentfm.pictures import cell
-
-    count, steps = len(texts) * number, settings["steps"]
-    made, thumbnails, saved, failures = [], [], 0, Failures(count)
-    for start in range(0, count, batch):
-        part = [(texts[index // number], seed + index) for index in range(start, min(start + batch, count))]
-        images = draw(pipe, part, arguments, lambda pictures: bar.advance(task, pictures))
-        bar.update(task, completed=(start + len(part)) * steps)
-        with uninterrupted():  # what is drawn is saved, and told
-            for (text, picture_seed), image in zip(part, images, strict=True):
-                if isinstance(image, InputError):
-                    failures.tell(text, picture_seed, image, bar)
-                    continue
-                own = {"prompt": text, "seed": picture_seed}
-                path = save(image, out, f"{picture_seed}-{slug(text)}", own | settings)
-                saved += 1
-                if with_grid:
-                    made.append({"file": path.name, **own, "prompt": shortened(text, MOST_IN_SHEET)})
-                    thumbnails.append(cell(image))
-                show(path, bar)
-        if not saved and failures.number >= ENOUGH:
-            break
-    if with_grid and thumbnails:
-        sheet = contact_sheet(thumbnails, [(picture["prompt"], picture["seed"]) for picture in made], number, len(texts))
-        show(save(sheet, out, f"grid-{seed}", settings | {"seed": seed, "pictures": made}), bar)
-    if getattr(sys.stdout, "lost", False):
-        say(f"note: standard output was closed; {count_of(saved, 'picture')} saved in {out}", bar)
-    failures.raise_any(saved)
-
-
-class Failures:
-    """The pictures that could not be drawn: each is told at once, all of them in the error at the end."""
-
-    def __init__(self, count: int):
-        self.count, self.number = count, 0
-        self.first: InputError | None = None
-
-    def tell(self, text: str, seed: int, error: InputError, bar: "Progress") -> None:
-        self.number, self.first = self.number + 1, self.first or error
-        if self.count > 1 and self.number <= ENOUGH:
-            say(f"not drawn: seed {seed}, '{shortened(text)}': {error}", bar)
-
-    def raise_any(self, saved: int) -> None:
-        """Raises InputError when there was any."""
-        if self.first is not None and self.count == 1:
-            raise self.first
-        if self.first is not None:
-            raise InputError(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")
+        shared = {} if weaker is None else {"reference": weaker.to(chosen)}
+        with_grid = processes == 1 and count > 1 and (count <= GRID_UP_TO if grid is None else grid)
+        swept = [name for name, each in sweeps.items() if len(each) > 1]
+        watched = Watch(out / "watch.png") if watch and rank == 0 else None
+        if watched is not None and watched.protocol is None:
+            say(f"the pictures form in {watched.path}", bar)
+        drawing = Drawing(pipe, shared, common, out, with_grid, as_json, bar, task, swept, watched)
+        drawing.all([each for each in asked if not (skip_existing and drawing.is_there(each))], batch, number)

@@ -15,6 +15,7 @@ from latentfm.cli.cache import cache
 from latentfm.cli.convert import convert
 from latentfm.cli.data import app as data
 from latentfm.cli.generate import generate
+from latentfm.cli.info import info
 from latentfm.cli.plan import plan
 from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
@@ -91,6 +92,10 @@ app.command(
     'latentfm generate "a red apple"\n\n'
     'latentfm generate "a red apple" "a green car" -n 4 --seed 7\n\n'
     "latentfm generate --prompts-file prompts.txt --model runs/mine/model --out pictures\n\n"
+    'latentfm generate "a violin" --seed 7 --steps 4,8,16 --guidance 1..4  (a table)\n\n'
+    "latentfm generate --like outputs/7-a-violin.png --seed 8  (its settings, another seed)\n\n"
+    "accelerate launch -m latentfm generate --prompts-file prompts.txt --seed 0 --skip-existing  (a share for each GPU)\n\n"
+    'latentfm generate "a slice of cake" --image pizza.png --strength 0.7  (from a picture; --mask for a part of it)\n\n'
     'latentfm generate ""  (the empty prompt: an unconditional picture)'
 )(with_homes(generate))
 app.command()(with_homes(train))
@@ -121,6 +126,7 @@ app.command(
     "latentfm verify runs/mine/lora\n\n"
     "latentfm verify --renew runs/mine/model  (after a change made on purpose)"
 )(with_homes(verify))
+app.command()(with_homes(info))
 
 for information in data.registered_commands:
     information.callback = with_homes(information.callback)

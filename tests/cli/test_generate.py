@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import latentfm
+from latentfm.cli import drawing as drawing_module
 from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
 from latentfm.drawing import fingerprint, slug, versions
@@ -219,7 +220,7 @@ EARLY = [
     (("cat", "--steps", "0"), ["--steps 0"]),
     (("cat", "--steps", "-3"), ["--steps -3"]),
     (("cat", "--batch", "0"), ["--batch 0"]),
-    (("cat", "--steps", "many"), ["--steps", "integer"]),
+    (("cat", "--steps", "many"), ["--steps", "whole numbers"]),
     (("cat", "--stps", "3"), ["--stps", "--steps"]),
     (("cat", "--guidance", "nan"), ["--guidance nan"]),
     (("cat", "--guidance", "inf"), ["--guidance inf"]),
@@ -325,7 +326,7 @@ def test_sizes():
 
 
 def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
-    real, calls = generate_module.draw, []
+    real, calls = drawing_module.draw, []
 
     def draw_once(*args):
         calls.append(args)
@@ -333,7 +334,7 @@ def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(generate_module, "draw", draw_once)
+    monkeypatch.setattr(drawing_module, "draw", draw_once)
     result = run("generate", "a cat", "-n", 3, "--batch", 1, "--model", tiny_folder, "--steps", 1, "--seed", 1)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "outputs/1-a-cat.png\n", "interrupted\n")
     assert [path.name for path in Path("outputs").iterdir()] == ["1-a-cat.png"]
@@ -484,7 +485,7 @@ def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkey
     import signal
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    real, saved = generate_module.save, []
+    real, saved = drawing_module.save, []
 
     def save(*args):
         saved.append(args)
@@ -492,7 +493,7 @@ def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkey
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(generate_module, "save", save)
+    monkeypatch.setattr(drawing_module, "save", save)
     result = run("generate", "a cat", "-n", 4, "--batch", 2, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--device", "cpu")
     assert (result.exit_code, result.stdout) == (130, "outputs/1-a-cat.png\noutputs/2-a-cat.png\n") and "interrupted" in result.stderr
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -522,11 +523,11 @@ def test_names_that_stdout_cannot_say_and_readers_that_leave_cost_no_picture(tin
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 def test_a_line_of_prompts_ends_where_a_line_ends(tmp_path, mark):
-    from latentfm.cli.checks import wanted_prompts
+    from latentfm.requests import wanted
 
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"a cat{mark}on a mat\r\na dog\rthe moon\n\nthe sun".encode())
-    assert wanted_prompts(None, file) == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
+    assert [line.prompt for line in wanted([], file)] == [f"a cat{mark}on a mat", "a dog", "the moon", "the sun"]
 
 
 @pytest.mark.parametrize(

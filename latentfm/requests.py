@@ -1,0 +1,207 @@
+"""What is asked for, picture by picture: prompts with settings of their own, sweeps over numbers, and settings taken from a picture.
+
+Without torch: all of it is checked before a model is loaded.
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from latentfm.bounds import MOST_GUIDANCE, MOST_LETTERS, MOST_STEPS
+from latentfm.errors import InputError, nearest
+from latentfm.files import read_text
+from latentfm.sampling import Sampler
+from latentfm.words import is_text, listed, shortened, shown
+
+MOST_VALUES = 64  # of an option that is swept
+# what a line of a prompts file may say besides its prompt, and how it is read
+OWN = {
+    "seed": int, "steps": int, "guidance": float, "negative": str, "solver": str, "schedule": str, "shift": float, "guidance_rule": str,
+    "guidance_rescale": float, "zero_init": int, "noise": float, "width": int, "height": int, "image": str, "mask": str, "strength": float,
+}  # fmt: skip
+SAMPLER = {"steps": "num_inference_steps", "guidance": "guidance_scale", "guidance_rule": "guidance"}  # other names are the Sampler's own
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a picture is drawn. width, height: pixels, the model's own if None. image, mask: files to begin from; see LatentFMPipeline."""
+
+    sampler: Sampler = Sampler()
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what does not go together, or is out of its range."""
+        if not 0 <= self.sampler.guidance_scale <= MOST_GUIDANCE:  # false for nan too
+            strength = f"guidance {self.sampler.guidance_scale} is not a strength from 0 to {MOST_GUIDANCE:g}"
+            raise InputError(f"{strength}; 1 is no guidance, 2 to 5 is usual")
+        if not 1 <= self.sampler.num_inference_steps <= MOST_STEPS:
+            raise InputError(f"steps {self.sampler.num_inference_steps} must be from 1 to {MOST_STEPS:,}")
+        if self.mask is not None and self.image is None:
+            raise InputError(f"mask {shown(self.mask)} needs an image that it is laid on")
+        if self.strength is not None and (self.image is None or not 0 < self.strength <= 1):
+            raise InputError(f"strength {self.strength:g} needs an image, and is from above 0, the picture itself, to 1, noise")
+
+    def changed(self, own: Mapping[str, Any]) -> "Settings":
+        """These settings with some of OWN changed. Raises InputError for values that cannot be."""
+        ours = {field.name for field in fields(self)} - {"sampler"}
+        sampler = {SAMPLER.get(name, name): value for name, value in own.items() if name not in ours and name != "seed"}
+        mine = {name: Path(value) if name in ("image", "mask") else value for name, value in own.items() if name in ours}
+        return replace(self, sampler=replace(self.sampler, **sampler), **mine)
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a picture's PNG holds them."""
+        given = {name: getattr(self, name) for name in ("image", "mask", "strength")}
+        return {
+            "negative_prompt": self.negative or "",
+            "steps": self.sampler.num_inference_steps,
+            "guidance": self.sampler.guidance_scale,
+            **self.sampler.unusual(),
+            **{name: value if name == "strength" else str(value) for name, value in given.items() if value is not None},
+            "width": self.width,
+            "height": self.height,
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture that is asked for. swept: the values of the swept options that it is drawn with, in the options' order."""
+
+    prompt: str
+    seed: int
+    settings: Settings
+    swept: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt, and what it says of its own settings."""
+
+    prompt: str
+    own: Mapping[str, Any]
+
+
+def requests(lines: Sequence[Line], number: int, seed: int, base: Settings, sweeps: Mapping[str, Sequence[Any]]) -> list[Request]:
+    """Every picture: of each line `number`, with seeds counting on from `seed` or from the line's own, each with all swept values."""
+    found, variants = [], [dict(zip(sweeps, values, strict=True)) for values in itertools.product(*sweeps.values())]
+    for variant in variants:
+        for place, line in enumerate(lines):
+            settings = base.changed(variant | dict(line.own))
+            first = line.own.get("seed", seed + place * number)
+            found += [Request(line.prompt, first + each, settings, tuple(variant.values())) for each in range(number)]
+    return found
+
+
+def batches(asked: Sequence[Request], size: int) -> Iterable[list[Request]]:
+    """The requests in their order, at most `size` at a time, those of a batch with the same settings."""
+    for _, group in itertools.groupby(asked, key=lambda request: request.settings):
+        rest = list(group)
+        for start in range(0, len(rest), size):
+            yield rest[start : start + size]
+
+
+def values(option: str, text: str, kind: type) -> list[Any]:
+    """The values of an option that may be swept: "8", "4,8,16", "1..7" (whole steps) or "1..3:0.5". Raises InputError."""
+    found: list[Any] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\S+?)\s*\.\.\s*([^:\s]+)\s*(?::\s*(\S+))?\s*", part)
+        try:
+            if span is None:
+                found.append(kind(part))
+                continue
+            first, last, step = kind(span[1]), kind(span[2]), kind(span[3] or 1)
+            count = (last - first) / step
+            if not 0 <= count <= MOST_VALUES:
+                raise ValueError
+            found += [kind(first + step * each) for each in range(int(count + 1e-9) + 1)]
+        except (ValueError, TypeError, ArithmeticError):
+            noun = "whole numbers" if kind is int else "numbers"
+            raise InputError(f"{option} {shown(repr(text), 60)}: give {noun}, as 8 or 4,8,16 or 1..7") from None
+    if len(found) > MOST_VALUES:
+        raise InputError(f"{option} has {len(found)} values; {MOST_VALUES} are the most that are swept")
+    return list(dict.fromkeys(found))
+
+
+def wanted(prompts: Sequence[str], file: Path | None) -> list[Line]:
+    """The prompts given as arguments, then those of `file`. Raises InputError when there is none or they cannot be read."""
+    for text in prompts:
+        check_text(text, "the prompt")
+    found = [Line(text, {}) for text in prompts] + (read_lines(file) if file is not None else [])
+    if not found:
+        raise InputError('no prompt: give one in quotes, as in latentfm generate "a red apple", or a file with --prompts-file')
+    return found
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The prompts of a file, with what they say of their own settings: text (one a line), .csv with a prompt column, or .jsonl.
+
+    "-" is standard input: JSON lines where its first line is an object, text otherwise. Raises InputError naming the line that is wrong.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if str(file) == "-" else read_text(file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is no UTF-8 text: byte {error.start}") from None
+    except InputError as error:
+        raise InputError(f"--prompts-file {error}; it is a UTF-8 file: text with one prompt a line, .csv or .jsonl") from None
+    kind = file.suffix.lower() if str(file) != "-" else ".jsonl" if text.lstrip().startswith("{") else ".txt"
+    if kind == ".csv":
+        rows = list(enumerate(csv.DictReader(io.StringIO(text)), start=2))
+    else:
+        # an end of line is a line feed, a carriage return, or both; what else Unicode calls one is part of the prompt
+        numbered = [(n, line.strip()) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1) if line.strip()]
+        rows = [(n, parsed(file, n, line) if kind in (".jsonl", ".ndjson") else {"prompt": line}) for n, line in numbered]
+    found = [own_line(file, number, row) for number, row in rows]
+    if not found:
+        raise InputError(f"--prompts-file {shown(file)} has no prompt in it; write one a line")
+    return found
+
+
+def parsed(file: Path, number: int, line: str) -> dict[str, Any]:
+    """The object of a JSON line. Raises InputError for what is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f'{shown(file)}, line {number}: {shown(line, 60)} is no JSON object, as {{"prompt": "a cat", "seed": 3}}')
+    return found
+
+
+def own_line(file: Path, number: int, row: Mapping[str, Any]) -> Line:
+    """A row of a prompts file. Raises InputError for a key that is not known and a value that is of another kind."""
+    where = f"{shown(file)}, line {number}"
+    given = {name: value for name, value in row.items() if value not in (None, "") or name == "prompt"}
+    if not isinstance(given.get("prompt"), str):
+        raise InputError(f"{where} has no prompt")
+    check_text(given["prompt"], f"a prompt in {where}")
+    own: dict[str, Any] = {}
+    for name in given.keys() - {"prompt"}:
+        if name not in OWN:
+            raise InputError(f"{where}: no setting {shown(repr(name), 40)}{nearest(str(name), OWN)}; there are {listed(sorted(OWN))}")
+        try:
+            if isinstance(given[name], bool | dict | list) or (OWN[name] is int and float(given[name]) != int(float(given[name]))):
+                raise ValueError
+            own[name] = OWN[name](float(given[name])) if OWN[name] is int else OWN[name](given[name])
+        except (ValueError, TypeError, OverflowError):
+            noun = {int: "a whole number", float: "a number", str: "a text"}[OWN[name]]
+            raise InputError(f"{where}: {name} {shown(repr(given[name]), 60)} is not {noun}") from None
+    return Line(given["prompt"], own)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises InputError for text that is too long, or no valid Unicode (bytes in another encoding than the terminal's)."""
+    if len(text) > MOST_LETTERS:
+        raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
+    if not is_text(text):
+        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file")
