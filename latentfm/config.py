@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentfm import option_text
 from latentfm.adapters import ADAPTERS
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
-from latentfm.errors import InputError
+from latentfm.errors import InputError, nearest
 from latentfm.files import SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.sampling import Sampler, Schedule, Solver
@@ -19,6 +19,15 @@ from latentfm.words import shown
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def as_meant(cls, given: Any) -> Any:
+        """Names in other letters (AdamW) and whole numbers in another spelling (1e3) as the options have them."""
+        if not isinstance(given, dict):
+            return given
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: option_text.meant(value, kinds[name]) if name in kinds else value for name, value in given.items()}
 
 
 SourceKind = Literal["folder", "parquet", "webdataset", "datasets"]  # each with its reader in data.sources.several
@@ -334,20 +343,37 @@ def default_of(name: str) -> Any:
     return None if OPTIONS[name].is_required() else OPTIONS[name].get_default(call_default_factory=True)
 
 
+BY_STEPS = "a run is counted in train.steps: an epoch is pictures / train.batch_size of them, as `latentfm train --dry-run` tells"
+# what people who come from other trainers look for first
+ANSWERS = {
+    **dict.fromkeys(("epochs", "max_epochs", "num_epochs", "num_train_epochs", "max_train_epochs"), f"no option for epochs: {BY_STEPS}"),
+    "repeats": "no option data.repeats: it is a source's own, as data.sources.0.path=pics data.sources.0.repeats=10",
+    "num_repeats": "no option for repeats of all data: a source has its own, as data.sources.0.path=pics data.sources.0.repeats=10",
+    "max_train_steps": "the option is called train.steps",
+    **dict.fromkeys(("lr", "learning_rates", "unet_lr"), "the option is called train.learning_rate"),
+    **dict.fromkeys(("resolution", "image_size"), "the option is called data.size"),
+    **dict.fromkeys(("network_dim", "lora_rank"), "the option is called train.adapter.rank"),
+    "network_alpha": "the option is called train.adapter.alpha",
+    **dict.fromkeys(("lr_scheduler", "lr_schedule"), "the option is called train.decay, and the beginning of it train.warmup_steps"),
+    "train_batch_size": "the option is called train.batch_size",
+}
+
+
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
     """The options of the YAML or JSON file `path` with `overrides` ("section.key=value", at any depth) on top.
 
     A text option's value is the text after the "=", whole; nothing there leaves it unset. Other values are YAML.
     Raises InputError in one line for a missing file, an unknown name (suggesting the nearest) or a value out of range.
     """
-    data = {} if path is None else read_options(expanded(path))
+    data, seen = {} if path is None else read_options(expanded(path)), set()
     for override in overrides or []:
         name, equals, text = override.partition("=")
         if not (equals and all(name.strip().split(".")) and "." in name):
             known = {name.split(".")[1]: name for name in OPTIONS}
             meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
             raise InputError(f"override '{shown(override, 120)}' should look like section.key=value, {shown(meant, 120)}")
-        option_text.put(data, RunConfig, override)
+        option_text.put(data, RunConfig, override, again=name in seen)
+        seen.add(name)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
@@ -378,12 +404,15 @@ def in_words(error: ValidationError) -> str:
     """What pydantic found wrong, in one line."""
     lines, missing, errors = [], [], error.errors(include_url=False)
     if unknown := [found["loc"] for found in errors if found["type"] == "extra_forbidden"]:
-        return option_text.unknown(RunConfig, unknown[0])
+        return ANSWERS.get(str(unknown[0][-1]), "") or option_text.unknown(RunConfig, unknown[0])
     for found in errors:
         name = ".".join(map(str, found["loc"]))
         if found["type"] == "model_type" and len(found["loc"]) == 1:
             known = ", ".join(RunConfig.model_fields[name].annotation.model_fields)
             return f"section '{name}' should hold options ({known}), it holds {shown(repr(found['input']), 60)}"
+        if found["type"] == "literal_error":
+            known = re.findall("'([^']*)'", found["ctx"]["expected"])
+            found["msg"] += nearest(str(found["input"]), known)
         if found["type"] == "missing":
             missing.append({"data": "data.folder", "output": "output.folder"}.get(name, name))  # what such a section needs
         said = found["msg"].removeprefix("Value error, ")

@@ -8,7 +8,7 @@ import json
 import re
 import types
 from collections.abc import Sequence
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -179,9 +179,24 @@ def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
 # Overrides
 
 
-def put(data: dict[str, Any], kind: Kind, override: str) -> None:
+def meant(value: Any, kind: Kind) -> Any:
+    """A text as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is."""
+    if not isinstance(value, str) or is_text(kind):
+        return value
+    for each in choices(kind):
+        if get_origin(each) is Literal:
+            same = [name for name in get_args(each) if isinstance(name, str) and name.casefold() == value.casefold()]
+            if same:
+                return same[0]
+        if each is int and re.fullmatch(r"[+-]?[0-9]{1,9}(\.[0-9]{1,9})?[eE]\+?[0-9]", value) and float(value).is_integer():
+            return int(float(value))
+    return value
+
+
+def put(data: dict[str, Any], kind: Kind, override: str, again: bool = False) -> None:
     """Puts an override "section.key=value" into `data`, options of type `kind`, at any depth: train.adapter.rank=4, data.sources.0.path=a.
 
+    again: an override gave this option before; a list then has the values of both.
     Raises InputError for a place that a list does not have, and for a value that is not valid YAML where one is needed.
     """
     name, _, text = override.partition("=")
@@ -202,6 +217,8 @@ def put(data: dict[str, Any], kind: Kind, override: str) -> None:
     value = value_of(override, text, kind)
     if isinstance(inner, list) and key == len(inner):
         inner.append(value)
+    elif again and isinstance(value, list) and isinstance(inner.get(key), list):
+        inner[key] = inner[key] + value
     else:
         inner[key] = value
 
@@ -219,6 +236,11 @@ def value_of(override: str, text: str, kind: Kind) -> Any:
     """What the text of an override means for an option of this type. Raises InputError."""
     if takes_text_alone(kind) or (takes_text(kind) and text[:1] not in "[{"):
         return text or None  # nothing leaves an option unset
+    several = [each for each in choices(kind) if get_origin(each) in (list, tuple)]
+    if several and text and text[:1] not in "[{":
+        if any(is_text(within(each, 0)) for each in several):  # a comma belongs to a text
+            return [text]
+        text = f"[{text}]" if "," in text else text
     try:
         return parse(text, kind)
     except Refused as error:

@@ -75,7 +75,7 @@ def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
     "override, message",
     [
         ("train.learning_rat=1", "unknown option 'train.learning_rat' (did you mean 'learning_rate'?)"),
-        ("train.lr=1", "unknown option 'train.lr'"),
+        ("train.lrate=1", "unknown option 'train.lrate'"),
         ("trian.steps=1", "unknown section 'trian' (did you mean 'train'?)"),
         ("sample.step=1", "unknown option 'sample.step' (did you mean 'steps'?)"),
         ("train.steps", "override 'train.steps' should look like section.key=value"),
@@ -109,7 +109,7 @@ OUT_OF_RANGE = [
     "train.t_density_options={scale: 1}", "train.t_density_options=[1]",
     "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
     "data.folder=", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
-    "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts=one", "sample.seed=-1",
+    "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts={one: 1}", "sample.seed=-1",
     "sample.solver=huen", "sample.schedule=linear", "sample.shift=0", "sample.guidance_rule=autoguidance", "sample.guidance_rescale=1.1",
     "sample.guidance_interval=[0.5]", "sample.guidance_interval=0.5", "sample.zero_init=-1", "sample.noise=2.1",
     "output.checkpoint_every=0", "output.keep=0", "output.dtype=float64",
@@ -287,3 +287,43 @@ def test_every_option_is_read_somewhere():
     }  # fmt: skip
     unread = [f"{section}.{key}" for section, key in OPTIONS if not any((owner, key) in read for owner in owners[section])]
     assert unread == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.optimizer=AdamW", "adamw"), ("train.decay=Cosine", "cosine"), ("train.mixed_precision=BF16", "bf16"),
+        ("train.steps=1e3", 1000), ("train.steps=2.5E2", 250), ("sample.prompts=a cat, asleep", ["a cat, asleep"]),
+        ("train.betas=0.9,0.95", (0.9, 0.95)), ("data.size=64,48", (64, 48)),
+    ],
+)  # fmt: skip
+def test_values_as_people_write_them(override, expected):
+    section, name = override.split("=")[0].split(".")
+    config = load_config(None, ["data.folder=a", "output.folder=b", override])
+    assert getattr(getattr(config, section), name) == expected
+
+
+def test_a_list_is_given_by_repeating_its_option(tmp_path):
+    config = load_config(None, ["data.folder=a", "output.folder=b", "sample.prompts=a cat", "sample.prompts=the moon, full"])
+    assert config.sample.prompts == ["a cat", "the moon, full"]
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {folder: a}\noutput: {folder: b}\nsample: {prompts: [a dog]}\ntrain: {optimizer: LION, steps: 1e2}\n")
+    config = load_config(file, ["sample.prompts=a cat"])  # the first one stands for what the file says
+    assert config.sample.prompts == ["a cat"] and (config.train.optimizer, config.train.steps) == ("lion", 100)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.optimizer=adamv", r"\(did you mean 'adamw'\?\)"), ("train.steps=1.5e0", "train.steps"),
+        ("train.epochs=3", "counted in train.steps"),
+        ("train.num_train_epochs=3", "counted in train.steps"), ("data.repeats=3", r"data\.sources\.0\.repeats=10"),
+        ("train.lr=1e-4", "train.learning_rate"), ("train.lr_scheduler=cosine", "train.decay"),
+        ("train.network_dim=8", "train.adapter.rank"),
+        ("data.resolution=64", "data.size"),
+    ],
+)  # fmt: skip
+def test_what_people_look_for_first_is_answered(override, says):
+    with pytest.raises(InputError, match=says) as caught:
+        load_config(None, ["data.folder=a", "output.folder=b", override])
+    assert "\n" not in str(caught.value)

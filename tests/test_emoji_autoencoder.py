@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "emoji"))
-from autoencoder import VAETraining, batch_at, latent_statistics, load_pictures, psnr, train_vae
+from autoencoder import VAETraining, batch_at, edge_strength, latent_statistics, load_pictures, psnr, scheduled, ssim, train_vae
 
 OPTIONS = VAETraining(
-    size=16, steps=12, batch_size=4, warmup=2, mixed_precision="no", checkpoint_every=4, ema_decay=0.5, learning_rate=3e-3
+    size=16, steps=12, batch_size=4, warmup=2, mixed_precision="no", checkpoint_seconds=0, ema_decay=0.5, learning_rate=3e-3
 )
 
 
@@ -67,7 +67,15 @@ def test_it_learns_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None
 def test_other_options_do_not_resume(folder: Path, tmp_path: Path) -> None:
     train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=4))
     with pytest.raises(ValueError, match="other options"):
-        train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=8))
+        train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, batch_size=2))
+
+
+def test_the_rate_falls_at_the_end_wherever_that_is_moved(folder: Path, tmp_path: Path) -> None:
+    rates = [scheduled(step, replace(OPTIONS, steps=100, warmup=10, decay=0.2)) for step in range(100)]
+    assert rates[0] == 1.0 and rates[79] == 1.0 and rates[90] == pytest.approx(0.5) and 0 < rates[99] < 0.1
+    train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=2))
+    train_vae(tiny_vae(), folder, tmp_path / "run", replace(OPTIONS, steps=4))
+    assert '"step": 4' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 def test_batches_depend_on_seed_and_step_alone(folder: Path) -> None:
@@ -82,7 +90,7 @@ def test_batches_depend_on_seed_and_step_alone(folder: Path) -> None:
 def test_psnr_of_a_known_error() -> None:
     """A reconstruction off by 16 of 255 levels everywhere has 20 log10(255 / 16) dB."""
 
-    class Off:
+    class Off(torch.nn.Linear):
         def encode(self, x):
             return type("Out", (), {"latent_dist": type("Dist", (), {"mode": staticmethod(lambda: x)})})
 
@@ -90,7 +98,18 @@ def test_psnr_of_a_known_error() -> None:
             return type("Out", (), {"sample": z + 16 / 127.5})
 
     pictures = torch.zeros(3, 3, 8, 8)
-    torch.testing.assert_close(psnr(Off(), pictures), torch.full((3,), 20 * np.log10(255 / 16), dtype=torch.float32))
+    torch.testing.assert_close(psnr(Off(1, 1), pictures), torch.full((3,), 20 * np.log10(255 / 16), dtype=torch.float32))
+
+
+def test_ssim_and_edges() -> None:
+    """Of constant pictures a and b, SSIM is (2ab + c) / (a^2 + b^2 + c); the same picture has 1; a blurred one has fewer edges."""
+    dark, light = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)  # 0.4 and 0.7 of [0, 1]
+    expected = (2 * 0.4 * 0.7 + 1e-4) / (0.4**2 + 0.7**2 + 1e-4)
+    assert ssim(dark, light).item() == pytest.approx(expected, abs=1e-4)
+    noise = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(ssim(noise, noise), torch.ones(2, dtype=torch.float64))
+    blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    assert (ssim(blurred, noise) < 0.9).all() and (edge_strength(blurred) < 0.5 * edge_strength(noise)).all()
 
 
 def test_latent_statistics_normalise(folder: Path) -> None:

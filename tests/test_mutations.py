@@ -14,7 +14,8 @@ from peft.utils import get_peft_model_state_dict
 from latentfm import LatentFMPipeline
 from latentfm.drawing import fingerprint
 from latentfm.interchange.components import load_text_encoders, read_null
-from latentfm.interchange.lora import open_adapter, write_peft
+from latentfm.interchange.lora.files import open_adapter
+from latentfm.interchange.lora.writing import write_peft
 from latentfm.interchange.weights import completed, load_part, load_transformer, open_weights
 from latentfm.interchange.writers import write_component, write_single
 from latentfm.models.folder import check_folder

@@ -11,6 +11,7 @@ from latentfm.cli.checks import check_at_least_one, check_name
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say, table
 from latentfm.errors import InputError
 from latentfm.files import existing_parent
+from latentfm.interchange.lora.formats import FORMATS
 from latentfm.models.folder import GROUPS
 from latentfm.words import UNITS, shown
 
@@ -25,7 +26,7 @@ SHARD_SIZE = "10GB"
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A .safetensors file, a pipeline or transformer folder, a LoRA file, or a peft adapter folder."),
+        typer.Argument(metavar="IN", help="A .safetensors file, a pipeline or transformer folder, a LoRA's file or folder."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A name ending in .safetensors for a single file, else a folder.")],
     pipeline: Annotated[
@@ -40,7 +41,11 @@ def convert(
     ] = None,
     naming: Annotated[
         str | None,
-        typer.Option(help="Of a single file: original (SD3's) or diffusers (a transformer alone). Default: original.", show_default=False),
+        typer.Option(
+            help="Of a single file: original (SD3's, the default) or diffusers (a transformer alone). "
+            f"Of a LoRA file: {', '.join(FORMATS)}; diffusers is the default.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16 or float32. Default: as stored; float8 becomes bfloat16.", show_default=False)
@@ -56,15 +61,17 @@ def convert(
         bool, typer.Option("--verify", help="Compare every byte of the folders that are read with what was saved there first.")
     ] = False,
 ) -> None:
-    """Convert SD3 / SD3.5 weights between single files and folders, and LoRA adapters between diffusers and peft.
+    """Convert SD3 / SD3.5 weights between single files and folders, and LoRA adapters between the programs that train and use them.
 
     OUT decides. A name ending in .safetensors is a single file in SD3's original naming, as other programs read it; any other name is
     a stock pipeline folder, for `latentfm generate --model`, fine-tuning and diffusers. A single file often lacks the text
     encoders or T5's tokenizer: --pipeline names a folder to take them from. Weights are copied bit for bit unless --dtype asks otherwise.
+
+    A LoRA becomes a file, as --naming has it, or a folder of peft's. A LoKr or LoHa is written as the LoRA that computes the same.
     """
     check_options(target, pipeline, transformer_only, parts, naming, max_shard_size)
     check_name("--dtype", dtype or "float32", DTYPES)
-    check_name("--naming", naming or "original", NAMINGS)
+    check_name("--naming", naming or "original", (*NAMINGS, *(name for name in FORMATS if name not in NAMINGS)))
     if sample_size is not None:
         check_at_least_one({"--sample-size": sample_size})
     wanted, most = wanted_groups(parts), parse_bytes(max_shard_size or SHARD_SIZE)
@@ -78,15 +85,16 @@ def convert(
     import torch
 
     from latentfm.interchange.conversion import adapter_conversion, check_space, model_conversion
-    from latentfm.interchange.lora import is_adapter
+    from latentfm.interchange.lora.files import is_adapter
 
     kind = getattr(torch, dtype) if dtype else None
     if is_adapter(source):
-        if pipeline or parts or naming or max_shard_size or sample_size:
-            apply = "--dtype, --transformer-only, --verify and --overwrite apply to it"
+        if pipeline or parts or max_shard_size or sample_size:
+            apply = "--naming, --dtype, --transformer-only, --verify and --overwrite apply to it"
             raise InputError(f"{shown(source)} is a LoRA: of the options only {apply}")
-        plan = adapter_conversion(source, target, transformer_only, kind, verify)
+        plan = adapter_conversion(source, target, transformer_only, naming, kind, verify)
     else:
+        check_name("--naming", naming or "original", NAMINGS)
         plan = model_conversion(source, target, pipeline, transformer_only, wanted, naming or "original", sample_size, kind, most, verify)
     for note in plan.notes:
         say(f"note: {note}")

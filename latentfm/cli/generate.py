@@ -121,7 +121,7 @@ def generate(
     ] = None,
     lora: Annotated[
         list[Path] | None,
-        typer.Option(help="A LoRA upon the model: a file or folder of ours, diffusers' or peft's. Several add up.", show_default=False),
+        typer.Option(help="A LoRA upon the model: a file, whoever made it, or a folder, ours or peft's. They add up.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing. No file in it is overwritten.")] = Path("outputs"),
     grid: Annotated[

@@ -111,7 +111,8 @@ app.command(
     "latentfm convert sd3_medium_incl_clips.safetensors sd3  (a folder without T5)\n\n"
     "latentfm convert runs/mine/model mine.safetensors --with transformer,vae --dtype float16  (for other programs)\n\n"
     "latentfm convert sd3.5_large.safetensors large --transformer-only --max-shard-size 5GB\n\n"
-    "latentfm convert pytorch_lora_weights.safetensors adapter  (diffusers' LoRA to peft; the other way round too)"
+    "latentfm convert pytorch_lora_weights.safetensors adapter  (diffusers' LoRA to peft; the other way round too)\n\n"
+    "latentfm convert runs/mine/lora mine.safetensors --naming kohya  (for other programs)"
 )(with_homes(convert))
 app.command(
     epilog="Examples\n\n"

@@ -10,9 +10,11 @@ import torch
 
 from latentfm.adapters import kind_of
 from latentfm.errors import InputError
-from latentfm.interchange.lora import Adapter, open_adapter, write_diffusers, write_peft
-from latentfm.interchange.lora_names import ENCODERS
-from latentfm.interchange.tensors import Tensors, target_dtype, written_bytes
+from latentfm.interchange.lora.files import Adapter, open_adapter
+from latentfm.interchange.lora.formats import FORMATS
+from latentfm.interchange.lora.kinds import KINDS
+from latentfm.interchange.lora.writing import spelt, write_peft
+from latentfm.interchange.tensors import Tensors, target_dtype, write_file, written_bytes
 from latentfm.interchange.weights import Weights, architecture, completed, open_weights
 from latentfm.interchange.writers import carried, write_component, write_pipeline, write_single
 from latentfm.models.folder import GROUPS, PARTS
@@ -43,28 +45,57 @@ def check_space(target: Path, size: int) -> None:
         raise InputError(f"OUT {shown(target)} takes {in_units(size)}, and {has}; make room, or give another place")
 
 
-def adapter_conversion(source: Path, target: Path, transformer_only: bool, dtype: torch.dtype | None, verify: bool) -> Conversion:
-    """The conversion of a LoRA. Raises InputError when it would change or lose something."""
+def adapter_conversion(
+    source: Path, target: Path, transformer_only: bool, naming: str | None, dtype: torch.dtype | None, verify: bool
+) -> Conversion:
+    """The conversion of a LoRA, into the spelling `naming` of FORMATS where `target` is a file (None: diffusers').
 
-    adapter = open_adapter(source, verify)
-    if is_file_name(target) == source.is_file():
-        way_out = "a folder for peft" if source.is_file() else "a name ending in .safetensors for diffusers"
-        raise InputError(f"{shown(source)} is a {adapter.kind} already; give as OUT {way_out}")
-    if adapter.left_out and not transformer_only:
+    Raises InputError when it would change or lose something.
+    """
+    adapter = open_adapter(source, verify=verify)
+    spelling = (naming or "diffusers") if is_file_name(target) else "peft"
+    if adapter.spelling == spelling and adapter.kinds == ("lora",) and dtype is None:
+        way_out = "a name ending in .safetensors for diffusers" if spelling == "peft" else "a folder for peft, or another --naming"
+        raise InputError(f"{shown(source)} is a {adapter.title} already; give as OUT {way_out}")
+    if transformer_only:
+        if "transformer" not in adapter.tensors:
+            raise InputError(f"--transformer-only leaves nothing: {shown(source)} adapts the text encoders alone")
+        adapter = replace(adapter, **{part: {"transformer": getattr(adapter, part)["transformer"]} for part in ("tensors", "configs")})
+    others = {owner: tensors for owner, tensors in adapter.tensors.items() if owner != "transformer"}
+    if spelling == "peft" and "transformer" not in adapter.tensors:
+        raise InputError(f"{shown(source)} adapts the text encoders alone; a peft folder would hold nothing of it")
+    if spelling == "peft" and others:
+        number = sum(map(len, others.values()))
         raise InputError(
-            f"{shown(source)} adapts the text encoders too ({count(adapter.left_out, 'tensor')}: {', '.join(ENCODERS)}), and a peft folder "
+            f"{shown(source)} adapts the text encoders too ({count(number, 'tensor')}: {', '.join(others)}), and a peft folder "
             "holds one model's adapter; --transformer-only leaves them out"
         )
-    to, write = ("diffusers LoRA file", write_diffusers) if is_file_name(target) else ("peft adapter folder", write_peft)
-    rows = [row("transformer", adapter.tensors, dtype, adapter.kind, to)]
-    size = written_bytes(adapter.tensors, dtype)
-    return Conversion(lora_title(adapter), rows, size, lambda path, advance: write(path, adapter, dtype, advance))
+    if spelling == "peft":
+        title, written = "peft adapter folder", adapter.tensors["transformer"]
+    else:
+        title = FORMATS[spelling].title
+        written, metadata = spelt(adapter, spelling, dtype)
+    rows = [row(owner, tensors, dtype, adapter.title, title) for owner, tensors in adapter.tensors.items()]
+
+    def write(path: Path, advance: Callable[[int], None]) -> None:
+        if spelling == "peft":
+            write_peft(path, adapter, dtype, advance)
+        else:
+            write_file(path, written, metadata, None, advance)
+
+    return Conversion(lora_title(adapter), rows, written_bytes(written, dtype if spelling == "peft" else None), write, lora_notes(adapter))
 
 
 def lora_title(adapter: Adapter) -> str:
-    config = adapter.config
+    config = next(iter(adapter.configs.values()))
     kind = kind_of(config).title
     return f"{kind} of rank {config.get('r')}{' and others' if config.get('rank_pattern') else ''}, alpha {config.get('lora_alpha')}"
+
+
+def lora_notes(adapter: Adapter) -> tuple[str, ...]:
+    """What of the adapter is not as it was, a line each."""
+    others = [KINDS[kind].title for kind in adapter.kinds if kind != "lora"]
+    return tuple(f"it is a {kind}, and is written as the LoRA that computes the same; there is no way back" for kind in others)
 
 
 def model_conversion(

@@ -1,26 +1,20 @@
-"""How a pipeline comes from disk and goes back: folders, single files, LoRA adapters."""
+"""How a pipeline comes from disk and goes back: folders and single files."""
 
-import inspect
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PipelineQuantizationConfig
-from diffusers.loaders import SD3LoraLoaderMixin
-from safetensors import SafetensorError
-from torch import Tensor
 
 from latentfm.errors import InputError
-from latentfm.files import follow_umask, reading, reason
+from latentfm.files import follow_umask, reason
 from latentfm.interchange.components import EXTRA, check_together, load_component, read_null, scheduler_from
-from latentfm.interchange.lora import ADAPTER_FILE, Parts, check_fit, loaded, parts_of, read_adapter, with_alphas
 from latentfm.interchange.weights import CLASSES, completed, load_part, open_weights, tokenizer_of
 from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
 from latentfm.models.folder import INFO_FILE, PARTS, check_folder, read_info, refuse_pickle, write_stock_names
-from latentfm.models.manifest import renew_entry, write_manifest
+from latentfm.models.manifest import write_manifest
 from latentfm.models.preview import readable
 from latentfm.words import listed, shown
 
@@ -28,7 +22,7 @@ logger = logging.getLogger(__name__)
 COMPONENTS = (*CLASSES, *EXTRA)
 
 
-class PipelineFiles(SD3LoraLoaderMixin):
+class PipelineFiles:
     """Loading and saving of a DiffusionPipeline that has SD3's components, an `info` and a `null` condition; the base before that class."""
 
     @classmethod
@@ -109,58 +103,6 @@ class PipelineFiles(SD3LoraLoaderMixin):
             pipe.null = read_null(weights.null.parent, pipe.prompt_encoder)
         return pipe
 
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], **kwargs: Any) -> Any:
-        """The tensors of a LoRA, and its metadata with return_lora_metadata=True, as SD3LoraLoaderMixin; a peft adapter folder too.
-
-        The keyword arguments are SD3LoraLoaderMixin's, and verify=True, which compares every byte of a folder with what was saved there.
-        Names are diffusers' whatever the file's spelling was, and the metadata is always there; without it an alpha is multiplied in.
-        Raises InputError for a pickle, a file that cannot be read, or a LoRA of another model, kind or naming.
-        """
-        given, with_metadata = pretrained_model_name_or_path_or_dict, kwargs.pop("return_lora_metadata", False)
-        verify, name = kwargs.pop("verify", False), kwargs.get("weight_name")
-        if isinstance(given, dict):
-            source, parts = Path("the given state dict"), parts_of(Path("the given state dict"), given, {})
-        else:
-            source = Path(given)
-            if source.exists():
-                parts, _ = read_adapter(source / (kwargs.get("subfolder") or ""), name, verify)
-            else:
-                parts = fetched(super().lora_state_dict, source, kwargs)
-        tensors, metadata = loaded(parts, source)
-        return (tensors, metadata) if with_metadata else with_alphas(tensors, parts)
-
-    @classmethod
-    def load_lora_into_transformer(cls, state_dict: dict[str, Tensor], transformer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Adds the adapter to the transformer. Raises InputError when it does not fit."""
-        check_fit(transformer, "transformer", state_dict)
-        with reading("the LoRA", "it does not fit this model"):
-            super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
-
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls, state_dict: dict[str, Tensor], network_alphas: Any, text_encoder: torch.nn.Module | None, prefix: str, **kwargs: Any
-    ) -> None:
-        """Adds the adapter to a text encoder. Raises InputError when it does not fit, or there is no such encoder."""
-        if text_encoder is None:
-            if any(name.startswith(f"{prefix}.") for name in state_dict):
-                raise InputError(f"the LoRA adapts {prefix}, which is not loaded; load the model with its text encoders")
-            return
-        check_fit(text_encoder, prefix, state_dict)
-        with reading("the LoRA", "it does not fit this model"):
-            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix, **kwargs)
-
-    @classmethod
-    def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes a LoRA file as SD3LoraLoaderMixin, whose arguments these are, and keeps its folder's manifest right."""
-        save = super().save_lora_weights
-        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
-        save(save_directory, *args, **kwargs)
-        follow_umask(Path(save_directory).glob("*.safetensors"))
-        name = given.get("weight_name") or ADAPTER_FILE
-        if given.get("is_main_process", True) and (Path(save_directory) / name).is_file():
-            renew_entry(Path(save_directory), name)
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a stock StableDiffusion3Pipeline folder (safetensors), plus latentfm.json, the null condition and the manifest."""
         folder = Path(save_directory)
@@ -175,19 +117,6 @@ class PipelineFiles(SD3LoraLoaderMixin):
         (folder / INFO_FILE).write_text(json.dumps({"format": 1, **self.info, **preview}, indent=2) + "\n", "utf-8")
         write_stock_names(folder)
         write_manifest(folder)
-
-
-def fetched(fetch: Callable[..., Any], name: Path, kwargs: dict[str, Any]) -> Parts:
-    """A LoRA of the hub's. Raises InputError for one that is not there, or is no safetensors."""
-    wanted = kwargs.get("weight_name")
-    if wanted is not None:
-        refuse_pickle(Path(wanted))
-        if not str(wanted).endswith(".safetensors"):
-            raise InputError(f"the LoRA {shown(wanted)} is no safetensors file by its name; only these are loaded")
-    refuse_pickle(name)
-    with reading(f"the LoRA {shown(name)}", "give a file, a folder, or a name on the hub", also=(SafetensorError,)):
-        tensors, said = fetch(str(name), **kwargs | {"use_safetensors": True, "return_lora_metadata": True})
-    return parts_of(name, tensors, said or {})
 
 
 def place_asked_for(device_map: Any) -> torch.device | None:

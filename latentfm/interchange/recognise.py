@@ -9,7 +9,7 @@ MMDIT, LORA = "an SD3 MM-DiT", "a LoRA"
 SIGNS: list[tuple[str, tuple[str, ...]]] = [
     (LORA, (
         r"\.lora_(A|B|up|down|magnitude)|\.lora\.(up|down)|lora_linear_layer|^lora_(unet|te|transformer)|^lycoris_"
-        r"|\.(lokr|hada|b?oft)_|\.dora_scale",
+        r"|\.(lokr|hada|b?oft)_|\.dora_scale|\.diff(_b)?$",
     )),
     ("a ControlNet", (r"(^|\.)(control_model|controlnet_(blocks|down_blocks|x_embedder|cond_embedding))\.",)),
     ("an IP-Adapter", (r"^(ip_adapter|image_proj)\.",)),
@@ -36,6 +36,34 @@ SIGNS: list[tuple[str, tuple[str, ...]]] = [
     ("a CLIP alone", (r"(^|\.)transformer\.resblocks\.0\.", r"(^|\.)token_embedding\.")),
     ("a T5 alone", (r"(^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.",)),
 ]
+
+
+# Which other model than SD3's a LoRA is of: a pattern that some name matches, with dots or underscores in it. The first that fits counts.
+LORA_SIGNS: list[tuple[str, str]] = [
+    ("a Control-LoRA", r"^lora_controlnet"),
+    ("a Stable Cascade LoRA", r"^lora_prior_|^prior_unet[._]"),
+    ("an SDXL LoRA", r"(^|[._])(input_blocks|output_blocks|middle_block)[._]|(down|up|mid)_block.{0,80}[._]transformer_blocks[._][1-9]"),
+    ("a LoRA of a UNet (SD 1, SD 2 or SDXL)", r"(^|[._])((down|up)_blocks[._]\d|mid_block[._])"),
+    ("a HunyuanVideo LoRA", r"token_refiner|double_blocks\.\d+\.img_attn_qkv|double_blocks[._]\d+[._]img_mod[._]linear"),
+    ("a Chroma LoRA", r"distilled_guidance_layer"),
+    ("a Flux LoRA", r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
+    ("a HiDream LoRA", r"(^|[._])(double|single)_stream_blocks[._]\d"),
+    ("an AuraFlow LoRA", r"(^|[._])(joint_transformer_blocks|double_layers|single_layers)[._]\d"),
+    ("a Qwen-Image LoRA", r"transformer_blocks[._]\d+[._](img|txt)_(mod|mlp)[._]"),
+    ("a Wan video LoRA", r"(^|\.|lora_unet_|lycoris_)blocks[._]\d+[._](self_attn|cross_attn|attn[12]|ffn)[._]"),
+    ("a Lumina 2 or Z-Image LoRA", r"(^|[._])(context_refiner|noise_refiner)[._]\d|(^|[._])layers[._]\d+[._]attention[._]"),
+    ("a PixArt, Sana, LTX-Video or CogVideoX LoRA", r"transformer_blocks[._]\d+[._]attn1[._]|(^|[._])(adaln_single|patchify_proj)[._]"),
+    ("a language model's LoRA", r"(^|\.)model\.layers\.\d+\.(self_attn|mlp)\."),
+]
+
+
+def recognise_lora(names: list[str]) -> tuple[str, str] | None:
+    """(What a LoRA of another model is, in words ("a Flux LoRA"), the name that tells it); None for SD3's, and where no name tells."""
+    text = "\n".join(names)
+    for kind, pattern in LORA_SIGNS:
+        if re.search(pattern, text, re.MULTILINE):
+            return kind, next(name for name in names if re.search(pattern, name))
+    return None
 
 
 def recognise(names: Iterable[str]) -> str | None:

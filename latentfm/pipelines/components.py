@@ -19,6 +19,7 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.models.preview import colours_of, latent_rgb
 from latentfm.models.text import NullCondition, PromptEncoder
 from latentfm.pipelines.arguments import whole_number
+from latentfm.pipelines.lora import LoraLoader
 from latentfm.words import shown
 
 SHOWN = 80  # characters of a prompt in a warning
@@ -34,7 +35,7 @@ class Said:
     null: NullCondition = field(default_factory=NullCondition)
 
 
-class Components(PipelineFiles, SD3IPAdapterMixin, DiffusionPipeline):
+class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline):
     """The components of StableDiffusion3Pipeline, by its names. Any may be None: what needs an absent one says so when it is asked.
 
     LoRA and IP-Adapters load, mix, fuse and unload as there: load_lora_weights, set_adapters, fuse_lora, load_ip_adapter and so on.

@@ -106,7 +106,7 @@ class Prompts(Components):
         if chunked and embeds is None and negative[1] is None:
             each = [[text for said in (prompts, negative[0]) for text in listed(said[i] or said[0])] for i in range(len(prompts))]
             chunks = self.prompt_encoder.chunks_of(each, length)
-        with lora_scaled([self.text_encoder, self.text_encoder_2], scale):
+        with lora_scaled([self.text_encoder, self.text_encoder_2, self.text_encoder_3], scale):
             if embeds is None:
                 first = [prompts[0]] if isinstance(prompts[0], str) else prompts[0]
                 others = [aligned(other, first) for other in prompts[1:]]

@@ -1,13 +1,15 @@
-"""Build the bundled model from nothing: three emoji sets in, assets/emoji out.
+"""Build the bundled model from nothing: eight emoji sets in, assets/emoji out.
 
     pip install -e ".[test]"                                   # brings resvg_py; npm is needed too, for the fetch
     python scripts/emoji/build.py --work build/emoji           # every stage in order; hours on two CPU cores
     python scripts/emoji/build.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
     bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
-Stages: fetch (npm packages) -> render (PNG at 64 and 96 px) -> captions -> vae -> text (three encoders) -> base (those as a
-pipeline folder without network) -> mmdit (`latentfm train --config configs/emoji.yaml`) -> export (half precision, into assets/).
-`python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again.
+Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
+pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
+configs/emoji.yaml`) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
+`python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
+interrupted goes on.
 """
 
 import argparse
@@ -21,43 +23,59 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import encoders
-import icons
+import numpy as np
+import sets
+import yaml
+from captions import write_captions, write_rows
+from pairs import Pairs
+from render import SIZE, write_pictures
+from scenes import write_scenes
+from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "render", "captions", "vae", "text", "base", "mmdit", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "long", "export")
 VAE = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128), "layers_per_block": 1, "latent_channels": 12,
-    "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": icons.SIZE,
+    "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128, 192), "layers_per_block": 1, "latent_channels": 16,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 16,
+    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": SIZE,
+    "mid_block_add_attention": False,  # convolutions alone see a 64-pixel crop and a 128-pixel picture alike
 }  # fmt: skip
+SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
 TEXT_STEPS = {"clip": 1000, "open_clip": 1000, "t5": 4000}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
-def pictures_of(folder: Path):
-    """The PNG pictures of a folder, float [N, 3, 64, 64] in [-1, 1], in name order."""
-    import numpy as np
+def pictures_of(folder: Path, every: int = 1):
+    """Every `every`-th PNG picture of a folder, float [N, 3, SIZE, SIZE] in [-1, 1], in name order."""
     import torch
 
     from latentfm.data.images import open_rgb, to_tensor
 
-    return torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted(folder.glob("*.png"))])
+    return torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted(folder.glob("*.png"))[::every]])
 
 
 def fetch(work: Path) -> None:
-    icons.fetch(work / "npm")
+    sets.fetch(work / "npm")
+
+
+def catalogue(work: Path) -> None:
+    sets.write_catalogue(work / "npm", work / "catalogue.jsonl.gz")
 
 
 def render(work: Path) -> None:
-    icons.write_pictures(icons.catalogue(work / "npm"), work / "pictures")
+    write_pictures(*sets.read_catalogue(work / "catalogue.jsonl.gz"), work / "pictures")
 
 
 def captions(work: Path) -> None:
-    icons.write_captions(icons.catalogue(work / "npm"), work / "pictures")
+    write_captions(sets.read_catalogue(work / "catalogue.jsonl.gz")[0], work / "pictures")
+
+
+def scenes(work: Path) -> None:
+    write_scenes(sets.read_catalogue(work / "catalogue.jsonl.gz")[0], work / "pictures", SCENES, EXAMINED)
 
 
 def vae(work: Path) -> None:
-    """Train the VAE (held-out PSNR is printed), find its shift and scale, save it in half precision."""
+    """Train the VAE (PSNR of some held-out renders is printed), find its shift and scale, save it in half precision."""
     import torch
     from autoencoder import VAETraining, latent_statistics, train_vae
     from diffusers import AutoencoderKL
@@ -65,22 +83,29 @@ def vae(work: Path) -> None:
     if (work / "vae" / "model" / "config.json").exists():
         return
     torch.manual_seed(0)
-    model = AutoencoderKL(**VAE)
-    train_vae(model, work / "pictures" / "vae", work / "vae", VAETraining(), pictures_of(work / "pictures" / "held_out"))
-    shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "train"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoencoderKL(**VAE).to(device, memory_format=torch.channels_last)
+    options = VAETraining(compile=True)
+    train_vae(model, work / "pictures" / "vae", work / "vae", options, pictures_of(work / "pictures" / "held_out", every=8))
+    shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "icons", every=4))
     model.register_to_config(shift_factor=shift, scaling_factor=scale)
-    model.half().save_pretrained(work / "vae" / "model")
+    model.half().cpu().save_pretrained(work / "vae" / "model")
 
 
-def latents_of(pictures, folder: Path):
-    """Uint8 pictures [N, 3, 64, 64] as the MM-DiT sees them: the VAE's mean latents, shifted and scaled, float [N, 12, 16, 16]."""
+def latents_of(paths: list[Path], folder: Path):
+    """Pictures as the MM-DiT sees them: the VAE's mean latents, shifted and scaled, half precision [N, 16, 16, 16]."""
     import torch
     from diffusers import AutoencoderKL
 
+    from latentfm.data.images import open_rgb, to_tensor
+
     model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    with torch.no_grad():
-        means = torch.cat([model.encode(batch / 127.5 - 1).latent_dist.mean for batch in pictures.split(128)])
-    return (means - model.config.shift_factor) * model.config.scaling_factor
+    means = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, len(paths), 64):
+            pictures = torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in paths[start : start + 64]])
+            means.append(model.encode(pictures).latent_dist.mean.float())
+    return ((torch.cat(means) - model.config.shift_factor) * model.config.scaling_factor).half()
 
 
 def text_encoder(work: Path, name: str, threads: int) -> None:
@@ -88,13 +113,16 @@ def text_encoder(work: Path, name: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    pairs, out, steps = encoders.Pairs(work / "pictures" / "train"), work / "text", TEXT_STEPS[name]
+    icons, _ = sets.read_catalogue(work / "catalogue.jsonl.gz")
+    words = {word for icon in icons for word in (icon.label, *icon.names, *icon.tags)}
+    meanings = [texts for texts in WordNet(work / "npm" / "wordnet" / "dict").meanings(THINGS) if words & set(texts)]
+    pairs, out, steps = Pairs(work / "pictures", meanings), work / "text", TEXT_STEPS[name]
     if name == "clip":
         encoders.train_clip(pairs, out, steps, batch=256, seed=1)
     elif name == "open_clip":
         encoders.train_open_clip(pairs, out, steps, batch=256, seed=2)
     else:
-        encoders.train_t5(pairs, latents_of(pairs.pictures, work / "vae" / "model"), out, steps, batch=128, seed=3)
+        encoders.train_t5(pairs, latents_of(pairs.paths, work / "vae" / "model"), out, steps, batch=128, seed=3)
 
 
 def text(work: Path) -> None:
@@ -122,7 +150,7 @@ def base(work: Path) -> None:
 
     folder = work / "base"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(work / "text", folder)
+    shutil.copytree(work / "text", folder, ignore=shutil.ignore_patterns("clip", "open_clip", "t5"))  # their checkpoints
     shutil.copytree(work / "vae" / "model", folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
@@ -151,19 +179,38 @@ def mmdit(work: Path) -> None:
         subprocess.run(training_command(work), check=True, cwd=ROOT)
 
 
-def training_command(work: Path, *more: str) -> list[str]:
-    """The command that trains the MM-DiT, or goes on with it; `more` are further overrides."""
+def long(work: Path) -> None:
+    """Go on for a little with T5 padded to LONG tokens, on some captions of everything: all of them would be 20 GB in the cache."""
+    folder = work / "pictures" / "long"
+    if (work / "long" / "model" / "model_index.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rows = []
+    for part, every, texts in (("plain", 1, 3), ("styled", 4, 1), ("scenes", 4, 1)):
+        for line in (work / "pictures" / part / "metadata.jsonl").read_text("utf-8").splitlines()[::every]:
+            row = json.loads(line)
+            name = f"{part}-{row['file_name']}"
+            os.link(work / "pictures" / part / row["file_name"], folder / name)
+            rows.append({"file_name": name, "text": row["text"][:texts]})
+    write_rows(folder, rows)
+    own = [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", f"data.sources={json.dumps([{'path': str(folder)}])}"]
+    own += [f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}", f"output.folder={work / 'long'}"]
+    own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50"]
+    subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
+
+
+def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]:
+    """The command that trains the MM-DiT in a folder of `work`, or goes on with it; `more` are further overrides."""
     from latentfm.training.checkpoint.storage import checkpoints
 
-    folders = {
-        "data.folder": work / "pictures" / "train",
-        "data.cache": work / "cache",
-        "model.pipeline": work / "base",
-        "output.folder": work / "mmdit",
-    }
-    command = [sys.executable, "-m", "latentfm", "train", "--config", str(ROOT / "configs" / "emoji.yaml")]
+    config = ROOT / "configs" / "emoji.yaml"
+    sources = yaml.safe_load(config.read_text("utf-8"))["data"]["sources"]
+    there = [source | {"path": str(work / Path(source["path"]).relative_to("build/emoji"))} for source in sources]
+    folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / "mmdit"}
+    command = [sys.executable, "-m", "latentfm", "train", "--config", str(config), f"data.sources={json.dumps(there)}"]
     command += [*(f"{option}={folder}" for option, folder in folders.items()), *more]
-    return [*command, "--resume"] if checkpoints(work / "mmdit" / "checkpoints") else command
+    return [*command, "--resume"] if checkpoints(work / folder / "checkpoints") else command
 
 
 def export(work: Path) -> None:
@@ -174,7 +221,7 @@ def export(work: Path) -> None:
     target = ROOT / "assets" / "emoji"
     card = (target / "README.md").read_text("utf-8") if (target / "README.md").exists() else None
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(work / "mmdit" / "model", target)
+    shutil.copytree(work / "long" / "model", target)
     write_stock_names(target)
     write_manifest(target)
     if card is not None:

@@ -6,52 +6,26 @@
 
 With few pictures the MM-DiT learns by heart only as fast as the text features tell captions apart, so all three are trained
 until they know the pictures: encoders that were hardly trained cost four times as many MM-DiT steps for a fifth of the quality.
+All three also learn from WordNet which words mean the same, so that a word that no caption has may still be understood.
 """
 
 import json
 import math
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from goes_on import Run
+from pairs import PARTS, VISION_SIZE, Pairs, contrast
 from torch import Tensor, nn
 
-from latentfm.data.mixture import Mixture
-from latentfm.data.stream import Stream
-
-LENGTH = 16  # tokens of both CLIP encoders; the T5 encoder has no limit of its own
+LENGTH = 24  # tokens of both CLIP encoders; the T5 encoder has no limit of its own
 CLIP_WIDTHS = (128, 192)
 VISION_WIDTH, VISION_LAYERS = 128, 2  # of the CLIPs' image towers: patches of 16 pixels, only there to be contrasted with
 T5_WIDTH = 320  # at least the sum of the CLIP widths: SD3 pads their concatenation up to it
 VOCABULARY = 4096
-
-
-class Pairs:
-    """The training pictures and their captions: uint8 [N, 3, 64, 64] and N lists of strings."""
-
-    def __init__(self, folder: Path):
-        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
-        self.captions = [row["text"] for row in rows]
-        arrays = [np.asarray(Image.open(folder / row["file_name"]).convert("RGB")) for row in rows]
-        self.pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-    def batches(self, size: int, steps: int, seed: int) -> Iterator[tuple[list[int], list[str], random.Random]]:
-        """Yields (indices, one drawn caption each, the step's generator); epochs are permutations."""
-        stream = Stream(Mixture.plain(len(self.captions)), size, seed)
-        for step in range(steps):
-            rng = random.Random(f"{seed}/{step}")
-            indices = [index for _, index, _ in stream.members(step)]
-            yield indices, [rng.choice(self.captions[i]) for i in indices], rng
-
-    def images(self, indices: list[int], rng: random.Random) -> Tensor:
-        """Float pictures in [-1, 1], [B, 3, 64, 64], each shifted by up to 4 pixels on white."""
-        padded = nn.functional.pad(self.pictures[indices], (4, 4, 4, 4), value=255)
-        top, left = rng.randint(0, 8), rng.randint(0, 8)
-        return padded[..., top : top + 64, left : left + 64].float() / 127.5 - 1
+MEANT = 0.2  # the weight of what words mean
 
 
 def clip_tokenizer(texts: list[str], pad_token: str):
@@ -104,24 +78,26 @@ def t5_tokenizer(texts: list[str], folder: Path):
     return tokenizer
 
 
-def train(module: nn.Module, losses: Iterator[Callable[[], Tensor]], steps: int, rate: float, label: str) -> None:
-    """AdamW with warm-up and cosine decay in bf16 autocast; prints the loss and speed every 50 steps."""
+def train(module: nn.Module, loss_at: Callable[[int], Tensor], steps: int, rate: float, out: Path) -> None:
+    """AdamW with warm-up and cosine decay in bf16 autocast, resuming from out/checkpoints; prints the loss and speed every 50 steps."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * s / steps)))
-    )
+    run = Run(module, optimizer, out / "checkpoints", {"steps": steps, "rate": rate})
     began = time.monotonic()
-    for step, loss_of in enumerate(losses):
+    for step in range(run.start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of()
+            loss = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        run.ema.update(run.shards.parameters, step + 1)
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            pace = (step + 1) / (time.monotonic() - began)
-            print(f"{label} step {step + 1}/{steps} loss {loss.item():.4f} {pace:.2f} steps/s", flush=True)
+            pace = (step + 1 - run.start) / (time.monotonic() - began)
+            print(f"{out.name} step {step + 1}/{steps} loss {loss.item():.4f} {pace:.2f} steps/s", flush=True)
+        if run.due() or step + 1 == steps:
+            run.save(step + 1)
 
 
 def spread_tokens(embedding: nn.Embedding) -> None:
@@ -170,21 +146,22 @@ def train_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) -> No
     from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection
 
     width = CLIP_WIDTHS[0]
-    texts = sorted({caption for captions in pairs.captions for caption in captions})
+    texts = pairs.texts()
     tokenizer = clip_tokenizer(texts, pad_token="<|endoftext|>")
     torch.manual_seed(seed)
     text = clip_text_settings(width, tokenizer) | {"hidden_act": "quick_gelu"}
     vision = {"hidden_size": VISION_WIDTH, "intermediate_size": 4 * VISION_WIDTH, "num_hidden_layers": VISION_LAYERS}
-    vision |= {"num_attention_heads": VISION_WIDTH // 32, "image_size": 64, "patch_size": 16, "projection_dim": width}
+    vision |= {"num_attention_heads": VISION_WIDTH // 32, "image_size": VISION_SIZE, "patch_size": 16, "projection_dim": width}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     spread_tokens(model.text_model.embeddings.token_embedding)
 
-    def losses():
-        for indices, captions, rng in pairs.batches(batch, steps, seed):
-            images, ids = pairs.images(indices, rng), tokens_of(tokenizer, captions, LENGTH)
-            yield lambda images=images, ids=ids: model(input_ids=ids, pixel_values=images, return_loss=True).loss
+    def loss_at(step: int) -> Tensor:
+        indices, captions, rng = pairs.batch(batch, step, seed)
+        images, ids = pairs.images(indices, rng), tokens_of(tokenizer, captions, LENGTH)
+        words = model.text_model(tokens_of(tokenizer, pairs.same_meaning(rng), LENGTH)).pooler_output
+        return model(input_ids=ids, pixel_values=images, return_loss=True).loss + MEANT * contrast(model.text_projection(words))
 
-    train(model, losses(), steps, 5e-4, "clip")
+    train(model, loss_at, steps, 5e-4, out / "clip")
     tower = CLIPTextModelWithProjection(model.config.text_config)
     state = {k: v for k, v in model.state_dict().items() if k.startswith(("text_model.", "text_projection."))}
     tower.load_state_dict(state, strict=True)
@@ -201,7 +178,7 @@ def train_open_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) 
     from latentfm.interchange.open_clip import open_clip_text_to_transformers
 
     width = CLIP_WIDTHS[1]
-    texts = sorted({caption for captions in pairs.captions for caption in captions})
+    texts = pairs.texts()
     tokenizer = clip_tokenizer(texts, pad_token="!")
     torch.manual_seed(seed)
     model = CLIP(
@@ -212,12 +189,13 @@ def train_open_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) 
     spread_tokens(model.token_embedding)
     loss_function = ClipLoss()
 
-    def losses():
-        for indices, captions, rng in pairs.batches(batch, steps, seed):
-            images, ids = pairs.images(indices, rng), tokens_of(tokenizer, captions, LENGTH)
-            yield lambda images=images, ids=ids: loss_function(*model(images, ids))
+    def loss_at(step: int) -> Tensor:
+        indices, captions, rng = pairs.batch(batch, step, seed)
+        images, ids = pairs.images(indices, rng), tokens_of(tokenizer, captions, LENGTH)
+        words = model.encode_text(tokens_of(tokenizer, pairs.same_meaning(rng), LENGTH))
+        return loss_function(*model(images, ids)) + MEANT * contrast(words)
 
-    train(model, losses(), steps, 5e-4, "open_clip")
+    train(model, loss_at, steps, 5e-4, out / "open_clip")
     tower = open_clip_text_to_transformers(model)
     ids = tokens_of(tokenizer, texts[:64], LENGTH)
     with torch.no_grad():
@@ -230,45 +208,69 @@ def train_open_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) 
     tokenizer.save_pretrained(out / "tokenizer_2")
 
 
-def train_t5(pairs: Pairs, latents: Tensor, out: Path, steps: int, batch: int, seed: int) -> None:
-    """Train a T5 encoder until a linear map of its mean output predicts the pictures' latents [N, C, H, W]; write it.
+def from_patches(patches: Tensor, shape: torch.Size) -> Tensor:
+    """[B, *shape] of shape [C, H, W], put together of its P x P patches, given row by row as [B, P P, C h w]."""
+    side = math.isqrt(patches.shape[1])
+    cells = patches.unflatten(2, (shape[0], shape[1] // side, shape[2] // side)).unflatten(1, (side, side))
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(-1, *shape)
 
-    That map is what a flow network has to know at t = 0, where its velocity is the mean of the pictures a caption allows
-    minus the noise. Padding is not masked, because SD3 does not mask it: the encoder learns to live with 16 to 160 tokens.
+
+class Drawing(nn.Module):
+    """Text features [B, L, T5_WIDTH] -> latents [B, *shape]: each of P x P patches asks the words, as an MM-DiT's tokens do."""
+
+    def __init__(self, shape: torch.Size, side: int = 4):
+        super().__init__()
+        self.shape = shape
+        self.queries = nn.Parameter(torch.randn(side**2, T5_WIDTH))
+        self.attention = nn.MultiheadAttention(T5_WIDTH, 5, batch_first=True)
+        self.norm, self.wide = nn.LayerNorm(T5_WIDTH), nn.Linear(T5_WIDTH, 4 * T5_WIDTH)
+        self.out = nn.Linear(4 * T5_WIDTH, shape.numel() // side**2)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found, _ = self.attention(self.queries.expand(len(hidden), -1, -1), hidden, hidden, need_weights=False)
+        return from_patches(self.out(nn.functional.gelu(self.wide(self.norm(found)))), self.shape)
+
+
+def train_t5(pairs: Pairs, latents: Tensor, out: Path, steps: int, batch: int, seed: int) -> None:
+    """Train a T5 encoder until `Drawing` predicts the pictures' latents [N, C, H, W] from its output; write it.
+
+    That prediction is what a flow network has to know at t = 0, where its velocity is the mean of the pictures a caption allows
+    minus the noise. Padding is not masked, because SD3 does not mask it: the encoder learns to live with 24 to 160 tokens.
     Now and then a word is dropped, so that no single one carries everything.
     """
     from transformers import T5Config, T5EncoderModel
 
-    texts = sorted({caption for captions in pairs.captions for caption in captions})
-    tokenizer = t5_tokenizer(texts, out / "tokenizer_3")
+    tokenizer = t5_tokenizer(pairs.texts(), out / "tokenizer_3")
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=64, d_ff=2 * T5_WIDTH, num_layers=3, num_heads=5,
         feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    encoder = T5EncoderModel(config)
-    head = nn.Linear(T5_WIDTH, latents[0].numel())
-    nn.init.zeros_(head.weight)
-    targets = (latents - latents.mean(dim=0)).flatten(1)
-    variance = targets.square().mean()
+    encoder, head = T5EncoderModel(config), Drawing(latents[0].shape)
+    mean = latents.float().mean(dim=0)
+    variance = (latents[:: max(1, len(latents) // 2000)].float() - mean).square().mean()
+
+    def hidden_of(texts: list[str], length: int) -> Tensor:
+        ids = tokens_of(tokenizer, texts, length)
+        return encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
     def unexplained(texts: list[str], indices: list[int], length: int) -> Tensor:
         """Mean squared error over the latents' variance: 1 for an encoder that says nothing, 0 for one that knows all."""
-        ids = tokens_of(tokenizer, texts, length)
-        hidden = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return (head(hidden.mean(dim=1)).float() - targets[indices]).square().mean() / variance
+        return (head(hidden_of(texts, length)).float() + mean - latents[indices].float()).square().mean() / variance
 
-    def losses():
-        for indices, captions, rng in pairs.batches(batch, steps, seed):
-            kept = [" ".join(w for w in c.split() if rng.random() > 0.05) or c for c in captions]
-            (length,) = rng.choices((LENGTH, 64, 160), weights=(0.9, 0.07, 0.03))
-            yield lambda kept=kept, indices=indices, length=length: unexplained(kept, indices, length)
+    def loss_at(step: int) -> Tensor:
+        indices, captions, rng = pairs.batch(batch, step, seed)
+        kept = [" ".join(w for w in c.split() if rng.random() > 0.05) or c for c in captions]
+        (length,) = rng.choices((LENGTH, 64, 160), weights=(0.9, 0.07, 0.03))
+        return unexplained(kept, indices, length) + MEANT * contrast(hidden_of(pairs.same_meaning(rng), LENGTH).mean(dim=1))
 
-    train(nn.ModuleList([encoder, head]), losses(), steps, 1e-3, "t5")
+    train(nn.ModuleList([encoder, head]), loss_at, steps, 1e-3, out / "t5")
     encoder.eval()
     with torch.no_grad():
-        some = list(range(0, len(targets), 12))
-        shares = [1 - unexplained([pairs.captions[i][0] for i in some], some, length).item() for length in (LENGTH, 256)]
-    print(f"t5: its mean output explains {shares[0]:.0%} of the latents' variance, {shares[1]:.0%} padded to 256", flush=True)
+        for part, found in zip(PARTS, pairs.parts, strict=True):
+            some = list(found)[:: max(1, len(found) // 300)]
+            shares = [1 - unexplained([pairs.captions[i][0] for i in some], some, length).item() for length in (LENGTH, 256)]
+            print(f"t5: of {part}, its output explains {shares[0]:.0%} of the latents' variance, {shares[1]:.0%} padded to 256", flush=True)
     encoder.half().save_pretrained(out / "text_encoder_3")
     tokenizer.save_pretrained(out / "tokenizer_3")

@@ -1,108 +1,179 @@
-"""Measure the bundled model: retrieval of its pictures, VAE PSNR, and a contact sheet. Needs the renders of build.py.
+"""Measure a model made by build.py: does it draw what is asked for, in words it knows, and in combinations it has never seen?
 
-    python scripts/emoji/build.py --work build/emoji fetch render captions
-    python scripts/emoji/measure.py --work build/emoji                     # about 10 minutes on two CPU cores
+    python scripts/emoji/build.py --work build/emoji fetch catalogue render captions scenes
+    python scripts/emoji/measure.py --work build/emoji --model build/emoji/long/model       # everything, at guidance 3 and 1
+    python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/vae/model
 
-Of 300 training captions, and of every held-out (style, concept) pair asked for by its name and style with three seeds: the share
-whose generated picture's nearest render of the same style, by pixels at 24 x 24, is its own concept; at guidance 3 and 1. Of the
-training captions, some with T5 padded to 256 tokens as stock diffusers does. The renders of both parts compete. Writes
-build/emoji/eval/{results.json, *.png}.
+Parts: `vae` (PSNR, SSIM and edge strength of held-out renders), `plain` (names without style words, against the plain style's renders),
+`styled` (known style and concept), `pairs` (the held-out ones, three seeds), `wordings` (the held-out synonyms), `composed` (scenes with
+held-out combinations). "First" means that of all renders of the style asked for the right one is the nearest, by pixels at 24 x 24;
+shares come with Wilson's 95 % interval. Writes WORK/eval/{results.json, PART-guidance.png}.
 """
 
 import argparse
 import json
 import random
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from autoencoder import psnr
+from captions import named
+from english import article
+from judge import Judge, features, interval
 from PIL import Image
+from scenes import scene_from, vocabulary
+from sets import PLAIN, Icon, read_catalogue
 
-from latentfm import LatentFMPipeline, bundled_model
-from latentfm.data.images import open_rgb, to_tensor
-from latentfm.evaluation.retrieval import ranks
+from latentfm.data.images import open_rgb
 from latentfm.pictures import grid
 
-
-def rows_of(folder: Path) -> list[dict]:
-    lines = (folder / "metadata.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) | {"path": folder / json.loads(line)["file_name"]} for line in lines]
+PARTS = ("vae", "plain", "styled", "pairs", "wordings", "composed")
+SHOWN = 24  # pictures of a sheet
 
 
-def pixels(images: list[Image.Image]) -> torch.Tensor:
-    import numpy as np
+def share(right: list[bool]) -> dict[str, float]:
+    """A share with its interval, as results.json has it."""
+    low, high = interval(sum(right), len(right))
+    return {"share": sum(right) / len(right), "low": low, "high": high, "of": len(right)}
 
-    return torch.stack([to_tensor(np.asarray(image)) for image in images])
+
+class Renders:
+    """All renders, by icon: what pictures of one thing are compared with."""
+
+    def __init__(self, icons: list[Icon], pictures: Path):
+        self.icons = icons
+        paths = [pictures / ("held_out" if icon.held_out else "icons") / f"{icon.stem}.png" for icon in icons]
+        self.features = features(open_rgb(path) for path in paths)
+        self.path = dict(zip(icons, paths, strict=True))
+
+    def compare(self, images: list[Image.Image], wanted: list[Icon]) -> dict:
+        """How often the wanted render is the nearest of its style, and how far off it is in the mean."""
+        place = {icon: i for i, icon in enumerate(self.icons)}
+        distances = torch.cdist(features(images), self.features)
+        right, far = [], []
+        for row, icon in zip(distances, wanted, strict=True):
+            same = torch.tensor([other.style == icon.style for other in self.icons])
+            far.append(row[place[icon]].item())
+            right.append(far[-1] <= row[same].min().item())
+        return share(right) | {"distance": sum(far) / len(far)}
 
 
-def generate(pipe: LatentFMPipeline, prompts: list[str], guidance: float, steps: int, t5_length: int, batch: int) -> list[Image.Image]:
+def requests(part: str, icons: list[Icon], pictures: Path, number: int) -> list[tuple[str, Icon]]:
+    """(prompt, icon that it should look like) of a part about single things, at most `number` or all of what is held out."""
+    rng = random.Random(part)
+    plain = {icon.code: icon for icon in icons if icon.style == PLAIN}
+    held_out = json.loads((pictures / "held_out.json").read_text("utf-8"))
+    if part == "plain":
+        return [(article(named(icon)), icon) for icon in rng.sample(sorted(plain.values(), key=lambda icon: icon.code), number)]
+    if part == "styled":
+        known = [icon for icon in icons if not icon.held_out]
+        return [(f"{icon.label}, {icon.style} style", icon) for icon in rng.sample(known, number)]
+    if part == "pairs":
+        return [(f"{icon.label}, {icon.style} style", icon) for icon in icons if icon.held_out] * 3
+    return [(article(name), plain[code]) for code, row in held_out["synonyms"].items() for name in row["names"]] * 3
+
+
+def draw(pipe, prompts: list[str], guidance: float, steps: int, batch: int) -> list[Image.Image]:
     """One picture a prompt, seeded by its place."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        images += pipe(
-            part, guidance_scale=guidance, num_inference_steps=steps, generator=seeds, max_sequence_length=t5_length
-        ).images
+        images += pipe(part, guidance_scale=guidance, num_inference_steps=steps, generator=seeds).images
     return images
+
+
+def composed(images: list[Image.Image], rows: list[dict], judge: Judge) -> dict:
+    """Of each kind of combination, how often all of the picture is right, and each side of it."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for image, row in zip(images, rows, strict=True):
+        for name, right in judge.verdict(image, scene_from(row)).items():
+            found[f"{row['kind']} {name}"].append(right)
+    return {name: share(right) for name, right in found.items()}
+
+
+def spread(rows: list[dict], each: int) -> list[dict]:
+    """The first `each` rows of every kind."""
+    seen: dict[str, int] = defaultdict(int)
+    kept = []
+    for row in rows:
+        seen[row["kind"]] += 1
+        if seen[row["kind"]] <= each:
+            kept.append(row)
+    return kept
+
+
+def measured_vae(folder: Path, pictures: Path) -> dict:
+    """PSNR, SSIM and edge strength of the VAE on the held-out renders."""
+    from autoencoder import quality
+    from diffusers import AutoencoderKL
+
+    from build import pictures_of
+
+    return quality(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), pictures_of(pictures / "held_out"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--model", type=Path, default=None, help="pipeline folder; the bundled model if not given")
-    parser.add_argument("--captions", type=int, default=300, help="training captions to draw")
-    parser.add_argument("--long", type=int, default=100, help="how many of them to draw with T5 padded to 256 as well")
-    parser.add_argument("--seeds", type=int, default=3, help="pictures of each held-out pair")
-    parser.add_argument("--only", choices=("train", "held_out"), help="one of the two parts; both if not given")
+    parser.add_argument("--model", type=Path, help="pipeline folder; WORK/long/model if not given")
+    parser.add_argument("--vae", type=Path, help="the VAE's folder; the model's own if not given")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
+    parser.add_argument("--number", type=int, default=500, help="prompts of plain and of styled; a fifth of it of each kind of composed")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.0])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=50)
-    options = parser.parse_args()
-    out = options.work / "eval"
+    given = parser.parse_args()
+    pictures, out, model = given.work / "pictures", given.work / "eval", given.model or given.work / "long" / "model"
     out.mkdir(parents=True, exist_ok=True)
-    pipe = LatentFMPipeline.from_pretrained(options.model or bundled_model())
+    results: dict[str, dict] = {}
+
+    def note(name: str, found: Callable[[], dict]) -> None:
+        began = time.monotonic()
+        results[name] = found()
+        print(f"{name} ({time.monotonic() - began:.0f} s): {json.dumps(results[name])}", flush=True)
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    if "vae" in given.only:
+        note("vae", lambda: measured_vae(given.vae or model / "vae", pictures))
+    if set(given.only) == {"vae"}:
+        return
+    from latentfm import LatentFMPipeline
+
+    pipe = LatentFMPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    parts = {name: rows_of(options.work / "pictures" / name) for name in ("train", "held_out")}
-    everything = parts["train"] + parts["held_out"]
-    references = pixels([open_rgb(row["path"]) for row in everything])
-    styles = [row["style"] for row in everything]
-    place = {row["path"]: i for i, row in enumerate(everything)}
-    results: dict[str, float] = {}
-    # one caption with style words for each picture: without them the style would be anyone's guess
-    chosen = {
-        "train": [
-            (row, random.Random(row["file_name"]).choice([c for c in row["text"] if row["style"] in c]))
-            for row in random.Random(0).sample(parts["train"], options.captions)
-        ],
-        "held_out": [(row, f"{row['label']}, {row['style']} style") for row in parts["held_out"] * options.seeds],
-    }
+    icons, _ = read_catalogue(given.work / "catalogue.jsonl.gz")
+    renders = Renders(icons, pictures)
+
+    def single(part: str, guidance: float) -> dict:
+        wanted = requests(part, icons, pictures, given.number)
+        images = draw(pipe, [prompt for prompt, _ in wanted], guidance, given.steps, given.batch)
+        shown = [(image, prompt) for image, (prompt, _) in zip(images[:SHOWN], wanted, strict=False)]
+        beside = [each for (image, prompt), (_, icon) in zip(shown, wanted, strict=False) for each in
+                  ((open_rgb(renders.path[icon]), "render"), (image, prompt))]  # fmt: skip
+        grid([image for image, _ in beside], columns=12, labels=[label for _, label in beside]).save(out / f"{part}-{guidance:g}.png")
+        return renders.compare(images, [icon for _, icon in wanted])
+
+    def several(guidance: float) -> dict:
+        lines = (pictures / "composed_held_out" / "metadata.jsonl").read_text("utf-8").splitlines()
+        rows = spread([json.loads(line) for line in lines], given.number // 5)
+        things = vocabulary(icons, pictures / "large")[PLAIN]
+        large = {thing.code: pictures / "large" / f"{PLAIN}-{thing.code.lower()}.png" for thing in things}
+        judge = Judge({code: Image.open(path).convert("RGBA") for code, path in large.items()})
+        images = draw(pipe, [row["text"][0] for row in rows], guidance, given.steps, given.batch)
+        shown = range(0, len(images), max(1, len(images) // SHOWN))
+        grid([images[i] for i in shown], columns=8, labels=[rows[i]["text"][0] for i in shown]).save(out / f"composed-{guidance:g}.png")
+        return composed(images, rows, judge)
+
     with torch.no_grad():
-        held = references[len(parts["train"]) :]
-        ratios = psnr(pipe.vae, held)
-        results["vae_psnr_held_out_mean"], results["vae_psnr_held_out_min"] = ratios.mean().item(), ratios.min().item()
-    for part, pairs in chosen.items():
-        if options.only not in (None, part):
-            continue
-        for guidance, length in ((3.0, 16), (1.0, 16), (3.0, 256), (1.0, 256)):
-            if part == "held_out" and length == 256:
-                continue
-            used, prompts = zip(*(pairs if length == 16 else pairs[: options.long]))
-            began = time.monotonic()
-            images = generate(pipe, list(prompts), guidance, options.steps, length, options.batch)
-            own = torch.tensor([place[row["path"]] for row in used])
-            allowed = torch.tensor([[style == row["style"] for style in styles] for row in used])
-            found = ranks(pixels(images), own, references, allowed)
-            name = f"{part}_guidance_{guidance:g}_t5_{length}"
-            results[name] = (found == 0).float().mean().item()
-            results[f"{name}_top5"] = (found < 5).float().mean().item()
-            first, five, seconds = results[name], results[f"{name}_top5"], time.monotonic() - began
-            print(f"{name}: {first:.1%} first, {five:.1%} in five, of {len(used)}; {seconds:.0f} s", flush=True)
-            sheet = [image for i in range(min(24, len(used))) for image in (open_rgb(used[i]["path"]), images[i])]
-            labels = [label for i in range(min(24, len(used))) for label in ("render", prompts[i])]
-            grid(sheet, columns=12, labels=labels).save(out / f"{name}.png")
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+        for guidance in given.guidance:
+            for part in given.only:
+                if part == "composed":
+                    note(f"composed, guidance {guidance:g}", lambda guidance=guidance: several(guidance))
+                elif part != "vae":
+                    note(f"{part}, guidance {guidance:g}", lambda part=part, guidance=guidance: single(part, guidance))
 
 
 if __name__ == "__main__":

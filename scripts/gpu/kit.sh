@@ -35,19 +35,12 @@ prepare() { # packages for Python KIT_PYTHON (3.12), x86-64 Linux, CUDA KIT_CUDA
     find "$work/site/bitsandbytes" -name 'libbitsandbytes_*.so' ! -name "*_cuda$cuda.so" ! -name '*_cpu.so' -delete
     rm -rf "$work"/site/bin "$work"/site/*/tests "$work"/site/share
     tar -C "$work/site" -c . | xz -T0 -6 > "$kit/site.tar.xz"
-    "$python" - "$work/npm" <<'PYTHON'
-import sys
-from pathlib import Path
-
-sys.path.insert(0, "scripts/emoji")
-import icons
-
-icons.fetch(Path(sys.argv[1]))
-PYTHON
-    (cd "$work/npm" && tar -c {noto,fluent,twemoji}/{icons,chars,package}.json emojibase/package.json emojibase/en/data.json) \
-        | xz -T0 -6 > "$kit/emoji.tar.xz"
-    ls -l "$kit"/*.xz
-    git ls-files -z | xargs -0 du -cb | awk -v kit="$(du -cb "$kit"/*.xz | awk 'END {print $1}')" '
+    "$python" scripts/emoji/build.py --work "$work/emoji" fetch catalogue
+    mv "$work/emoji/catalogue.jsonl.gz" "$kit/emoji.jsonl.gz"
+    rm -rf "$kit/base" # the frozen models of scripts/emoji/build.py, where it has made them; else the bundled model's go
+    if [ -d build/emoji/base ]; then cp -rL build/emoji/base "$kit/base"; fi
+    ls -l "$kit"/*.[xg]z
+    git ls-files -z | xargs -0 du -cb | awk -v kit="$(du -cb "$kit"/*.[xg]z "$kit"/base 2> /dev/null | awk 'END {print $1}')" '
         $2 == "total" {whole = $1} $2 ~ /^assets\/emoji\/transformer\/.*safetensors/ {network += $1}
         END {printf "what travels: %.1f MiB; without the weights in assets/emoji/transformer %.1f MiB\n",
              (whole + kit) / 2^20, (whole - network + kit) / 2^20}'

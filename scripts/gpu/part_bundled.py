@@ -1,9 +1,9 @@
-"""The bundled model's network, trained on a GPU: scripts/emoji/build.py's stages with the frozen models of the bundled pipeline.
+"""The bundled model's network, trained on a GPU by scripts/emoji/build.py's stages, on its frozen models or the bundled pipeline's.
 
     bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
     python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the weights together again, and says where they belong
 
-Renders are made there from the packed icons; the weights (the averages, half precision) come back as pieces of 15 MiB beside
+Renders and scenes are made there from the packed icons; the weights (the averages, half precision) come back as pieces of 15 MiB beside
 bundled.json, with a sheet of pictures through time.
 """
 
@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +27,8 @@ import build  # noqa: E402, isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(os.environ.get("KIT_EMOJI", tempfile.gettempdir() + ("/latentfm-emoji-shrunk" if SHRUNK else "/latentfm-emoji")))
-ICONS = ROOT / "build" / "gpu" / "emoji.tar.xz"
+ICONS = ROOT / "build" / "gpu" / "emoji.jsonl.gz"
+BASE = next(folder for folder in (ROOT / "build" / "gpu" / "base", ROOT / "assets" / "emoji") if folder.is_dir())
 PIECE = 15 * 2**20
 SECONDS_TO_SAVE = 40
 RUN = (
@@ -41,22 +41,23 @@ RUN = (
 
 
 def prepared() -> dict[str, Any]:
-    """The icons unpacked, rendered and captioned, and the frozen models."""
-    if not (WORK / "npm" / "noto").is_dir():
-        if not ICONS.exists():
-            raise FileNotFoundError(f"{ICONS}: made by `bash scripts/gpu/kit.sh prepare`")
-        (WORK / "npm").mkdir(parents=True, exist_ok=True)
-        with tarfile.open(ICONS) as archive:
-            archive.extractall(WORK / "npm", filter="data")
+    """The icons rendered, captioned and composed, and the frozen models."""
+    if not ICONS.exists():
+        raise FileNotFoundError(f"{ICONS}: made by `bash scripts/gpu/kit.sh prepare`")
+    WORK.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ICONS, WORK / "catalogue.jsonl.gz")
     if SHRUNK:  # a few of them
-        few = build.icons.catalogue(WORK / "npm")
-        few = [icon for icon in few if not icon.held_out][:24] + [icon for icon in few if icon.held_out][:2]
-        build.icons.catalogue = lambda folder: few
+        icons, _ = build.sets.read_catalogue(ICONS)
+        things = [icon for icon in icons if icon.group == 3 and icon.style in ("noto", "flat")]  # animals
+        few = [icon for icon in things if not icon.held_out][:24] + [icon for icon in things if icon.held_out][:2]
+        build.sets.read_catalogue = lambda file: (few, {})
+        build.SCENES, build.EXAMINED = 4, 0
     build.render(WORK)
     build.captions(WORK)
+    build.scenes(WORK)
     if not (WORK / "base" / "model_index.json").exists():
-        build.base_of(ROOT / "assets" / "emoji", WORK)
-    return {"pictures": len(list((WORK / "pictures" / "train").glob("*.png")))}
+        build.base_of(BASE, WORK)
+    return {name: len(list((WORK / "pictures" / name).glob("*.png"))) for name in ("plain", "styled", "scenes")}
 
 
 def trained(deadline: float) -> dict[str, Any]:

@@ -164,8 +164,41 @@ def test_a_lora_to_peft_and_back(done, refused, tiny_folder, tmp_path):
     save_file({f"transformer.{name}": value for name, value in matrices.items()} | encoder, tmp_path / "both.safetensors")
     assert "adapts the text encoders too (2 tensors" in refused("both.safetensors", "other")
     assert done("both.safetensors", "other", "--transformer-only")[0].is_dir()
-    save_file({"lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_down.weight": torch.zeros(1)}, tmp_path / "kohya.safetensors")
-    assert "kohya's naming" in refused("kohya.safetensors", "third")
+
+
+def test_a_lora_into_another_programs_naming_and_back(done, refused, tmp_path):
+    module = "transformer_blocks.0.attn.to_q"
+    matrices = {f"transformer.{module}.lora_A.weight": torch.randn(3, 32), f"transformer.{module}.lora_B.weight": torch.randn(32, 3)}
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "lora.safetensors", tmp_path / "folder" / "pytorch_lora_weights.safetensors"):
+        save_file(matrices, path, metadata={"trained by": "me", "sshs_model_hash": "1"})
+    file, said = done("folder", "kohya.safetensors", "--naming", "kohya", "--dtype", "bfloat16")
+    tensors = load_file(file)
+    assert {name.partition(".")[0] for name in tensors} == {"lora_unet_joint_blocks_0_x_block_attn_qkv"} and "kohya LoRA file" in said
+    assert tensors["lora_unet_joint_blocks_0_x_block_attn_qkv.alpha"].dtype == torch.float32  # a single number is not rounded
+    back, _ = done(file, "back.safetensors")
+    found = load_file(back)
+    assert found.keys() == matrices.keys() and all(torch.equal(found[name], value.bfloat16()) for name, value in matrices.items())
+    with safe_open(back, "pt") as opened:
+        assert opened.metadata()["trained by"] == "me" and "sshs_model_hash" not in opened.metadata()
+    assert "is a kohya LoRA file already; give as OUT a folder for peft, or another" in refused(file, "x.safetensors", "--naming", "kohya")
+    assert "--naming 'kohia' does not exist (did you mean 'kohya'?)" in refused("lora.safetensors", "x.safetensors", "--naming", "kohia")
+    lokr = {f"lycoris_{module.replace('.', '_')}.{name}": torch.randn(shape) for name, shape in (("lokr_w1", (4, 4)), ("lokr_w2", (8, 8)))}
+    save_file(lokr, tmp_path / "lokr.safetensors")
+    file, said = done("lokr.safetensors", "x.safetensors")
+    assert "it is a LoKr, and is written as the LoRA that computes the same; there is no way back" in said
+    up, down = (load_file(file)[f"transformer.{module}.lora_{end}.weight"] for end in "BA")
+    assert torch.equal(up @ down, torch.kron(*lokr.values()))
+    text = {name: torch.zeros(2, 2) for name in ("lora_te1_text_projection.lora_down.weight", "lora_te1_text_projection.lora_up.weight")}
+    save_file(text, tmp_path / "text.safetensors")
+    assert "adapts the text encoders alone" in refused("text.safetensors", "y")
+    assert "leaves nothing" in refused("text.safetensors", "y", "--transformer-only")
+    more = ("--naming", "lycoris")
+    assert "adapts text_encoder, and a LyCORIS LoRA file has no place for it" in refused("text.safetensors", "y.safetensors", *more)
+
+
+def test_a_naming_of_loras_is_none_of_models(refused, tiny_folder):
+    assert "--naming 'kohya' does not exist" in refused(tiny_folder, "x.safetensors", "--naming", "kohya")
 
 
 def test_options_that_cannot_be_meant(refused, tiny_folder):

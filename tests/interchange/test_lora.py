@@ -1,6 +1,7 @@
 """LoRA adapters: the same picture in stock diffusers and here whichever saved the file, and diffusers' form to peft's and back."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
-from latentfm.interchange.lora import is_adapter, open_adapter, write_diffusers, write_peft
+from latentfm.interchange.lora.files import is_adapter, open_adapter
+from latentfm.interchange.lora.writing import write_lora, write_peft
 from latentfm.models.mmdit import MMDiT
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -160,7 +162,7 @@ def test_diffusers_to_peft_and_back(pipes, tmp_path, tiny_folder, kind):
     assert gap(picture(stock), adapted) < ROUNDING
     ours.load_lora_weights(tmp_path / "peft")  # and so does our pipeline
     assert gap(picture(ours), adapted) < ROUNDING
-    write_diffusers(tmp_path / "back.safetensors", open_adapter(tmp_path / "peft"), None)
+    write_lora(tmp_path / "back.safetensors", open_adapter(tmp_path / "peft"), "diffusers")
     assert_equal(tensors_of(tmp_path / "back.safetensors"), tensors_of(file))
     stock.transformer = SD3Transformer2DModel.from_pretrained(tiny_folder, subfolder="transformer")
     stock.load_lora_weights(tmp_path / "back.safetensors")
@@ -171,7 +173,7 @@ def test_what_peft_saves_comes_to_diffusers(pipes, tmp_path, tiny_folder):
     base = SD3Transformer2DModel.from_pretrained(tiny_folder, subfolder="transformer")
     model = PeftModel(base, LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "peft")
-    write_diffusers(tmp_path / "lora.safetensors", open_adapter(tmp_path / "peft"), torch.float32)
+    write_lora(tmp_path / "lora.safetensors", open_adapter(tmp_path / "peft"), "diffusers", torch.float32)
     pipes[1].load_lora_weights(tmp_path / "lora.safetensors")
     config = pipes[1].transformer.peft_config["default_0"]
     assert (config.r, config.lora_alpha) == (3, 5)
@@ -191,29 +193,57 @@ def test_a_file_that_says_nothing_of_alpha_has_alpha_equal_to_the_rank(pipes, tm
 
 
 MATRIX = torch.zeros(2, 2)
+OTHER_MODELS = {
+    "unet.down_blocks.1.attentions.0.to_q": "a LoRA of a UNet (SD 1, SD 2 or SDXL)",
+    "lora_unet_down_blocks_1_attentions_0_proj_in": "a LoRA of a UNet (SD 1, SD 2 or SDXL)",
+    "lora_unet_input_blocks_4_1_proj_in": "an SDXL LoRA",
+    "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn1.to_q": "an SDXL LoRA",
+    "lora_prior_unet_down_blocks_0_0_mapper": "a Stable Cascade LoRA",
+    "transformer.single_transformer_blocks.0.attn.to_q": "a Flux LoRA",
+    "lora_unet_double_blocks_0_img_attn_qkv": "a Flux LoRA",
+    "diffusion_model.double_blocks.3.img_attn_qkv": "a HunyuanVideo LoRA",
+    "transformer.joint_transformer_blocks.0.attn.to_q": "an AuraFlow LoRA",
+    "transformer.transformer_blocks.0.img_mod.1": "a Qwen-Image LoRA",
+    "diffusion_model.blocks.0.cross_attn.q": "a Wan video LoRA",
+    "transformer.blocks.0.attn2.to_q": "a Wan video LoRA",
+    "diffusion_model.layers.3.attention.qkv": "a Lumina 2 or Z-Image LoRA",
+    "transformer.transformer_blocks.5.attn1.to_q": "a PixArt, Sana, LTX-Video or CogVideoX LoRA",
+    "diffusion_model.double_stream_blocks.0.block.attn1.to_q": "a HiDream LoRA",
+    "base_model.model.model.layers.0.self_attn.q_proj": "a language model's LoRA",
+}
+
+
+@pytest.mark.parametrize("module", OTHER_MODELS)
+def test_a_lora_of_another_model_is_called_by_its_name(module, tmp_path, pipes):
+    flat = module.startswith("lora_")
+    known = "lora_unet_transformer_blocks_0_attn_to_q" if flat else "transformer.transformer_blocks.0.attn.to_q"  # as Flux has it too
+    endings = ("lora_down.weight", "lora_up.weight") if flat else ("lora_A.weight", "lora_B.weight")
+    save_file({f"{name}.{ending}": MATRIX.clone() for name in (known, module) for ending in endings}, tmp_path / "lora.safetensors")
+    for read in (open_adapter, pipes[0].load_lora_weights):
+        with pytest.raises(InputError, match=re.escape(f"is {OTHER_MODELS[module]}, and adapts no SD3 model: it has {module}")) as caught:
+            read(tmp_path / "lora.safetensors")
+        assert "\n" not in str(caught.value)
+
+
 REFUSED = {
-    "kohya's naming": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": MATRIX}, "kohya's naming.*no converter"),
-    "original naming": ({"diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight": MATRIX}, "original or kohya's naming"),
-    "SDXL": ({"unet.down_blocks.1.attentions.0.to_q.lora_A.weight": MATRIX}, "something else than SD3's transformer"),
-    "kohya's SDXL": ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": MATRIX}, "something else than SD3's transformer"),
-    "Flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": MATRIX}, "something else than SD3's transformer"),
-    "alphas": (
+    "half a pair": (
         {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": MATRIX, "transformer.transformer_blocks.0.attn.to_q.alpha": MATRIX},
         "no lora_B.weight for transformer_blocks.0.attn.to_q",
     ),
+    "half of a fused pair": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": MATRIX}, "no lora_B.weight for joint_blocks.0"),
+    "no module of SD3's": ({"diffusion_model.joint_blocks.0.x_block.attn.q.lora_A.weight": MATRIX}, "modules that SD3's transf"),
+    "nothing that is known": ({"decoder.up.1.lora_A.weight": MATRIX}, "is a LoRA of a model that is not known here"),
     "no LoRA": ({"transformer.proj_out.weight": MATRIX}, "is no LoRA"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_lora_of_another_form_or_model_is_refused(kind, tmp_path, pipes):
+def test_what_no_lora_is_made_of_is_refused(kind, tmp_path, pipes):
     tensors, says = REFUSED[kind]
     save_file({name: value.clone() for name, value in tensors.items()}, tmp_path / "lora.safetensors")
-    with pytest.raises(InputError, match=says):
-        open_adapter(tmp_path / "lora.safetensors")
-    if kind != "Flux":  # which diffusers itself refuses, module by module
+    for read in (open_adapter, pipes[0].load_lora_weights):
         with pytest.raises(InputError, match=says):
-            pipes[0].load_lora_weights(tmp_path / "lora.safetensors")
+            read(tmp_path / "lora.safetensors")
 
 
 def test_a_pickle_and_a_damaged_file_are_refused(tmp_path, pipes):
@@ -235,8 +265,8 @@ def test_peft_folders_that_cannot_be_converted(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         open_adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-    with pytest.raises(InputError, match="is a LOHA adapter"):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
+    with pytest.raises(InputError, match="adapter of type OFT"):
         open_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     with pytest.raises(InputError, match="no adapter_model.safetensors"):

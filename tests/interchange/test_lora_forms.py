@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
-from latentfm.interchange.lora import open_adapter, write_diffusers, write_peft
-from latentfm.interchange.lora_config import MOST_PATTERNS
-from latentfm.interchange.lora_names import MOST_TENSORS, own_names, with_dots
+from latentfm.interchange.lora.config import MOST_PATTERNS
+from latentfm.interchange.lora.files import open_adapter
+from latentfm.interchange.lora.modules import BLOCKS as BLOCKS_OF
+from latentfm.interchange.lora.modules import OUTSIDE, with_dots
+from latentfm.interchange.lora.names import MOST_TENSORS, own_names, parse
+from latentfm.interchange.lora.writing import write_lora, write_peft
 from latentfm.models.mmdit import MMDiT
 
 BLOCKS = "transformer_blocks."
@@ -99,7 +102,7 @@ def test_a_spelling_that_leaves_no_doubt_is_the_same_lora(pipe, matrices, expect
     assert gap(picture(pipe), expected) < ROUNDING and gap(expected, before) > 100 * ROUNDING
     adapter = open_adapter(tmp_path / "x.safetensors")
     write_peft(tmp_path / "peft", adapter, None)
-    write_diffusers(tmp_path / "back.safetensors", open_adapter(tmp_path / "peft"), None)
+    write_lora(tmp_path / "back.safetensors", open_adapter(tmp_path / "peft"), "diffusers")
     for path in (tmp_path / "peft", tmp_path / "back.safetensors"):
         pipe.unload_lora_weights()
         pipe.load_lora_weights(path)
@@ -146,20 +149,77 @@ def test_every_linear_of_the_network_has_its_flat_name():
     assert with_dots("transformer_blocks_0_attn_to_x") is None and with_dots("input_blocks_4_1_proj_in") is None
 
 
+def test_no_two_modules_have_one_flat_name():
+    for owner, blocks in BLOCKS_OF.items():
+        names = [block + "0." + name for block, own in blocks.items() for name in own] + list(OUTSIDE[owner])
+        assert len({name.replace(".", "_") for name in names}) == len(names)
+        assert [with_dots(name.replace(".", "_"), owner) for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("transformer.joint_blocks.3.x_block.attn.qkv.1.lora_down.weight",
+         ("transformer", "transformer_blocks.3.attn.to_k", "lora_A.weight")),
+        ("lora_unet_joint_blocks_0_context_block_attn_qkv_2.alpha", ("transformer", "transformer_blocks.0.attn.add_v_proj", "alpha")),
+        ("lora_unet_y_embedder_mlp_2.lora_up.weight", ("transformer", "y_embedder.mlp.2", "lora_B.weight")),
+        ("joint_blocks.12.x_block.attn2.qkv.lokr_w1", ("transformer", "joint_blocks.12.x_block.attn2.qkv", "lokr_w1")),
+        ("clip_g.text_model.encoder.layers.3.mlp.fc1.lora_A.weight",
+         ("text_encoder_2", "text_model.encoder.layers.3.mlp.fc1", "lora_A.weight")),
+        ("t5.encoder.block.0.layer.0.SelfAttention.o.lora_A.weight",
+         ("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.o", "lora_A.weight")),
+        ("lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_1.dora_scale",
+         ("text_encoder_3", "encoder.block.23.layer.1.DenseReluDense.wi_1", "dora_scale")),
+        ("joint_blocks.0.x_block.attn.qkv.3.lora_A.weight", None), ("lora_te1_encoder_block_0_layer_0_SelfAttention_o.alpha", None),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", None), ("transformer_blocks.0.attn.to_q.weight", None),
+    ],
+)  # fmt: skip
+def test_whose_a_tensor_is(name, own):
+    assert parse(name) == own
+
+
 M = torch.zeros(2, 2)
 Q = "transformer_blocks_0_attn_to_q"
 OTHERS = {
-    "LoKr": ({f"lycoris_{Q}.lokr_w1": M, f"lycoris_{Q}.lokr_w2": M, f"lycoris_{Q}.alpha": torch.tensor(1.0)}, "is a LoKr adapter"),
-    "LoHa": ({f"lora_transformer_{Q}.hada_w1_a": M, f"lora_transformer_{Q}.hada_w1_b": M}, "is a LoHa adapter"),
-    "OFT": ({f"lycoris_{Q}.oft_blocks": M}, "is an OFT adapter"), "BOFT": ({"transformer.proj_out.boft_R": M}, "is an OFT adapter"),
+    "OFT": ({f"lycoris_{Q}.oft_blocks": M}, "is an OFT adapter"), "BOFT": ({"transformer.proj_out.boft_R": M}, "is a BOFT adapter"),
     "GLoRA": ({f"lycoris_{Q}.a1.weight": M, f"lycoris_{Q}.b1.weight": M, f"lycoris_{Q}.lora_up.weight": M}, "is a GLoRA adapter"),
+    "(IA)3": ({f"lycoris_{Q}.weight": M, f"lycoris_{Q}.on_input": M}, r"is an \(IA\)3 adapter"),
     "core": ({f"lycoris_{Q}.lora_mid.weight": M, f"lycoris_{Q}.lora_up.weight": M}, "LoCon with a core tensor"),
-    "LyCORIS' DoRA": ({f"lycoris_{Q}.lora_up.weight": M, f"lycoris_{Q}.lora_down.weight": M, f"lycoris_{Q}.dora_scale": M}, "dora_scale"),
-    "whole": ({f"lycoris_{Q}.diff": M, f"lycoris_{Q}.lora_up.weight": M}, "whole differences of weights"),
-    "kohya's text encoder": ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": M}, "text encoders under names"),
-    "T5": ({"text_encoder_3.encoder.block.0.x.lora_A.weight": M}, "text encoders under names"),
-    "kohya's SD3": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": M}, "in the original or kohya's naming"),
-    "SDXL": ({"lora_unet_down_blocks_1_attentions_0_proj_in.lora_up.weight": M}, "something else than SD3's transformer"),
+    "LoKr's core": ({f"lycoris_{Q}.lokr_w1": M, f"lycoris_{Q}.lokr_t2": M}, "LyCORIS adapter of convolutions"),
+    "biases": ({f"lycoris_{Q}.diff": M, f"lycoris_{Q}.diff_b": M}, "an adapter that changes biases"),
+    "words": ({f"lora_transformer_{Q}.lora_up.weight": M, "bundle_emb.x.t5_out": M}, "a LoRA with words of its own"),
+    "magnitudes of inputs": (
+        {f"lycoris_{Q}.lora_up.weight": torch.zeros(3, 1), f"lycoris_{Q}.lora_down.weight": torch.zeros(1, 2),
+         f"lycoris_{Q}.dora_scale": torch.zeros(1, 2)}, r"magnitudes \(dora_scale\) of .* are \[1, 2\], not one for each of 3 outputs",
+    ),
+    "half a LoKr": ({f"lycoris_{Q}.lokr_w1": M, f"lycoris_{Q}.lokr_w2_a": M}, "no lokr_w2_b for transformer_blocks.0.attn.to_q"),
+    "half a LoHa": ({f"lora_transformer_{Q}.hada_w1_a": M, f"lora_transformer_{Q}.hada_w1_b": M}, "no hada_w2_a and hada_w2_b for"),
+    "two of LoKr": ({f"lycoris_{Q}.{name}": M for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2")}, "which no LoKr has together"),
+    "two kinds": ({f"lycoris_{Q}.diff": M, f"lycoris_{Q}.lora_up.weight": M}, "is adapted twice, by a LoRA and a whole difference"),
+    "no LoHa": ({f"lycoris_{Q}.hada_{w}_{end}": torch.zeros(2, 3) for w in ("w1", "w2") for end in "ab"}, "are no LoHa of a linear"),
+    "no LoKr": ({f"lycoris_{Q}.lokr_w1": M, f"lycoris_{Q}.lokr_w2": torch.zeros(2, 2, 2, 2)}, "are no LoKr of a linear"),
+    "a LoKr of nothing there is": (
+        {f"lycoris_{Q}.lokr_w1": torch.zeros(500, 500), f"lycoris_{Q}.lokr_w2": torch.zeros(500, 500)}, "which no SD3 model has",
+    ),
+    "together more than there is": (
+        {f"lycoris_{Q.replace('0', str(i))}.{name}": torch.zeros(64, 128).half() for i in range(420) for name in ("lokr_w1", "lokr_w2")},
+        "matrices of .* numbers together",
+    ),
+    "a third that is none": (
+        {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.zeros(4, 1),
+         "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.zeros(1, 2)}, "4 rows does not divide into 3",
+    ),
+    "both namings": (
+        {f"lora_unet_{name}.{end}": torch.zeros(shape) for name, rows in ((Q, 2), ("joint_blocks_0_x_block_attn_qkv", 6))
+         for end, shape in (("lora_down.weight", (1, 2)), ("lora_up.weight", (rows, 1)))}, "adapts transformer_blocks.0.attn.to_q twice",
+    ),
+    "DoRA in part": (
+        {f"lora_transformer_{name}.{end}": M for name in (Q, Q.replace("to_q", "to_k")) for end in ("lora_up.weight", "lora_down.weight")}
+        | {f"lora_transformer_{Q}.dora_scale": torch.zeros(2, 1)}, "magnitudes, as a DoRA, and none for transformer_blocks.0.attn.to_k",
+    ),
+    "kohya's text encoder": ({"lora_te1_text_model_encoder_layers_0_mlp_fc3.lora_up.weight": M}, "modules that SD3's text_encoder has not"),
+    "T5": ({"lora_te3_encoder_block_0_layer_0_x.lora_up.weight": M}, "modules that SD3's text_encoder_3 has not"),
+    "SDXL": ({"lora_unet_down_blocks_1_attentions_0_proj_in.lora_up.weight": M}, "is a LoRA of a UNet"),
 }  # fmt: skip
 
 
@@ -171,8 +231,7 @@ def test_what_is_none_is_called_by_its_name(kind, tmp_path, pipe):
     for read in (pipe.load_lora_weights, open_adapter):
         with pytest.raises(InputError, match=says) as caught:
             read(path)
-        assert "x.safetensors" in str(caught.value) and "\n" not in str(caught.value)
-        assert kind == "SDXL" or "something else" not in str(caught.value)
+        assert "x.safetensors" in str(caught.value) and "\n" not in str(caught.value) and "something else" not in str(caught.value)
 
 
 NAME = "transformer.transformer_blocks.0.attn.to_q"

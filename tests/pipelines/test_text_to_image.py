@@ -202,7 +202,7 @@ class TestLikeStock:
     def test_what_the_call_takes_beside_stocks(self):
         mine, theirs = (inspect.signature(cls.__call__).parameters for cls in (LatentFMPipeline, StableDiffusion3Pipeline))
         pictures = {"image", "strength", "mask_image", "masked_image_latents", "padding_mask_crop"}
-        seeds = {"seed", "variation_seed", "variation_strength"}
+        seeds = {"seed", "variation_seed", "variation_strength", "long_prompts"}
         assert set(mine) - set(theirs) == {field.name for field in fields(Sampler)[2:]} | {"reference"} | pictures | seeds
 
     @pytest.mark.parametrize(("theirs", "mine"), PEERS, ids=lambda cls: cls.__name__)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from latentfm.config import RunConfig
 from latentfm.files import whole_or_nothing
-from latentfm.interchange.lora import Adapter, diffusers_adapter
+from latentfm.interchange.lora.files import Adapter
+from latentfm.interchange.lora.writing import spelt
 from latentfm.interchange.tensors import Held, LazyTensor, Stored, Tensors, read_folder, write_file, write_shards
 from latentfm.models.folder import INFO_FILE, read_index, write_stock_names
 from latentfm.models.manifest import MANIFEST, Saved, files_of, hash_of, read_manifest, write_manifest
@@ -160,7 +161,8 @@ def write_adapter(folder: Path, network: MMDiT, averages: Mapping[str, Tensor], 
     with whole_or_nothing(folder) as partial:
         partial.mkdir()
         path = partial / ADAPTER_FILE
-        named, described = diffusers_adapter(Adapter(path, "diffusers LoRA file", network.peft_config["default"].to_dict(), held, {}))
+        config = network.peft_config["default"].to_dict()
+        named, described = spelt(Adapter(path, {"transformer": held}, {"transformer": config}, {}, {}), "diffusers")
         write_file(path, named, described, dtype)
         write_manifest(partial)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from latentfm import LatentFMPipeline
 from latentfm.config import ModelOptions, RunConfig
 from latentfm.errors import InputError
-from latentfm.interchange.lora import open_adapter
+from latentfm.interchange.lora.files import open_adapter
 from latentfm.interchange.tensors import Held
 from latentfm.models.folder import INFO_FILE
 from latentfm.models.linears import parse_blocks
@@ -115,7 +115,7 @@ def test_the_adapters_file_says_its_rank_and_any_tool_finds_its_names(tmp_path, 
     assert said["transformer.r"] == 4 and said["transformer.lora_alpha"] == 6
     modules = ["transformer.transformer_blocks.1.attn.to_q", "transformer.transformer_blocks.1.ff.net.2"]
     assert names == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
-    assert open_adapter(tmp_path / "one" / FILE).config["r"] == 4  # what latentfm convert reads
+    assert open_adapter(tmp_path / "one" / FILE).configs["transformer"]["r"] == 4  # what latentfm convert reads
     half = load_file(tmp_path / "half" / FILE)  # without averages the network's own
     own = models.network.transformer_blocks[1].attn.to_q.lora_A.default.weight
     assert torch.equal(half[f"{modules[0]}.lora_A.weight"], own.detach().half())

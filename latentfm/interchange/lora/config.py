@@ -26,6 +26,10 @@ IDLE = (  # settings that no longer matter once an adapter is trained
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "megatron_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
+LYCORIS = ("LOHA", "LOKR")  # peft's types whose change is alpha / r times what their tensors make, whether r shows in them or not
+LYCORIS_IDLE = (
+    "rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "decompose_both", "decompose_factor", "init_weights",
+)  # fmt: skip
 
 
 def plain_config(said: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float], dora: bool, bias: bool) -> dict[str, Any]:
@@ -49,9 +53,7 @@ def plain_config(said: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapp
     }  # fmt: skip
 
 
-def said_or_found(
-    key: str, pattern_key: str, said: Mapping[str, Any], found: Mapping[str, float]
-) -> tuple[float, dict[str, float]]:
+def said_or_found(key: str, pattern_key: str, said: Mapping[str, Any], found: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """A number and its exceptions by pattern: as they are said, else the most frequent one that was found, and the others by module."""
     if said.get(key) is not None:
         return said[key], dict(said.get(pattern_key) or {})
@@ -97,6 +99,20 @@ def check_settings(said: Mapping[str, Any]) -> None:
         for name, number in pattern.items():
             if not PLAIN.fullmatch(name) or not is_number(number, whole=key == "rank_pattern"):
                 raise ValueError(f"its metadata's {key} says {shown(name, 80)}: {shown(json.dumps(number), 40)}, which is not read here")
+
+
+def check_lycoris(said: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of a LoHa or LoKr of peft's that are of the wrong kind, or that are not read here."""
+    alike = {"lora_alpha" if key == "alpha" else key: value for key, value in said.items() if key not in LYCORIS_IDLE}
+    check_settings(alike)
+    if alike.get("r") is None or alike.get("lora_alpha") is None:
+        raise ValueError("its metadata does not say r and alpha, which its scale is made of")
+
+
+def said_scale(module: str, said: Mapping[str, Any]) -> float:
+    """What the change of `module` is multiplied with, by the settings of a LoHa or LoKr of peft's."""
+    alpha, rank = (of_module(module, said[key], said.get(f"{name}_pattern") or {}) for key, name in (("alpha", "alpha"), ("r", "rank")))
+    return alpha / rank
 
 
 def is_number(value: Any, whole: bool) -> bool:
