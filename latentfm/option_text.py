@@ -181,7 +181,7 @@ def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
 
 def meant(value: Any, kind: Kind) -> Any:
     """A text as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is."""
-    if not isinstance(value, str) or is_text(kind):
+    if not isinstance(value, str) or takes_text(kind):
         return value
     for each in choices(kind):
         if get_origin(each) is Literal:
@@ -238,7 +238,7 @@ def value_of(override: str, text: str, kind: Kind) -> Any:
         return text or None  # nothing leaves an option unset
     several = [each for each in choices(kind) if get_origin(each) in (list, tuple)]
     if several and text and text[:1] not in "[{":
-        if any(is_text(within(each, 0)) for each in several):  # a comma belongs to a text
+        if any(takes_text(within(each, 0)) for each in several):  # a comma belongs to a text
             return [text]
         text = f"[{text}]" if "," in text else text
     try:
