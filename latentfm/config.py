@@ -14,7 +14,7 @@ from latentfm.errors import InputError, nearest
 from latentfm.files import SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.sampling import Sampler, Schedule, Solver
-from latentfm.words import is_text, shown
+from latentfm.words import shown
 
 
 class Section(BaseModel):
@@ -334,9 +334,7 @@ class RunConfig(Section):
 
 # every option by its name, "section.key"
 OPTIONS = {
-    f"{section}.{key}": option
-    for section, field in RunConfig.model_fields.items()
-    for key, option in field.annotation.model_fields.items()
+    f"{section}.{key}": option for section, field in RunConfig.model_fields.items() for key, option in field.annotation.model_fields.items()
 }
 
 
@@ -380,7 +378,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise InputError(in_words(error)) from None
-    check_texts(config.model_dump(), "")
+    option_text.check_texts(config.model_dump(), "")
     return config
 
 
@@ -422,18 +420,3 @@ def in_words(error: ValidationError) -> str:
     if missing:
         return f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE"
     return shown("; ".join(lines), 1000)
-
-
-def check_texts(value: Any, name: str) -> None:
-    """Raises InputError for a text, at any depth, that no file, page or picture could hold."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            check_texts(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
-            check_texts(part, f"{name}.{number}")
-    elif isinstance(value, str):
-        if not is_text(value):
-            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8")
-        if "\0" in value:
-            raise InputError(f"{name} {shown(repr(value), 120)} holds a zero byte; leave it out")

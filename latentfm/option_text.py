@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from latentfm.errors import InputError, nearest
-from latentfm.words import shown
+from latentfm.words import is_text, shown
 
 MOST_BYTES = 2**20  # of a file of options
 MOST_VALUES, DEEPEST = 50_000, 40  # of what it holds, aliases unfolded
@@ -54,12 +54,12 @@ def within(kind: Kind, key: Any) -> Kind:
     return Any
 
 
-def is_text(kind: Kind) -> bool:
+def takes_text(kind: Kind) -> bool:
     """Whether a plain word of this type is a text, whatever YAML would make of it."""
     return str in choices(kind)
 
 
-def only_text(kind: Kind) -> bool:
+def takes_text_alone(kind: Kind) -> bool:
     """Whether nothing but a text is of this type."""
     return choices(kind) == [str]
 
@@ -128,7 +128,7 @@ def built(node: yaml.Node, kind: Kind) -> Any:
     """The value of a YAML node, whose texts are as they are written where `kind` has texts."""
     if isinstance(node, yaml.ScalarNode):
         standard = node.tag.startswith("tag:yaml.org,2002:")
-        if is_text(kind) and standard and not node.tag.endswith((":null", ":binary")):
+        if takes_text(kind) and standard and not node.tag.endswith((":null", ":binary")):
             return node.value
         return number_or_text(node)
     if isinstance(node, yaml.SequenceNode):
@@ -181,7 +181,7 @@ def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
 
 def meant(value: Any, kind: Kind) -> Any:
     """A text as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is."""
-    if not isinstance(value, str) or is_text(kind):
+    if not isinstance(value, str) or takes_text(kind):
         return value
     for each in choices(kind):
         if get_origin(each) is Literal:
@@ -234,11 +234,11 @@ def begun(parent: Kind, kind: Kind, name: Any) -> Any:
 
 def value_of(override: str, text: str, kind: Kind) -> Any:
     """What the text of an override means for an option of this type. Raises InputError."""
-    if only_text(kind) or (is_text(kind) and text[:1] not in "[{"):
+    if takes_text_alone(kind) or (takes_text(kind) and text[:1] not in "[{"):
         return text or None  # nothing leaves an option unset
     several = [each for each in choices(kind) if get_origin(each) in (list, tuple)]
     if several and text and text[:1] not in "[{":
-        if any(is_text(within(each, 0)) for each in several):  # a comma belongs to a text
+        if any(takes_text(within(each, 0)) for each in several):  # a comma belongs to a text
             return [text]
         text = f"[{text}]" if "," in text else text
     try:
@@ -266,3 +266,18 @@ def unknown(kind: Kind, places: Sequence[str | int]) -> str:
     path = shown(".".join(place for place in places if isinstance(place, str)), 120)
     what = "option" if len(places) > 1 else "section"
     return f"unknown {what} '{path}'{nearest(str(places[-1]), known)}; there are {', '.join(known)}"
+
+
+def check_texts(value: Any, name: str) -> None:
+    """Raises InputError for a text, at any depth, that no file, page or picture could hold."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_texts(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            check_texts(part, f"{name}.{number}")
+    elif isinstance(value, str):
+        if not is_text(value):
+            raise InputError(f"{name} {shown(repr(value), 120)} is not valid UTF-8; rename it, or write it in UTF-8")
+        if "\0" in value:
+            raise InputError(f"{name} {shown(repr(value), 120)} holds a zero byte; leave it out")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentfm.cli.checks import check_at_least_one, check_name
-from latentfm.cli.terminal import progress_bar, quiet_libraries, say
+from latentfm.cli.terminal import progress_bar, quiet_libraries, say, table
 from latentfm.errors import InputError
 from latentfm.files import existing_parent
 from latentfm.interchange.lora.formats import FORMATS
@@ -181,12 +181,7 @@ def run(target: Path, plan: "Conversion") -> None:
 def show_table(plan: "Conversion") -> None:
     """Prints the summary on stderr."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=plan.title, title_justify="left")
-    for column in ("part", "tensors", "parameters", "dtype", "size", "from", "to"):
-        table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
-    for cells in plan.rows:
-        table.add_row(*(escape(shown(cell)) for cell in cells))
-    Console(stderr=True, width=None if sys.stderr.isatty() else 200).print(table)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    columns = ("part", "tensors", "parameters", "dtype", "size", "from", "to")
+    table(console, plan.title, columns, plan.rows, texts=("dtype", "from", "to"))

@@ -102,10 +102,9 @@ def check(
             return lambda count: bar.advance(task, count)
 
         number, seed = run.validation.held_out, run.train.seed
-        report = examine(dataset, plan, encoder, start, lambda samples: split_held_out(samples, number, seed)[1])
+        findings, placed = examine(dataset, plan, encoder, start, lambda samples: split_held_out(samples, number, seed)[1])
         if target is not None:
-            sheet = contact_sheet(report.placement, pictures, start("cropping", min(pictures, report.findings["used"])))
-    findings = report.findings
+            sheet = contact_sheet(placed, pictures, start("cropping", min(pictures, findings["used"])))
     if as_json:
         print(json.dumps(findings, indent=2))
     else:

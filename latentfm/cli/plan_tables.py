@@ -1,8 +1,8 @@
 """A plan (`latentfm plan`) and a dry run (`latentfm train --dry-run`) on a terminal."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from latentfm.cli.terminal import harmless, table
 from latentfm.planning.devices import GIB
 from latentfm.words import count, shown
 
@@ -36,7 +36,7 @@ def show_dry_run(found: dict[str, Any]) -> None:
         (need["what"], size(need["bytes"]), size(need["there"]) if need["there"] else "", size(need["free"]), need["place"])
         for need in found["disk"]
     ]
-    table(console, "Disk", ("", "needs at most", "in that place now", "free", "where"), rows)
+    table(console, "Disk", ("", "needs at most", "in that place now", "free", "where"), rows, texts=("where",))
     for what, place in found["places"].items():
         console.print(shown(f"{what}: {place}"), markup=False)
 
@@ -172,25 +172,6 @@ def duration(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:.3g} min" if hours * 60 >= 1 else f"{hours * 3600:.3g} s"
     return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:.3g} days"
-
-
-def table(console: "Console", title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Prints a table whose columns but the first are numbers."""
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index and column != "where" else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*map(harmless, row))
-    console.print(made)
-
-
-def harmless(text: object) -> str:
-    """A text as rich shows it, letter by letter: no mark-up of its own, nothing that a terminal obeys."""
-    from rich.markup import escape
-
-    return escape(shown(text))
 
 
 def size(amount: int) -> str:

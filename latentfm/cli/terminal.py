@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from latentfm.words import shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 
@@ -128,6 +129,25 @@ def progress_bar() -> "Progress":
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(), refresh_per_second=4,
         redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip
+
+
+def table(console: "Console", title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: Collection[str] = ()) -> None:
+    """Prints a table whose columns are numbers, but for the first and those of `texts`."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index and column not in texts else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(harmless, row))
+    console.print(made)
+
+
+def harmless(text: object) -> str:
+    """A text as rich shows it, letter by letter: no mark-up of its own, nothing that a terminal obeys."""
+    from rich.markup import escape
+
+    return escape(shown(text))
 
 
 def show(path: Path, bar: "Progress") -> None:

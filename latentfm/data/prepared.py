@@ -2,8 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from latentfm.data.cache.fill import Job, fill
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.stat_cache import StatCache
 from latentfm.data.cache.store import Cache, key_of
-from latentfm.data.check.captions import limits_of, load_tokenizers
+from latentfm.data.check.captions import limits_of, load_tokenizers, token_counts
 from latentfm.data.images import UnreadableImage, load, load_mask, opened_rgb
 from latentfm.data.inventory import Inventory, unchanged
 from latentfm.data.loader import Batch, Dropout, Reader, Routing
@@ -29,7 +28,6 @@ from latentfm.models.text import NullCondition, PromptEncoder, PromptParts
 from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
-TOKENIZED_AT_ONCE = 1024
 
 Picture = tuple[Sample, bool]  # a sample, and whether it is mirrored
 
@@ -163,8 +161,11 @@ class PreparedData(ABC):
     def encoded(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
         """What the text encoders give, without a word on what they cut: that was said of all together."""
         encoder = self.models.encoder
-        with without_warnings(encoder):
+        encoder.tells_cuts = False
+        try:
             return encoder.encode(list(prompts), t5_length)
+        finally:
+            encoder.tells_cuts = True
 
 
 def fingerprints(models: FrozenModels, kept: StatCache, processes: Processes) -> tuple[str, str]:
@@ -191,26 +192,12 @@ def fingerprints(models: FrozenModels, kept: StatCache, processes: Processes) ->
     return vae_print, text_print
 
 
-@contextmanager
-def without_warnings(encoder: PromptEncoder) -> Iterator[None]:
-    """A context in which the encoder does not say of each prompt what is cut off."""
-    encoder.tells_cuts = False
-    try:
-        yield
-    finally:
-        encoder.tells_cuts = True
-
-
 def warn_of_cuts(encoder: PromptEncoder, items: Sequence[tuple[str, int]]) -> None:
     """Logs one line on the captions among (caption, T5 length) pairs that are longer than an encoder reads; nothing when none is."""
     found, cut = [], set()
     for index, limit in limits_of(encoder, {length for _, length in items}):
         captions = list(dict.fromkeys(caption for caption, length in items if index < 2 or length == limit))
-        long = []
-        for start in range(0, len(captions), TOKENIZED_AT_ONCE):
-            part = captions[start : start + TOKENIZED_AT_ONCE]
-            ids = encoder.tokenizers[index](part, verbose=False).input_ids
-            long += [caption for caption, row in zip(part, ids, strict=True) if len(row) > limit]
+        long = [captions[place] for place in np.flatnonzero(token_counts(encoder, index, captions) > limit)]
         cut |= set(long)
         found += [f"{len(long):,} by {ENCODERS[index]} after {limit} tokens"] if long else []
     if cut:

@@ -44,10 +44,6 @@ class Stream:
             found += [(epoch, index, turn) for index, turn in zip(indices[here].tolist(), turns[here].tolist(), strict=True)]
         return found
 
-    def bucket(self, step: int) -> int:
-        """The bucket of the batch of `step`."""
-        return self.batch(step)[0]
-
     def batch(self, step: int) -> tuple[int, int]:
         """(bucket, number of the batch in its stream) of `step`."""
         epoch, cursor = self.place(step)

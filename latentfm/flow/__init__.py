@@ -36,28 +36,10 @@ SD3 and diffusers count noise instead: sigma = 1 - t, and their networks predict
 `timesteps` (whose densities and shift the SD3 paper states on sigma) and the adapter around the network know of it.
 """
 
-from latentfm.flow.analytic import (
-    GaussianMixture,
-    finite_dataset,
-)
-from latentfm.flow.coupling import (
-    COUPLINGS,
-    independent,
-    optimal_transport,
-    reflow_pairs,
-)
-from latentfm.flow.fields import (
-    Field,
-    change_schedule,
-    velocity_field,
-)
-from latentfm.flow.grids import (
-    GRIDS,
-    beta_grid,
-    diffusers_grid,
-    karras_grid,
-    uniform_grid,
-)
+from latentfm.flow.analytic import GaussianMixture, finite_dataset
+from latentfm.flow.coupling import COUPLINGS, independent, optimal_transport, reflow_pairs
+from latentfm.flow.fields import Field, change_schedule, velocity_field
+from latentfm.flow.grids import GRIDS, beta_grid, diffusers_grid, karras_grid, uniform_grid
 from latentfm.flow.guidance import (
     RULES,
     Projected,
@@ -75,23 +57,8 @@ from latentfm.flow.guidance import (
     rescale,
     zero_before,
 )
-from latentfm.flow.likelihood import (
-    Likelihood,
-    bits_per_dim,
-    dequantize,
-    divergence,
-    log_likelihood,
-    rademacher_like,
-)
-from latentfm.flow.objective import (
-    WEIGHTINGS,
-    MinSNR,
-    Weighting,
-    by_time,
-    cfm_loss,
-    effective_weight,
-    regression_target,
-)
+from latentfm.flow.likelihood import Likelihood, bits_per_dim, dequantize, divergence, log_likelihood, rademacher_like
+from latentfm.flow.objective import WEIGHTINGS, MinSNR, Weighting, by_time, cfm_loss, effective_weight, regression_target
 from latentfm.flow.ode import (
     RK4,
     SOLVERS,
@@ -108,17 +75,7 @@ from latentfm.flow.ode import (
     integrate,
     integrate_adaptive,
 )
-from latentfm.flow.path import (
-    QUANTITIES,
-    Ends,
-    PathSample,
-    Quantity,
-    conditional_velocity,
-    convert,
-    ends,
-    expand_like,
-    sample_path,
-)
+from latentfm.flow.path import QUANTITIES, Ends, PathSample, Quantity, conditional_velocity, convert, ends, expand_like, sample_path
 from latentfm.flow.schedules import (
     SCHEDULES,
     Coefficients,
@@ -130,23 +87,8 @@ from latentfm.flow.schedules import (
     VariancePreserving,
     log_snr,
 )
-from latentfm.flow.sde import (
-    SCHEMES,
-    Diffusion,
-    EulerMaruyama,
-    Memoryless,
-    PowerOfBeta,
-    Scheme,
-    StochasticHeun,
-    integrate_sde,
-    sde_drift,
-)
-from latentfm.flow.straightness import (
-    PathMeasures,
-    measure_paths,
-    normalized_path_energy,
-    wasserstein2,
-)
+from latentfm.flow.sde import SCHEMES, Diffusion, EulerMaruyama, Memoryless, PowerOfBeta, Scheme, StochasticHeun, integrate_sde, sde_drift
+from latentfm.flow.straightness import PathMeasures, measure_paths, normalized_path_energy, wasserstein2
 from latentfm.flow.timesteps import (
     DENSITIES,
     CosMap,

@@ -59,9 +59,7 @@ def autoguidance(main: Tensor, reference: Tensor, scale: float) -> Tensor:
     Raises:
         ValueError: the shapes differ, or scale is infinite or not a number.
     """
-    main, reference = _pair("main", main, "reference", reference)
-    _require_finite("scale", scale)
-    return torch.lerp(reference, main, scale)
+    return classifier_free(main, reference, scale)
 
 
 def interval(guided: Tensor, conditional: Tensor, t: Tensor, low: float, high: float) -> Tensor:

@@ -1,6 +1,7 @@
 """A run's data in a test: prepared by one process or several, nobody seeing the progress."""
 
 import torch
+from data.cache.filling import read
 from tiny import data_plan
 
 from latentfm.config import DataOptions
@@ -53,7 +54,7 @@ def fill(data):
 
 
 def entry_of(data, key):
-    return data.cache.read(key)
+    return read(data.cache, key)
 
 
 def shards(folder):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from data.cache.filling import read
 from data.preparing import CPU, NO_DROPOUT, cached, damage, data_of, entry_of, fill, keys
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -61,12 +62,12 @@ def test_flips_have_their_own_entries_of_the_mirrored_picture(pictures, models):
     assert len(set(keys(data).values())) == 2 * 2 + 3
     assert fill(data) == 7
     sample = data.inventory.dataset.samples[0]
-    plain, flipped = (data.cache.read(data.image_key(sample, flip))["moments"] for flip in (False, True))
+    plain, flipped = (read(data.cache, data.image_key(sample, flip))["moments"] for flip in (False, True))
     with Image.open(pictures / "0.png") as picture:
         picture.crop((0, 4, 32, 36)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(pictures / "0.png")
     mirrored = cached(pictures, models)
     fill(mirrored)
-    torch.testing.assert_close(mirrored.cache.read(mirrored.image_key(sample, False))["moments"], flipped)
+    torch.testing.assert_close(read(mirrored.cache, mirrored.image_key(sample, False))["moments"], flipped)
     assert (plain - flipped).abs().max() > 0.1
 
 

@@ -43,7 +43,7 @@ def encoder(tiny_folder):
 
 
 def findings_of(folder, encoder, plan=PLAN):
-    return check(read_folder(folder), plan, encoder).findings
+    return check(read_folder(folder), plan, encoder)[0]
 
 
 def odd(found):
@@ -193,7 +193,7 @@ def test_steps_follow_the_rates_of_the_sources(tmp_path, encoder):
         for name, rate, number in (("a", 3.0, 8), ("b", 0.25, 12))
         for i, place in enumerate(in_places(number))
     ]
-    found = check(Dataset("two", tuple(samples), ()), PLAN, encoder).findings
+    found = check(Dataset("two", tuple(samples), ()), PLAN, encoder)[0]
     assert [(row["name"], row["pictures"], row["draws_an_epoch"], row["regularisation"]) for row in found["sources"]] == [
         ("a", 8, 24.0, False), ("b", 12, 3.0, True)
     ]  # fmt: skip
@@ -312,8 +312,8 @@ def test_the_sheet_shows_the_pixels_that_are_trained_worst_crops_first(tmp_path,
     for i, size in enumerate(sizes):
         put(tmp_path / "p", f"{i:02d}.png", picture(i, *size), f"caption {i}")
     dataset = read_folder(tmp_path / "p")
-    report = check(dataset, PLAN, encoder)
-    sheet = contact_sheet(report.placement, 100)
+    findings, placed = check(dataset, PLAN, encoder)
+    sheet = contact_sheet(placed, 100)
     assert sorted(crop.name for crops in sheet for crop in crops) == [f"{i:02d}.png" for i in range(len(sizes))]
     for (width, height), crops in zip(PLAN.buckets.shapes, sheet, strict=True):
         assert [crop.lost for crop in crops] == sorted((crop.lost for crop in crops), reverse=True)
@@ -321,7 +321,7 @@ def test_the_sheet_shows_the_pixels_that_are_trained_worst_crops_first(tmp_path,
             assert np.array_equal(np.asarray(crop.image), load(tmp_path / "p" / crop.name, Transform(height, width)))
             assert crop.size == sizes[int(crop.name[:2])] and crop.caption == f"caption {int(crop.name[:2])}"
             assert crop.lost == PLAN.buckets.of([crop.size])[1].item() and crop.scale == max(width / crop.size[0], height / crop.size[1])
-    few = contact_sheet(report.placement, 4)
+    few = contact_sheet(placed, 4)
     assert [len(crops) for crops in few] == quotas([len(crops) for crops in sheet], 4) and sum(map(len, few)) == 4
     assert all([crop.name for crop in some] == [crop.name for crop in crops[: len(some)]] for some, crops in zip(few, sheet, strict=True))
 
@@ -355,8 +355,8 @@ def test_the_page_is_complete_in_itself_and_shows_texts_as_they_are(tmp_path, en
     for i in range(3):
         put(tmp_path / "p", f"{i} <i>&.png", picture(i), text)
     dataset = read_folder(tmp_path / "p")
-    report = check(dataset, PLAN, encoder)
-    made = page(report.findings, contact_sheet(report.placement, 2))
+    findings, placed = check(dataset, PLAN, encoder)
+    made = page(findings, contact_sheet(placed, 2))
     tags = Tags()
     tags.feed(made)
     assert not tags.open and len(tags.links) == 2 and all(link.startswith("data:image/jpeg;base64,") for link in tags.links)
@@ -367,7 +367,7 @@ def test_the_page_is_complete_in_itself_and_shows_texts_as_they_are(tmp_path, en
 
 def test_a_long_list_is_shortened_on_the_page_and_whole_in_the_findings(encoder):
     samples = tuple(Sample(Place(f"{i}", lambda: b""), ("x",), f"picture-{i}.") for i in range(NAMES_SHOWN + 50))
-    found = check(Dataset("many", samples, ()), PLAN, encoder).findings
+    found = check(Dataset("many", samples, ()), PLAN, encoder)[0]
     assert len(found["unusable"]) == NAMES_SHOWN + 50 == len(json.loads(json.dumps(found))["unusable"])
     made = page(found, [[] for _ in PLAN.buckets.shapes])
     assert f"picture-{NAMES_SHOWN - 1}." in made and f"picture-{NAMES_SHOWN}." not in made and "and 50 more" in made

@@ -135,7 +135,7 @@ def cache(folder):
     def read():
         for key, tensors in entries.items():
             try:
-                found = Cache(folder).read(key)
+                found = Cache(folder).entries([key]).read(0)
             except KeyError:
                 continue
             assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

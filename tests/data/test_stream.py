@@ -77,7 +77,7 @@ def test_every_draw_comes_exactly_once_over_many_epochs(number):
     found = collections.defaultdict(list)
     for step in range(steps):
         members = stream.members(step)
-        bucket = stream.bucket(step)
+        bucket = stream.batch(step)[0]
         assert len(members) == batch_size
         assert {int(buckets[index]) for _, index, _ in members} == {bucket}  # one shape a batch
         found[bucket] += members
@@ -102,7 +102,7 @@ def test_an_epochs_steps_are_those_that_are_completed_in_it(number):
     stream = Stream(mixture, batch_size, 3)
     step = 0
     for epoch in range(8):
-        done = collections.Counter(stream.bucket(s) for s in range(step, step + stream.steps_in(epoch)))
+        done = collections.Counter(stream.batch(s)[0] for s in range(step, step + stream.steps_in(epoch)))
         for bucket in mixture.buckets:
             assert done[bucket] == mixture.before(epoch + 1, bucket) // batch_size - mixture.before(epoch, bucket) // batch_size
         for cursor in range(stream.steps_in(epoch)):
@@ -112,18 +112,18 @@ def test_an_epochs_steps_are_those_that_are_completed_in_it(number):
 
 def test_the_buckets_of_an_epoch_are_mixed_and_mixed_anew():
     stream = plain(1000, 5, buckets=np.arange(1000) % 4)
-    labels = [[stream.bucket(step) for step in range(200 * epoch, 200 * epoch + 200)] for epoch in range(3)]
+    labels = [[stream.batch(step)[0] for step in range(200 * epoch, 200 * epoch + 200)] for epoch in range(3)]
     assert all(sorted(found) == sorted([0, 1, 2, 3] * 50) for found in labels) and labels[0] != labels[1] != labels[2]
     runs = sum(a != b for a, b in zip(labels[0], labels[0][1:]))
     assert abs(runs - 199 * 0.754) < 4 * math.sqrt(199 * 0.754 * 0.246)  # as often as in a random order
-    firsts = collections.Counter(plain(40, 5, seed, np.arange(40) % 4).bucket(0) for seed in range(1000))
+    firsts = collections.Counter(plain(40, 5, seed, np.arange(40) % 4).batch(0)[0] for seed in range(1000))
     assert all(abs(firsts[b] - 250) < 4 * math.sqrt(1000 * 0.25 * 0.75) for b in range(4))
 
 
 def test_a_bucket_smaller_than_the_batch_waits_for_its_batch_and_is_not_lost():
     buckets = np.array([0] * 40 + [1] * 3)
     stream = plain(43, 8, buckets=buckets)
-    rare = [step for step in range(stream.steps_before(8)) if stream.bucket(step) == 1]
+    rare = [step for step in range(stream.steps_before(8)) if stream.batch(step)[0] == 1]
     assert len(rare) == 3 and [stream.place(step)[0] for step in rare] == [2, 5, 7]
     assert collections.Counter(i for step in rare for _, i, _ in stream.members(step)) == {40: 8, 41: 8, 42: 8}
 

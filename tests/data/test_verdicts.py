@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from data.cache.filling import drop
 from data.preparing import data_of
 from PIL import Image, ImageFile
 
@@ -135,7 +136,7 @@ def own_decoders():
 def test_what_an_earlier_version_called_unreadable_is_tried_again(filled, pictures):
     data = filled()
     key = data.image_key(data.samples[2], False)
-    data.cache.drop(key)
+    drop(data.cache, key)
     data.cache.write("moments", {key: {"unreadable": torch.zeros(0, dtype=torch.bfloat16)}})
     again = filled()
     assert len(again.samples) == 4 and again.made["moments"] == [key]

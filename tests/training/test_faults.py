@@ -19,6 +19,7 @@ from contextlib import ExitStack
 import psutil
 import pytest
 import torch
+from data.cache.filling import drop, read
 from faults import files_no_larger_than
 
 from latentfm.data.cache.shard import read_shard
@@ -345,9 +346,9 @@ def test_a_latent_that_is_not_finite_in_one_process_ends_both_by_its_name(tmp_pa
     data = trainer.data
     sample = data.samples[permutation(10, 0, "order", 0, 0)[5]]  # the second of the second step
     key = data.image_key(sample, False)
-    moments = data.cache.read(key)["moments"]
+    moments = read(data.cache, key)["moments"]
     moments[0, 3, 3] = float("nan")
-    data.cache.drop(key)
+    drop(data.cache, key)
     data.cache.write("moments", {key: {"moments": moments}})
     launched = launch(tmp_path / "out", *EVERY_STEP, f"data.cache={own_cache}")
     _, error = launched.communicate(timeout=120)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from data.cache.filling import read
 from PIL import Image
 
 from latentfm import flow
@@ -118,7 +119,7 @@ def test_masks_reach_the_loss_of_their_own_samples(tmp_path, start, pictures):
     seen = set()
     for name, mask, moments in zip(batch.ids, batch.mask, batch.moments, strict=True):
         sample = next(s for s in trainer.data.samples if s.id == name)
-        cached = {f: trainer.data.cache.read(trainer.data.image_key(sample, f))["moments"].float() for f in (False, True)}
+        cached = {f: read(trainer.data.cache, trainer.data.image_key(sample, f))["moments"].float() for f in (False, True)}
         (flip,) = (f for f, value in cached.items() if torch.equal(moments, value))
         wanted = torch.ones(1, 8, 8) if sample.mask is None else right if flip else left
         assert torch.equal(mask, wanted)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from data.cache.filling import drop, read, whole
 from faults import files_no_larger_than
 from PIL import Image
 from safetensors.torch import load_file
@@ -543,9 +544,9 @@ def test_a_sample_that_is_not_finite_stops_the_run_by_name_and_touches_nothing(t
     order = permutation(10, 0, "order", 0, 0)
     sample = trainer.data.samples[order[5]]  # the second of the third step
     key = trainer.data.image_key(sample, False)
-    moments = trainer.data.cache.read(key)["moments"]
+    moments = read(trainer.data.cache, key)["moments"]
     moments[0, 3, 3] = float("nan")
-    trainer.data.cache.drop(key)
+    drop(trainer.data.cache, key)
     trainer.data.cache.write("moments", {key: {"moments": moments}})
     with pytest.raises(InputError, match=rf"not finite at step 3 for {re.escape(sample.id)};.*untouched"):
         run(tmp_path / "out", *more, f"data.cache={tmp_path / 'cache'}", "train.decay=constant")
@@ -726,12 +727,12 @@ def test_flips_cache_both_orientations_and_use_both(tmp_path, start):
     first_batch(trainer)
     data = trainer.data
     with_flip = {key for sample in data.samples for flip in (False, True) if (key := data.image_key(sample, flip))}
-    assert len(with_flip) == 20 and all(data.cache.whole(key) for key in with_flip)
+    assert len(with_flip) == 20 and all(whole(data.cache, key) for key in with_flip)
     seen = set()
     for batch in trainer.micro_batches():
         for name, moments in zip(batch.ids, batch.moments):
             sample = next(s for s in data.samples if s.id == name)
-            (flip,) = (f for f in (False, True) if torch.equal(moments, data.cache.read(data.image_key(sample, f))["moments"]))
+            (flip,) = (f for f in (False, True) if torch.equal(moments, read(data.cache, data.image_key(sample, f))["moments"]))
             seen.add((name, flip))
     assert len(seen) > 13 and {flip for _, flip in seen} == {False, True}  # 60 draws of 20
 

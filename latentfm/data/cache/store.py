@@ -162,29 +162,11 @@ class Cache:
         """The entries at places of the index."""
         return Entries(self.folder, self.paths, list(self.layouts), self.index[places])
 
-    def read(self, key: str) -> dict[str, Tensor]:
-        """An entry's tensors. Raises KeyError when it is missing, InputError when it is damaged."""
-        return self.entries([key]).read(0)
-
-    def whole(self, key: str) -> bool:
-        """Whether the entry is there and undamaged."""
-        try:
-            return self.entries([key]).check(0) is None
-        except KeyError:
-            return False
-
     def write(self, kind: str, entries: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Writes entries, all of one dtype, as a shard of its own and returns its path. Raises InputError when the disk refuses it."""
         path = self.folder / kind / f"{uuid.uuid4().hex}.safetensors"  # two writers, on two machines even, never share it
         write_shard(path, entries)
         return path
-
-    def drop(self, key: str) -> None:
-        """Notes every copy of an entry as lost: it is missing from now on."""
-        self.refresh()
-        while (place := self.find([key])[0]) >= 0:
-            self.lose(Path(self.paths[self.index["shard"][place]]), key)
-            self.refresh()
 
     def lose(self, shard: Path, key: str) -> None:
         """Notes one copy of an entry as lost, for every later run."""

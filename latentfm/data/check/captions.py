@@ -36,6 +36,18 @@ def limits_of(encoder: PromptEncoder, t5_lengths: Sequence[int]) -> list[tuple[i
     return [(index, length) for index, (_, tokenizer) in enumerate(pairs) if tokenizer for length in lengths[index]]
 
 
+def token_counts(
+    encoder: PromptEncoder, index: int, captions: Sequence[str], advance: Callable[[int], None] = lambda count: None
+) -> np.ndarray:
+    """How many tokens of an encoder's each caption has, start and end included, int32 [N]."""
+    found = []
+    for start in range(0, len(captions), AT_ONCE):
+        part = list(captions[start : start + AT_ONCE])
+        found += map(len, encoder.tokenizers[index](part, verbose=False).input_ids)
+        advance(len(part))
+    return np.array(found, np.int32)
+
+
 def first_users(samples: Sequence[Sample]) -> dict[str, int]:
     """Each distinct caption and the first sample that has it."""
     users: dict[str, int] = {}
@@ -56,14 +68,7 @@ def token_report(
     users = first_users(samples)
     captions = list(users)
     limits, rows = limits_of(encoder, t5_lengths), []
-    lengths: dict[int, np.ndarray] = {}
-    for index in dict.fromkeys(index for index, _ in limits):
-        lengths[index] = np.zeros(len(captions), np.int32)
-        for start in range(0, len(captions), AT_ONCE):
-            part = captions[start : start + AT_ONCE]
-            ids = encoder.tokenizers[index](part, verbose=False).input_ids
-            lengths[index][start : start + len(part)] = [len(row) for row in ids]
-            advance(len(part))
+    lengths = {index: token_counts(encoder, index, captions, advance) for index in dict.fromkeys(index for index, _ in limits)}
     for index, limit in limits:
         mine = lengths[index]
         over = np.flatnonzero(mine > limit)

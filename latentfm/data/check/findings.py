@@ -34,22 +34,14 @@ class Crop:
     scale: float
 
 
-@dataclass(frozen=True)
-class Report:
-    """The findings, as JSON can hold them, and what the contact sheet is made of."""
-
-    findings: dict[str, Any]
-    placement: Placement
-
-
 def check(
     dataset: Dataset,
     plan: DataPlan,
     encoder: PromptEncoder,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
     hold_out: HoldOut = lambda samples: (),
-) -> Report:
-    """The findings of a dataset under a plan. Nothing is written.
+) -> tuple[dict[str, Any], Placement]:
+    """(the findings of a dataset under a plan, as JSON can hold them; where the plan places its pictures). Nothing is written.
 
     `encoder` holds the tokenizers (`captions.load_tokenizers`). `progress(what, total)` gives a function that is told of each
     count done. `hold_out` names, among the samples that can be used, those that a run keeps for its validation: they are never drawn.
@@ -96,7 +88,7 @@ def check(
         "dropped": len(samples) - used + sum(len(row["names"]) for row in problems),
         "truncated": max((row["truncated"] for row in tokens), default=0),
     }
-    return Report(findings, placed)
+    return findings, placed
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
+from io import StringIO
 from pathlib import Path
 from threading import Event, Thread
 
@@ -49,17 +50,13 @@ def parent_command() -> list[str]:
 
 def asked_of_accelerate(command: Sequence[str]) -> int | None:
     """The number of processes in a command line of accelerate launch, or in the configuration it names."""
-    names = [word.partition("=")[0].replace("_", "-") for word in command]
-    if not any("accelerate" in word for word in command[:3]):
-        return None
-    for option in ("--num-processes", "--config-file"):
-        if option not in names:
-            continue
-        at = names.index(option)
-        value = command[at].partition("=")[2] or (command[at + 1] if at + 1 < len(command) else "")
-        if option == "--num-processes":
-            return int(value) if value.isdecimal() else None
-        return processes_of(Path(value))
+    from accelerate.commands.launch import launch_command_parser
+
+    at = next((place for place, word in enumerate(command[:3]) if "accelerate" in word), None)
+    if at is not None:
+        with suppress(SystemExit), redirect_stderr(StringIO()):  # what it cannot read is the launcher's to tell
+            given, _ = launch_command_parser().parse_known_args([word for word in command[at + 1 :] if word != "launch"] + ["script"])
+            return given.num_processes or (processes_of(Path(given.config_file)) if given.config_file else None)
     return None
 
 

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from data.cache.filling import fill_missing
+from data.cache.filling import drop, fill_missing, read, whole
 
 from latentfm.data.cache import fill as filling
 from latentfm.data.cache import store as cache_module
@@ -92,7 +92,7 @@ def test_a_table_that_no_writer_writes_is_damage_and_set_aside(tmp_path, change,
     cache = Cache(tmp_path)
     cache.write("moments", {OTHER: entry(1)})
     assert fill_missing(cache, [(KEY, 0), (OTHER, 1)], lambda items: [entry(i) for i in items], 2) == 1
-    assert same(cache.read(KEY), entry(0)) and same(cache.read(OTHER), entry(1))
+    assert same(read(cache, KEY), entry(0)) and same(read(cache, OTHER), entry(1))
     assert not path.exists() and path.with_name(f"{path.name}.damaged").exists() and "set aside" in caplog.text
 
 
@@ -129,12 +129,12 @@ def test_of_two_entries_of_a_key_that_differ_neither_is_used_whatever_its_name(t
     cache.write("moments", {KEY: entry(0), OTHER: entry(1)})
     write_shard(tmp_path / "moments" / f"{name}.safetensors", {KEY: entry(666), THIRD: entry(2)})
     again, asked = Cache(tmp_path), []
-    assert not again.whole(KEY) and again.whole(OTHER) and again.whole(THIRD)
+    assert not whole(again, KEY) and whole(again, OTHER) and whole(again, THIRD)
     assert "1 entry in several shards that differ" in caplog.text and name in caplog.text
     wanted = [(KEY, 0), (OTHER, 1), (THIRD, 2)]
     assert fill_missing(again, wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 2) == 1 and asked == [0]
     for reader in (again, Cache(tmp_path)):
-        assert all(same(reader.read(key), entry(i)) for key, i in wanted)
+        assert all(same(read(reader, key), entry(i)) for key, i in wanted)
     caplog.clear()
     assert fill_missing(Cache(tmp_path), wanted, lambda items: [], 2) == 0 and not caplog.text
 
@@ -143,7 +143,7 @@ def test_equal_copies_are_no_conflict(tmp_path, caplog):
     cache = Cache(tmp_path)
     for _ in range(3):
         cache.write("moments", {KEY: entry(0)})
-    assert same(Cache(tmp_path).read(KEY), entry(0)) and not caplog.text
+    assert same(read(Cache(tmp_path), KEY), entry(0)) and not caplog.text
 
 
 @pytest.fixture
@@ -170,19 +170,19 @@ def test_ones_own_entry_goes_before_another_users(tmp_path, strangers, name, cap
     strangers.add(path.stat().st_ino)
     cache = Cache(tmp_path)
     cache.write("moments", {KEY: entry(0)})
-    assert same(cache.read(KEY), entry(0)) and same(cache.read(OTHER), entry(1)) and "differ" not in caplog.text
+    assert same(read(cache, KEY), entry(0)) and same(read(cache, OTHER), entry(1)) and "differ" not in caplog.text
 
 
 def test_what_another_user_may_have_put_where_everybody_writes_is_not_used(tmp_path, strangers):
     path = tmp_path / "moments" / f"{'0' * 32}.safetensors"
     write_shard(path, {KEY: entry(666)})
     strangers.add(path.stat().st_ino)
-    assert Cache(tmp_path).whole(KEY) and not any("not used" in said for said in Cache(tmp_path).distrust())
+    assert whole(Cache(tmp_path), KEY) and not any("not used" in said for said in Cache(tmp_path).distrust())
     for folder in (tmp_path, tmp_path / "moments"):
         mode = folder.stat().st_mode
         os.chmod(folder, 0o1777)
         cache = Cache(tmp_path)
-        assert not cache.whole(KEY)
+        assert not whole(cache, KEY)
         assert any("everybody, who can exchange what a training sees; chmod o-w" in said for said in cache.distrust())
         assert any("1 shard of the cache not used" in said for said in cache.distrust())
         os.chmod(folder, mode)
@@ -199,7 +199,7 @@ def test_who_may_write_is_said(tmp_path):
     os.chmod(tmp_path, 0o775)
     (said,) = cache.distrust()
     assert said == f"{tmp_path} can be written by its group, who can exchange what a training sees; chmod g-w prevents it"
-    assert cache.whole(KEY)  # as a cluster shares one
+    assert whole(cache, KEY)  # as a cluster shares one
 
 
 # Special files
@@ -222,9 +222,9 @@ def test_special_files_in_a_cache_do_no_harm(tmp_path, caplog):
 
     def use():
         again = Cache(tmp_path)
-        done.append(same(again.read(KEY), entry(0)))
-        again.drop(KEY)
-        done.append(fill_missing(again, [(KEY, 0)], lambda items: [entry(0)], 1) == 1 and same(again.read(KEY), entry(0)))
+        done.append(same(read(again, KEY), entry(0)))
+        drop(again, KEY)
+        done.append(fill_missing(again, [(KEY, 0)], lambda items: [entry(0)], 1) == 1 and same(read(again, KEY), entry(0)))
 
     thread = threading.Thread(target=use, daemon=True)
     thread.start()
@@ -238,8 +238,8 @@ def test_a_note_of_damage_follows_no_link(tmp_path):
     path = cache.write("moments", {KEY: entry(0)})
     (tmp_path / "mine").write_text("precious")
     path.with_suffix(".lost").symlink_to(tmp_path / "mine")
-    cache.drop(KEY)
-    assert (tmp_path / "mine").read_text() == "precious" and not cache.whole(KEY)
+    drop(cache, KEY)
+    assert (tmp_path / "mine").read_text() == "precious" and not whole(cache, KEY)
 
 
 def test_a_shard_that_became_a_pipe_is_damage(tmp_path):
@@ -273,15 +273,15 @@ def test_what_nothing_can_be_made_of_is_kept_under_the_verdicts_key(tmp_path, mo
         assert fill_missing(Cache(tmp_path), wanted, make, 4, settled.append, on_made=made.extend) == count == len(asked)
         assert sum(settled) == 6
     assert made == [key for key, i in wanted if i % 2 == 0] and asked == [1, 3, 5]
-    assert [Cache(tmp_path).whole(key) for key, _ in wanted] == [True, False] * 3
+    assert [whole(Cache(tmp_path), key) for key, _ in wanted] == [True, False] * 3
 
 
 def test_entries_of_an_outdated_kind_are_made_again(tmp_path):
     Cache(tmp_path).write("moments", {KEY: {"unreadable": torch.zeros(0)}, OTHER: entry(1)})
     cache = Cache(tmp_path, outdated="unreadable")
-    assert not cache.whole(KEY) and cache.whole(OTHER)
+    assert not whole(cache, KEY) and whole(cache, OTHER)
     assert fill_missing(cache, [(KEY, 0), (OTHER, 1)], lambda items: [entry(i) for i in items], 2) == 1
-    assert same(Cache(tmp_path, outdated="unreadable").read(KEY), entry(0))
+    assert same(read(Cache(tmp_path, outdated="unreadable"), KEY), entry(0))
 
 
 # Work shared
@@ -299,7 +299,7 @@ def fill_slowly(folder, name, seconds, count):
     while wanted:
         fill_missing(cache, wanted, make, 4)
         cache.refresh()
-        wanted = [(key, i) for key, i in wanted if not cache.whole(key)]
+        wanted = [(key, i) for key, i in wanted if not whole(cache, key)]
         time.sleep(0.02)
 
 

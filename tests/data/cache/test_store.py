@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from data.cache.filling import fill_missing
+from data.cache.filling import drop, fill_missing, read, whole
 from faults import files_no_larger_than
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -59,13 +59,13 @@ def test_an_entry_comes_back_to_the_bit(tmp_path, dtype):
     cache = Cache(tmp_path)
     tensors = {"a": torch.arange(12).view(3, 4).T, "scalar": torch.tensor(3), "empty": torch.zeros(0), "wide": torch.arange(7)}
     tensors = {name: value.to(dtype) for name, value in tensors.items()}
-    assert not cache.whole(KEY)
+    assert not whole(cache, KEY)
     with pytest.raises(KeyError):
-        cache.read(KEY)
+        read(cache, KEY)
     path = cache.write("prompts", {KEY: tensors, OTHER: {"unreadable": torch.zeros(0, dtype=dtype)}})
     for reading in (cache, Cache(tmp_path)):
-        assert reading.whole(KEY) and same(reading.read(KEY), tensors)
-        assert same(reading.read(OTHER), {"unreadable": torch.zeros(0, dtype=dtype)})
+        assert whole(reading, KEY) and same(read(reading, KEY), tensors)
+        assert same(read(reading, OTHER), {"unreadable": torch.zeros(0, dtype=dtype)})
     assert path.parent == tmp_path / "prompts" and len(path.stem) == 32 and files_in(tmp_path) == [path.name]
 
 
@@ -125,7 +125,7 @@ def test_keys_that_end_in_zeros_or_share_their_beginning_are_kept_apart(tmp_path
     keys = ["00" * 32, "ab" + "00" * 31, "ab00" + "00" * 29 + "01", "ab" * 32, "ab" * 31 + "00", "ff" * 32]
     cache.write("moments", {key: entry(i) for i, key in enumerate(keys)})
     for i, key in enumerate(keys):
-        assert same(cache.read(key), entry(i))
+        assert same(read(cache, key), entry(i))
         assert cache.entries([key]).key(0).hex() == key
     assert cache.find(["ab" * 30 + "0000", "00" * 31 + "01"]).tolist() == [-1, -1]
 
@@ -147,9 +147,9 @@ def test_every_changed_byte_of_a_shard_is_noticed_or_changes_nothing(tmp_path):
         cache = Cache(tmp_path)
         for key, tensors in made.items():
             try:
-                assert same(cache.read(key), tensors)
+                assert same(read(cache, key), tensors)
             except (KeyError, InputError):
-                assert not cache.whole(key) and place not in range(8, header)  # the names are for other readers, ours are in the table
+                assert not whole(cache, key) and place not in range(8, header)  # the names are for other readers, ours are in the table
             else:
                 inside = place_of(path, key)
                 assert not inside <= place < inside + 52 and not header <= place < data
@@ -166,7 +166,7 @@ def test_a_truncated_shard_is_set_aside_by_name_and_its_entries_are_made_again(t
     wanted = [(KEY, 0), (OTHER, 1), (THIRD, 2)]
     assert fill_missing(again, wanted, lambda items: asked.extend(items) or [entry(i) for i in items], batch_size=4) == 2
     assert asked == [0, 1] and str(path) in caplog.text and "set aside" in caplog.text
-    assert all(same(again.read(key), entry(i)) for key, i in wanted)
+    assert all(same(read(again, key), entry(i)) for key, i in wanted)
     assert {f"{path.name}.damaged", kept.name} < set(files_in(tmp_path)) and len(files_in(tmp_path)) == 3
     assert again.leftovers() == [path.with_name(f"{path.name}.damaged")]
 
@@ -177,7 +177,7 @@ def test_a_longer_shard_is_not_trusted(tmp_path):
         file.write(b"\0")
     with pytest.raises(Damaged, match="1 bytes follow its end"):
         read_shard(path)
-    assert not Cache(tmp_path).whole(KEY)
+    assert not whole(Cache(tmp_path), KEY)
 
 
 def test_a_damaged_entry_is_made_again_and_the_new_one_wins_whatever_the_clock_says(tmp_path, caplog):
@@ -191,7 +191,7 @@ def test_a_damaged_entry_is_made_again_and_the_new_one_wins_whatever_the_clock_s
         assert fill_missing(again, wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == made, run
         for new in set((tmp_path / "moments").glob("*.safetensors")) - {path}:
             os.utime(new, (0, 0))
-    assert asked == [1] and same(Cache(tmp_path).read(OTHER), entry(1)) and same(Cache(tmp_path).read(KEY), entry(0))
+    assert asked == [1] and same(read(Cache(tmp_path), OTHER), entry(1)) and same(read(Cache(tmp_path), KEY), entry(0))
     assert path.with_suffix(".lost").read_text().split() == [OTHER] and OTHER in caplog.text and str(path) in caplog.text
 
 
@@ -202,10 +202,10 @@ def test_an_entry_with_another_good_copy_is_read_from_there(tmp_path):
     for path in paths[:2]:
         flip(path, place_of(path, KEY))
     assert same(entries.read(0), entry()) and same(entries.read(0), entry())
-    assert same(cache.read(KEY), entry())
+    assert same(read(cache, KEY), entry())
     flip(paths[2], place_of(paths[2], KEY))
     with pytest.raises(InputError, match=f"{KEY} in .* is damaged .*made anew"):
-        Cache(tmp_path).read(KEY)
+        read(Cache(tmp_path), KEY)
 
 
 def test_damage_on_a_disk_that_cannot_be_written_is_still_damage(tmp_path, monkeypatch, caplog):
@@ -214,9 +214,9 @@ def test_damage_on_a_disk_that_cannot_be_written_is_still_damage(tmp_path, monke
     flip(path, place_of(path, KEY))
     path.with_suffix(".lost").mkdir()  # in the way of the note
     with pytest.raises(InputError, match="damaged"):
-        cache.read(KEY)
+        read(cache, KEY)
     assert fill_missing(Cache(tmp_path), [(KEY, 0)], lambda items: [entry(i) for i in items], 1) == 1
-    assert same(cache.read(KEY), entry()) and "could not note" in caplog.text
+    assert same(read(cache, KEY), entry()) and "could not note" in caplog.text
 
 
 def test_a_shard_that_went_while_it_was_used_is_an_error_that_names_it(tmp_path):
@@ -235,7 +235,7 @@ def test_without_verify_only_presence_and_size_are_looked_at(tmp_path):
     wanted = [(KEY, 0), (OTHER, 1)]
     assert fill_missing(Cache(tmp_path), wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 0
     with pytest.raises(InputError, match="damaged"):
-        Cache(tmp_path).read(KEY)
+        read(Cache(tmp_path), KEY)
     assert fill_missing(Cache(tmp_path), wanted, lambda items: [entry(i) for i in items], 4, verify=False) == 1
 
 
@@ -283,7 +283,7 @@ def test_fill_makes_what_is_missing_in_batches_and_reports_all(tmp_path):
     cache.write("moments", {wanted[3][0]: entry(3)})
     assert fill_missing(cache, wanted, make, 4, settled.append) == 9
     assert calls == [[0, 1, 2, 4], [5, 6, 7, 8], [9]] and sum(settled) == 10
-    assert all(same(cache.read(key), entry(i)) for key, i in wanted)
+    assert all(same(read(cache, key), entry(i)) for key, i in wanted)
     assert fill_missing(cache, wanted, make, 4) == 0 and len(calls) == 3
     assert len(files_in(tmp_path)) == 2
 
@@ -299,7 +299,7 @@ def test_items_are_loaded_ahead_in_order_and_only_the_missing_ones(tmp_path):
         return i
 
     assert fill_missing(cache, wanted, lambda items: [entry(i) for i in items], 4, load=load, threads=3) == 15
-    assert sorted(loaded) == list(range(1, 30, 2)) and all(same(cache.read(key), entry(i)) for key, i in wanted)
+    assert sorted(loaded) == list(range(1, 30, 2)) and all(same(read(cache, key), entry(i)) for key, i in wanted)
 
 
 def test_shards_are_bounded_in_size_and_in_the_work_they_hold(tmp_path, monkeypatch):
@@ -332,7 +332,7 @@ def test_a_fill_that_fails_keeps_what_was_made(tmp_path):
 
     with pytest.raises(RuntimeError, match="stop"):
         fill_missing(cache, [(key_of(str(i)), i) for i in range(4)], make, 2)
-    assert [cache.whole(key_of(str(i))) for i in range(4)] == [True, True, False, False]
+    assert [whole(cache, key_of(str(i))) for i in range(4)] == [True, True, False, False]
 
 
 def test_a_full_disk_leaves_no_half_shard_and_what_was_there(tmp_path, monkeypatch):
@@ -342,8 +342,8 @@ def test_a_full_disk_leaves_no_half_shard_and_what_was_there(tmp_path, monkeypat
     wanted = [(key_of(f"large {i}"), i) for i in range(4)]
     with files_no_larger_than(300_000), pytest.raises(InputError, match=f"could not write {tmp_path}.*free some space"):
         fill_missing(cache, [(OTHER, 0), *wanted], lambda items: [{"a": torch.zeros(60_000 if i < 3 else 200_000)} for i in items], 1)
-    assert sum(cache.whole(key) for key, _ in [(OTHER, 0), *wanted]) == 4  # those in shards that fitted
-    assert same(cache.read(KEY), entry()) and before.name in files_in(tmp_path)
+    assert sum(whole(cache, key) for key, _ in [(OTHER, 0), *wanted]) == 4  # those in shards that fitted
+    assert same(read(cache, KEY), entry()) and before.name in files_in(tmp_path)
     assert all(name.endswith(".safetensors") for name in files_in(tmp_path)) and cache.leftovers() == []
 
 
@@ -372,7 +372,7 @@ def test_a_fill_that_is_killed_loses_its_last_shard_alone(tmp_path):
     assert 15 <= kept < 40
     asked, wanted = [], [(key_of(str(i)), i) for i in range(40)]
     assert fill_missing(Cache(tmp_path), wanted, lambda items: asked.extend(items) or [entry(i) for i in items], 4) == 40 - kept
-    assert asked == list(range(kept, 40)) and all(Cache(tmp_path).whole(key) for key, _ in wanted)
+    assert asked == list(range(kept, 40)) and all(whole(Cache(tmp_path), key) for key, _ in wanted)
 
 
 def write_often(folder, seed, barrier):
@@ -401,8 +401,8 @@ def test_writers_of_one_folder_at_once_do_not_disturb_each_other(tmp_path):
     for worker in workers:
         worker.join()
     assert seen and all(worker.exitcode == 0 for worker in workers[:2])
-    assert all(same(cache.read(key_of(f"{seed} {number}")), entry(seed)) for seed in range(5) for number in (0, 19))
-    assert len(files_in(tmp_path)) == 100 and same(cache.read(KEY), entry(9))
+    assert all(same(read(cache, key_of(f"{seed} {number}")), entry(seed)) for seed in range(5) for number in (0, 19))
+    assert len(files_in(tmp_path)) == 100 and same(read(cache, KEY), entry(9))
 
 
 def read_all(folder, entries, order, failed):
@@ -438,8 +438,8 @@ def test_files_of_others_are_left_alone(tmp_path):
     save_file({"a": torch.zeros(3)}, mine)
     (tmp_path / "notes.txt").write_text("mine")
     cache.write("moments", {KEY: entry()})
-    cache.drop(KEY)
-    assert not cache.whole(KEY) and fill_missing(cache, [(KEY, 0)], lambda items: [entry(0)], 1) == 1
+    drop(cache, KEY)
+    assert not whole(cache, KEY) and fill_missing(cache, [(KEY, 0)], lambda items: [entry(0)], 1) == 1
     assert mine.exists() and (tmp_path / "notes.txt").read_text() == "mine" and cache.leftovers() == []
 
 
