@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentfm.errors import InputError
-from latentfm.interchange.pipelines import COMPONENTS, PipelineFiles
+from latentfm.interchange.loading.pipelines import COMPONENTS, PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.folder import t5_length

@@ -21,7 +21,7 @@ from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
 from latentfm.interchange import keywords, placing
 from latentfm.interchange.components import load_component
-from latentfm.interchange.keywords import ALONE, FILE_KEYWORDS, FOLDER_KEYWORDS, NOT_HERE, SO_ANYWAY
+from latentfm.interchange.loading.keywords import ALONE, FILE_KEYWORDS, FOLDER_KEYWORDS, NOT_HERE, SO_ANYWAY
 from latentfm.interchange.weights import open_weights
 from latentfm.interchange.writers import write_single
 from latentfm.models import vae as vae_room

@@ -6,8 +6,8 @@ from typing import Any
 
 from latentfm.files import follow_umask
 from latentfm.interchange.components import read_null
-from latentfm.interchange.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, UPLOAD, check_keywords
-from latentfm.interchange.loading import COMPONENTS, components_in, folder_of, load_file, load_folder, replaced_by
+from latentfm.interchange.loading.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, UPLOAD, check_keywords
+from latentfm.interchange.loading.parts import COMPONENTS, components_in, folder_of, load_file, load_folder, replaced_by
 from latentfm.models.folder import INFO_FILE, read_info, write_stock_names
 from latentfm.models.manifest import write_manifest
 from latentfm.models.preview import readable

@@ -15,9 +15,9 @@ from latentfm.errors import InputError
 from latentfm.files import reason
 from latentfm.interchange.completing import completed, open_base, tokenizer_of
 from latentfm.interchange.components import EXTRA, check_together, load_component, scheduler_from
-from latentfm.interchange.keywords import DOWNLOAD, dtype_asked_for, dtype_of, named_by, quantisation, quantisation_of
+from latentfm.interchange.loading.keywords import DOWNLOAD, dtype_asked_for, dtype_of, named_by, quantisation, quantisation_of
+from latentfm.interchange.loading.placing import Places, bytes_of, places_of
 from latentfm.interchange.networks import empty
-from latentfm.interchange.placing import Places, bytes_of, places_of
 from latentfm.interchange.weights import CLASSES, Weights, load_part, open_weights
 from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
 from latentfm.models.folder import PARTS, check_folder, left_out, read_config, refuse_pickle
