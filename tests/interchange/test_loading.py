@@ -19,8 +19,8 @@ from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
-from latentfm.interchange import keywords, placing
 from latentfm.interchange.components import load_component
+from latentfm.interchange.loading import keywords, placing
 from latentfm.interchange.loading.keywords import ALONE, FILE_KEYWORDS, FOLDER_KEYWORDS, NOT_HERE, SO_ANYWAY
 from latentfm.interchange.weights import open_weights
 from latentfm.interchange.writers import write_single
