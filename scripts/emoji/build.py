@@ -41,7 +41,7 @@ VAE = {
     "mid_block_add_attention": False,  # convolutions alone see a 64-pixel crop and a 128-pixel picture alike
 }  # fmt: skip
 SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
-TEXT_STEPS = {"clip": 1000, "open_clip": 1000, "t5": 4000}
+TEXT_STEPS = {"clip": 3000, "open_clip": 3000, "t5": 8000}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
