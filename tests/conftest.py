@@ -17,3 +17,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_pipeline
 
     return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def saved(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by LatentFMPipeline before its first picture, for 16 T5 tokens, its null condition with it: read it, never write into it."""
+    from latentfm import LatentFMPipeline
+
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
+    pipe.info["max_sequence_length"] = 16
+    pipe.save_pretrained(folder)
+    return folder

@@ -16,6 +16,7 @@ from diffusers import (
 )  # fmt: skip
 from diffusers.loaders.single_file import FromSingleFileMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from drawn import NO_T5, draw, gap, stock_of
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
@@ -27,34 +28,7 @@ from latentfm.interchange.writers import write_single
 from latentfm.models import vae as vae_room
 from latentfm.planning.model import read_model
 
-CALL = {"prompt": "a red apple", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 16, "output_type": "latent"}
 ROUNDING = 1e-5
-NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
-
-
-def draw(pipe, **changes):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changes}).images
-
-
-def gap(a, b):
-    return float((a.float() - b.float()).abs().max())
-
-
-def stock_of(folder, **more):
-    return StableDiffusion3Pipeline.from_pretrained(folder, **{"torch_dtype": torch.float32, **more})
-
-
-@pytest.fixture(scope="module")
-def picture(tiny_folder):
-    """Stock's latents of the tiny folder."""
-    return draw(stock_of(tiny_folder))
-
-
-@pytest.fixture
-def model(tiny_folder, tmp_path):
-    """A copy of the tiny folder to change."""
-    return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
 # The keywords

@@ -7,34 +7,15 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
 from diffusers import StableDiffusion3Pipeline
 from diffusers.hooks import apply_layerwise_casting
+from drawn import draw, gap
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from latentfm import LatentFMPipeline
 from latentfm.errors import InputError
 
-CALL = {"prompt": "a red apple", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 16, "output_type": "latent"}
 ROUNDING = 1e-5
 CPU = torch.device("cpu")
-
-
-def draw(pipe, **changes):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changes}).images
-
-
-def gap(a, b):
-    return float((a.float() - b.float()).abs().max())
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_folder, tmp_path_factory):
-    """A folder of ours for 16 T5 tokens, its null condition with it."""
-    folder = tmp_path_factory.mktemp("null") / "pipeline"
-    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
-    pipe.info["max_sequence_length"] = 16
-    pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

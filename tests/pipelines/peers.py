@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from drawn import quiet
 from tiny import tiny_pipeline
 
 from latentfm import LatentFMImg2ImgPipeline, LatentFMInpaintPipeline, LatentFMPipeline
@@ -65,11 +66,6 @@ class Pipes:
     @cached_property
     def fill(self) -> Any:
         return quiet(self.classes[2](**self.draw.components))
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run(pipe: Any, seeds: int | list[int] = 0, **changes: Any) -> Tensor:

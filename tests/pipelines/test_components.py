@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
+from drawn import quiet
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -20,21 +21,6 @@ from latentfm.pipelines.text_to_image import LatentFMPipeline
 
 ROUNDING = 2e-5
 CALL = {"prompt": "a red apple", "num_inference_steps": 4, "guidance_scale": 5.0, "max_sequence_length": 16, "output_type": "latent"}
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_folder, tmp_path_factory):
-    """A folder of ours for 16 T5 tokens, its null condition with it."""
-    folder = tmp_path_factory.mktemp("saved") / "pipeline"
-    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
-    pipe.info["max_sequence_length"] = 16
-    pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
-from pipelines.peers import OTHER, PROMPT, half_mask, picture, quiet
+from drawn import quiet
+from pipelines.peers import OTHER, PROMPT, half_mask, picture
 
 from latentfm import LatentFMImg2ImgPipeline, LatentFMInpaintPipeline, LatentFMPipeline
 

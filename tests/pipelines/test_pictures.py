@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
+from drawn import quiet
 from PIL import Image
-from pipelines.peers import OTHER, PROMPT, half_mask, picture, quiet, run
+from pipelines.peers import OTHER, PROMPT, half_mask, picture, run
 from tiny import SENTENCES, tiny_pipeline
 from torch.nn import functional as F
 

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.callbacks import SD3CFGCutoffCallback
+from drawn import gap, quiet
 from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
@@ -42,11 +43,6 @@ NO_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3",
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def stock(tiny_folder: Path) -> StableDiffusion3Pipeline:
     return quiet(StableDiffusion3Pipeline.from_pretrained(tiny_folder, dtype=torch.float32))
@@ -64,16 +60,6 @@ def fresh(tiny_folder: Path) -> LatentFMPipeline:
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved by LatentFMPipeline before its first picture, for 16 T5 tokens."""
-    folder = tmp_path_factory.mktemp("saved") / "pipeline"
-    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
-    pipe.info["max_sequence_length"] = 16
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def half(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline saved by stock diffusers in float16, every component of it."""
     folder = tmp_path_factory.mktemp("half") / "pipeline"
@@ -86,11 +72,6 @@ def run(pipe, seeds: int | list[int] = 0, **changes):
     make = torch.Generator
     generator = make().manual_seed(seeds) if isinstance(seeds, int) else [make().manual_seed(seed) for seed in seeds]
     return pipe(**{"generator": generator, "output_type": "latent", **BASE, **changes}).images
-
-
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference; infinite when the shapes differ or a value is not finite."""
-    return float((a - b).abs().max()) if a.shape == b.shape and bool(torch.isfinite(a - b).all()) else math.inf
 
 
 def assert_same(stock, ours, pictures: int = 1, **changes) -> torch.Tensor:
