@@ -134,7 +134,7 @@ class Drawing:
             for (request, _), image in zip(made, thumbnails, strict=True):
                 *above, _ = self.values_of(request).items()
                 rows.setdefault((request.prompt, request.seed, *above), []).append(image)
-            labels = [", ".join([f"{shortened(prompt, 24)} {seed}", *(f"{n} {v}" for n, v in above)]) for prompt, seed, *above in rows]
+            labels = [", ".join([shortened(text, 24), f"seed {seed}", *(f"{n} {v}" for n, v in above)]) for text, seed, *above in rows]
             sheet = table(list(rows.values()), labels, [f"{self.swept[-1]} {value}" for value in columns])
         else:
             prompts = len(dict.fromkeys(each.prompt for each in asked))
