@@ -26,6 +26,12 @@ OWN = {
     "seed": int, "steps": int, "guidance": float, "negative": str, "solver": str, "schedule": str, "shift": float, "guidance_rule": str,
     "guidance_rescale": float, "zero_init": int, "noise": float, "width": int, "height": int, "image": str, "mask": str, "strength": float,
 }  # fmt: skip
+# what a picture says of itself that another one can be made like
+LISTS = ("guidance_interval", "lora", "without")
+LIKE = {name: kind for name, kind in OWN.items() if name != "negative"} | {
+    "prompt": str, "negative_prompt": str, "guidance_interval": float, "model": str, "model_fingerprint": str, "lora": str,
+    "reference": str, "dtype": str, "attention": str, "variant": str, "without": str,
+}  # fmt: skip
 SAMPLER = {"steps": "num_inference_steps", "guidance": "guidance_scale", "guidance_rule": "guidance"}  # other names are the Sampler's own
 
 
@@ -190,6 +196,17 @@ def own_prompt(file: Path, number: int, row: Mapping[str, Any]) -> Prompt:
             noun = {int: "a whole number", float: "a number", str: "a text"}[OWN[name]]
             raise InputError(f"{where}: {name} {shown(repr(given[name]), 60)} is not {noun}") from None
     return Prompt(given["prompt"], own)
+
+
+def own_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a picture's settings another can be drawn with, by LIKE. Raises InputError for a value of another kind than ours are."""
+    found = {name: value for name, value in settings.items() if name in LIKE and value is not None}
+    for name, value in found.items():
+        kind, each = {float: int | float}.get(LIKE[name], LIKE[name]), value if name in LISTS else [value]
+        good = isinstance(each, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in each)
+        if not good or (name == "guidance_interval" and len(value) != 2):
+            raise InputError(f"the settings in {shown(path)} are damaged: {name} is {shown(repr(value), 60)}")
+    return found
 
 
 def check_text(text: str, what: str) -> None:

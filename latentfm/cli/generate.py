@@ -3,8 +3,9 @@
 import math
 import os
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -26,7 +27,7 @@ from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, fingerprint, load, move, versions
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
-from latentfm.requests import Settings, check_text, requests, values
+from latentfm.requests import Prompt, Settings, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.words import shown
 
@@ -155,124 +156,153 @@ def generate(
     Prints the path of each picture on stdout. A picture depends on its prompt, its seed and the settings, not on what was made
     beside it; all of these are written into the PNG (latentfm.pictures.read_settings), so that any picture can be made again.
     """
-    before: dict[str, Any] = {}
-    if like is not None:
+    given = given_or_like(ctx, SimpleNamespace(**locals()))
+    draw_wanted(given, checked(given))
+
+
+def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace:
+    """The options; those not given are as in the picture that --like names, whose settings are `before`. Raises InputError."""
+    given.before = before = {}
+    if given.like is not None:
         from latentfm.pictures import read_settings
 
-        before = read_settings(like)
-
-    def said(option: str, value: Any, name: str | None = None) -> Any:
-        """The value of an option: as given, else as the picture that this one shall be like has it, else the default."""
+        given.before = before = own_settings(given.like, read_settings(given.like))
+    for name, value in ((name, value) for name, value in before.items() if name != "model"):
+        option = {"negative_prompt": "negative"}.get(name, name)
         source = ctx.get_parameter_source(option)
-        return before.get(name or option, value) if source is None or source.name.startswith("DEFAULT") else value
+        if source is not None and source.name.startswith("DEFAULT"):
+            paths = {"image": Path, "mask": Path, "reference": Path, "lora": lambda each: [Path(path) for path in each]}
+            setattr(given, option, paths.get(name, lambda each: each)(value))
+    if before.get("model", "bundled") != "bundled" and given.model is None:
+        given.model = Path(before["model"])
+    if not given.prompts and given.prompts_file is None and "prompt" in before:
+        given.prompts = [before["prompt"]]
+    if given.size is None and "width" in before and "height" in before:
+        given.size = f"{before['width']}x{before['height']}"
+    return given
 
-    texts = wanted_prompts(prompts or ([before["prompt"]] if "prompt" in before and prompts_file is None else []), prompts_file)
-    check_at_least_one({"--number": number, "--batch": batch})
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the options come to: the prompts, what all pictures' settings begin with, the values of the swept options, how many pictures."""
+
+    prompts: list[Prompt]
+    base: Settings
+    sweeps: dict[str, list[Any]]
+    count: int
+
+
+def checked(given: SimpleNamespace) -> Wanted:
+    """What the options come to. Raises InputError for whatever can be told to be wrong before a model is loaded."""
+    prompts = wanted_prompts(given.prompts, given.prompts_file)
+    check_at_least_one({"--number": given.number, "--batch": given.batch})
     sweeps = {
-        "steps": values("--steps", str(said("steps", steps)), int),
-        "guidance": values("--guidance", str(said("guidance", guidance)), float),
-        "solver": [name or None for name in (said("solver", solver) or "").split(",")],
+        "steps": values("--steps", str(given.steps), int),
+        "guidance": values("--guidance", str(given.guidance), float),
+        "solver": [name or None for name in (given.solver or "").split(",")],
     }
-    count = len(texts) * number * math.prod(len(each) for each in sweeps.values())
-    check_at_most({"--steps": (max(sweeps["steps"]), MOST_STEPS), "--batch": (batch, MOST_AT_ONCE)})
+    pictures = len(prompts) * given.number
+    count = pictures * math.prod(len(each) for each in sweeps.values())
+    check_at_most({"--steps": (max(sweeps["steps"]), MOST_STEPS), "--batch": (given.batch, MOST_AT_ONCE)})
     check_at_most({"the number of pictures,": (count, MOST_PICTURES)})
-    if grid:
+    if given.grid:
         check_at_most({"--grid of pictures,": (count, MOST_AT_ONCE)})
     check_at_least_one({"--steps": min(sweeps["steps"])})
     if wrong := [each for each in sweeps["guidance"] if not 0 <= each <= MOST_GUIDANCE]:  # nan too
         raise InputError(f"--guidance {wrong[0]} is not a strength from 0 to {MOST_GUIDANCE:g}; 1 is no guidance, 2 to 5 is usual")
     sampler = Sampler(
-        sweeps["steps"][0], sweeps["guidance"][0], sweeps["solver"][0], said("schedule", schedule), said("shift", shift),
-        said("guidance_rule", guidance_rule), said("guidance_rescale", guidance_rescale),
-        None if (interval := said("guidance_interval", guidance_interval)) is None else tuple(interval), said("zero_init", zero_init),
-        said("noise", noise),
+        *(each[0] for each in sweeps.values()), given.schedule, given.shift, given.guidance_rule, given.guidance_rescale,
+        tuple(given.guidance_interval) if given.guidance_interval else None, given.zero_init, given.noise,
     )  # fmt: skip
-    reference = None if (weaker := said("reference", reference)) is None else Path(weaker)
-    if (reference is None) == (sampler.guidance == "autoguidance"):
+    if (given.reference is None) == (sampler.guidance == "autoguidance"):
         raise InputError("--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
-    if "dormand_prince" in sweeps["solver"]:
-        batch = 1  # its steps suit the mean of a batch
-    seed = said("seed", seed)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and seed is None:
-        raise InputError(f"--seed is needed where {processes} processes share the pictures, as --seed 0")
-    pictures = len(texts) * number
-    if seed is not None and not 0 <= seed <= LAST_SEED - (pictures - 1):
-        raise InputError(f"--seed {seed} is out of range: {pictures} pictures need a seed from 0 to {LAST_SEED - (pictures - 1)}")
-    negative = said("negative", negative, "negative_prompt")
-    if negative is not None:
-        check_text(negative, "--negative")
-    wanted_size = parse_size(size) if size is not None else (before["width"], before["height"]) if "width" in before else None
-    image, mask = (None if (path := said(name, value)) is None else Path(path) for name, value in (("image", image), ("mask", mask)))
-    base = Settings(sampler, negative, *(wanted_size or (None, None)), image, mask, said("strength", strength))
-    for each in requests(texts, 1, 0, base, sweeps):  # whatever is wrong with a line is told before the model is loaded
+    if processes() > 1 and given.seed is None:
+        raise InputError(f"--seed is needed where {processes()} processes share the pictures, as --seed 0")
+    if given.seed is not None and not 0 <= given.seed <= LAST_SEED - (pictures - 1):
+        raise InputError(f"--seed {given.seed} is out of range: {pictures} pictures need a seed from 0 to {LAST_SEED - (pictures - 1)}")
+    if given.negative is not None:
+        check_text(given.negative, "--negative")
+    width, height = (None, None) if given.size is None else parse_size(given.size)
+    base = Settings(sampler, given.negative, width, height, given.image, given.mask, given.strength)
+    for each in requests(prompts, 1, 0, base, sweeps):
         for path in (each.settings.image, each.settings.mask):
             if path is not None and not path.is_file():
                 raise InputError(f"there is no picture {shown(path)}")
-    model = None if (folder_of := said("model", model)) in (None, "bundled") else Path(folder_of)
-    attention, dtype = said("attention", attention), said("dtype", dtype)
-    lora = [Path(path) for path in said("lora", lora) or []]
-    variant = said("variant", variant)
-    without = [part for given in said("without", without) or [] for part in given.split(",")]
-    for part in without:
+    given.without = [part for parts in given.without or [] for part in parts.split(",")]
+    for part in given.without:
         check_name("--without", part, tuple(PARTS))
-    check_name("--device", device.split(":")[0], DEVICES)
-    check_name("--dtype", dtype, DTYPES)
-    check_name("--attention", attention, ATTENTION)
-    check_can_be_written(out, "--out")
-    folder = model_folder(model)
-    adapters = lora or []
-    for path in adapters:
+    check_name("--device", given.device.split(":")[0], DEVICES)
+    check_name("--dtype", given.dtype, DTYPES)
+    check_name("--attention", given.attention, ATTENTION)
+    check_can_be_written(given.out, "--out")
+    model_folder(given.model)
+    for path in given.lora or []:
         if not path.exists():
             raise InputError(f"--lora {shown(path)} does not exist; a training writes one to OUTPUT/lora")
         if (path / "lora").is_dir() and not any(path.glob("*.safetensors")):
             raise InputError(f"--lora {shown(path)} holds no LoRA; did you mean {shown(path / 'lora')}?")
+    return Wanted(prompts, base, sweeps, count)
 
+
+def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
+    """Loads the model and draws. Raises InputError for what only a model can tell, and for pictures that could not be drawn."""
     quiet_libraries()
+    folder, adapters, sweeps = model_folder(given.model), given.lora or [], wanted.sweeps
     with progress_bar() as bar:
         task = bar.add_task("loading the model", total=None)
-        chosen = chosen_device(device)
-        if processes > 1 and device == "auto" and chosen.type == "cuda":
+        chosen = chosen_device(given.device)
+        if processes() > 1 and given.device == "auto" and chosen.type == "cuda":
             chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        kind = dtype if dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind, verify, variant=variant, without=without)
-        add_adapters(pipe, adapters, verify)
-        choose_attention(pipe, attention, chosen)
-        weaker = None if reference is None else load(model_folder(reference, "--reference"), kind, verify, "--reference").transformer
-        width, height = wanted_size or (pipe.default_width, pipe.default_height)
-        base = replace(base, width=width, height=height)
-        for side in {(each.settings.width, each.settings.height) for each in requests(texts, 1, 0, base, sweeps)}:
+        kind = given.dtype if given.dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
+        pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
+        add_adapters(pipe, adapters, given.verify)
+        choose_attention(pipe, given.attention, chosen)
+        shared = {}
+        if given.reference is not None:
+            weaker = load(model_folder(given.reference, "--reference"), kind, given.verify, "--reference")
+            shared = {"reference": weaker.transformer.to(chosen)}
+        own = {"width": pipe.default_width, "height": pipe.default_height}
+        base = replace(wanted.base, **{side: value for side, value in own.items() if getattr(wanted.base, side) is None})
+        for side in {(each.settings.width, each.settings.height) for each in requests(wanted.prompts, 1, 0, base, sweeps)}:
             check_size(*side, pipe.size_multiple, pipe.max_side)
-        negatives = [text.own.get("negative", negative or "") for text in texts]
-        for line in pipe.prompt_warnings(list(dict.fromkeys([*map(str, texts), *negatives]))):
+        negatives = [prompt.own.get("negative", given.negative or "") for prompt in wanted.prompts]
+        for line in pipe.prompt_warnings(list(dict.fromkeys([*map(str, wanted.prompts), *negatives]))):
             say(f"note: {line}", bar)
-        if negative and max(sweeps["guidance"]) <= 1:
+        if given.negative and max(sweeps["guidance"]) <= 1:
             say(f"note: --negative does nothing at --guidance {sweeps['guidance'][0]:g}; it needs more than 1", bar)
+        seed = given.seed
         if seed is None:
             seed = secrets.randbelow(2**32)
             say(f"seed {seed} (to repeat: --seed {seed})", bar)
         common = {
-            **({"reference": str(reference)} if reference else {}),
-            "model": str(model) if model else "bundled",
+            **({"reference": str(given.reference)} if given.reference else {}),
+            "model": str(given.model) if given.model else "bundled",
             "model_fingerprint": fingerprint(folder),
-            **({"variant": variant} if variant else {}),
-            **({"without": without} if without else {}),
+            **({"variant": given.variant} if given.variant else {}),
+            **({"without": given.without} if given.without else {}),
             **({"lora": [str(path) for path in adapters]} if adapters else {}),
             "device": str(chosen),
             "dtype": kind,
-            "attention": attention,
+            "attention": given.attention,
             **versions(),
         }
-        if before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
-            say(f"note: {shown(like)} was made by a model of other weights than {common['model']}", bar)
-        asked = requests(texts, number, seed, base, sweeps)[rank::processes]
+        if given.before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
+            say(f"note: {shown(given.like)} was made by a model of other weights than {common['model']}", bar)
+        rank = int(os.environ.get("RANK", 0))
+        asked = requests(wanted.prompts, given.number, seed, base, sweeps)[rank :: processes()]
         bar.update(task, description="drawing", total=sum(each.settings.sampler.num_inference_steps for each in asked))
         move(pipe, chosen)
-        shared = {} if weaker is None else {"reference": weaker.to(chosen)}
-        with_grid = processes == 1 and count > 1 and (count <= GRID_UP_TO if grid is None else grid)
+        several = wanted.count > 1 and processes() == 1
+        with_grid = several and (wanted.count <= GRID_UP_TO if given.grid is None else given.grid)
         swept = [name for name, each in sweeps.items() if len(each) > 1]
-        watched = Watch(out / "watch.png") if watch and rank == 0 else None
+        watched = Watch(given.out / "watch.png") if given.watch and rank == 0 else None
         if watched is not None and watched.protocol is None:
             say(f"the pictures form in {watched.path}", bar)
-        drawing = Drawing(pipe, shared, common, out, with_grid, as_json, bar, task, swept, watched)
-        drawing.all([each for each in asked if not (skip_existing and drawing.is_there(each))], batch, number)
+        drawing = Drawing(pipe, shared, common, given.out, with_grid, given.as_json, bar, task, swept, watched)
+        batch = 1 if "dormand_prince" in sweeps["solver"] else given.batch  # its steps suit the mean of a batch
+        drawing.all([each for each in asked if not (given.skip_existing and drawing.is_there(each))], batch, given.number)
+
+
+def processes() -> int:
+    """How many processes share the pictures, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))

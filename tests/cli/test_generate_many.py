@@ -17,7 +17,7 @@ from PIL import Image
 from latentfm import LatentFMPipeline
 from latentfm.cli.watch import Watch, iterm, kitty, protocol
 from latentfm.errors import InputError
-from latentfm.pictures import read_settings
+from latentfm.pictures import read_settings, save_png
 from latentfm.requests import Prompt, read_prompts, values
 
 
@@ -129,6 +129,20 @@ def test_a_picture_without_settings_is_nothing_to_be_like(draw, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (line,) = draw("--like", tmp_path / "plain.png", code=2)
     assert "carries no settings" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", "many"), ("steps", True), ("seed", 1.5), ("guidance", [1]), ("lora", "x"), ("lora", [1]), ("without", {"t5": 1}),
+        ("guidance_interval", [0.1]), ("width", "wide"), ("model", 3), ("prompt", ["a"]),
+    ],
+)  # fmt: skip
+def test_settings_that_are_damaged_are_told(draw, tmp_path, name, value):
+    settings = {"prompt": "a cat", "seed": 1, "steps": 2, "guidance": 3.0, "width": 32, "height": 32, name: value}
+    path = save_png(Image.new("RGB", (8, 8)), tmp_path, "odd", settings)
+    (line,) = draw("--like", path, code=2)
+    assert line.startswith("error: the settings in") and f"damaged: {name} is" in line
 
 
 def test_from_a_picture_and_in_a_part_of_it(draw, tmp_path):
