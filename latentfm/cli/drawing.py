@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,7 @@ class Drawing:
         for part in batches(asked, batch):
             settings = part[0].settings
             look = self.watch and self.watch.show
-            images = draw(self.pipe, [(each.prompt, each.seed) for each in part], self.arguments(settings), self.advance(settings), look)
+            images = draw(self.pipe, [(each.prompt, each.seed) for each in part], self.arguments(settings), self.advance, look)
             if self.watch is not None:
                 self.watch.show([image for image in images if not isinstance(image, InputError)], finished=True)
             done += len(part) * settings.sampler.num_inference_steps
@@ -78,13 +77,14 @@ class Drawing:
         if settings.image is not None:
             from latentfm.data.images import open_rgb
 
-            strength = settings.strength or (0.6 if settings.mask is None else 1.0)
-            found |= {"image": open_rgb(settings.image), "strength": strength}
-            found |= {} if settings.mask is None else {"mask_image": open_rgb(settings.mask)}
+            found |= {"image": open_rgb(settings.image), "strength": settings.strength}  # None is the pipeline's own
+            if settings.mask is not None:
+                found |= {"mask_image": open_rgb(settings.mask), "strength": settings.strength or 1.0}
         return found | asdict(settings.sampler)
 
-    def advance(self, settings: Settings) -> Callable[[int], None]:
-        return lambda pictures: self.bar.advance(self.task, pictures)
+    def advance(self, pictures: int) -> None:
+        """Tells the bar that so many pictures are a step further."""
+        self.bar.advance(self.task, pictures)
 
     def keep(self, request: Request, image: "Image.Image") -> Path:
         """The path of a picture, saved; it is printed, or all that is known of the picture."""

@@ -87,9 +87,8 @@ class GuidedVelocity:
             self.precomputed = self.precompute()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.pipe.interrupt or self.step < self.sampler.zero_init:
-            return torch.zeros_like(x)
-        found = self.guided(x, t)
+        still = self.pipe.interrupt or self.step < self.sampler.zero_init
+        found = torch.zeros_like(x) if still else self.guided(x, t)
         self.denoised = x + (1.0 - t) * found
         return found
 
@@ -109,7 +108,7 @@ class GuidedVelocity:
         found = sampler.guided(conditional, weaker, x, t, pipe.guidance_scale)
         if self.skip is None or not self.skip.start < self.step < self.skip.stop:
             return found
-        without = self.ask(pipe.transformer, x, t, self.condition, skip_layers=list(self.skip.layers))
+        without = self.ask(pipe.transformer, x, t, self.condition, skip_layers=self.skip.layers)
         return found + pipe.skip_layer_guidance_scale * (conditional - without)
 
     def ask(self, network: torch.nn.Module, x: Tensor, t: Tensor, condition: Condition, **extra: Any) -> Tensor:

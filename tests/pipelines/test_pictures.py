@@ -195,6 +195,16 @@ class TestPreview:
         assert apart(seen[-1][0], found) < 1e-5  # the last estimate is the picture
         assert apart(seen[0][0], found) > 1e-3
 
+    def test_steps_that_stand_still_have_one_too(self, fresh):
+        seen = []
+
+        def look(pipe, step, timestep, tensors):
+            seen.append((tensors["latents"].clone(), tensors["denoised"].clone()))
+            return {}
+
+        run(fresh, zero_init=2, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["latents", "denoised"])
+        assert len(seen) == 4 and all(torch.equal(*pair) for pair in seen[:2]) and apart(*seen[2]) > 1e-3
+
     def test_it_is_saved_with_the_vae_and_stays_with_it(self, fresh, tmp_path, tiny_folder):
         fitted = latent_rgb(fresh.vae)
         fresh.save_pretrained(tmp_path / "saved")
