@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "pipelines": LEAVES | {"flow", "models", "interchange", "sampling"},
     "drawing": LEAVES | {"models", "pipelines"},
     "training": LEAVES | {"flow", "models", "interchange", "data", "planning", "sampling", "pipelines", "config"},
-    "evaluation": LEAVES | {"flow", "models", "data", "pipelines"},
+    "evaluation": LEAVES | {"flow", "models", "data", "pipelines", "requests", "config", "planning", "training"},
     "cli": {"*"},
     "web": {"*"},
     "__main__": {"*"},

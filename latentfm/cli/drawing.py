@@ -90,8 +90,12 @@ class Drawing:
         """The path of a picture, saved; it is printed, or all that is known of the picture."""
         settings = self.settings(request)
         path = save(image, self.out, self.stem(request), settings)
-        show(json.dumps({"file": str(path), **settings}) if self.as_json else path, self.bar)
+        self.tell(json.dumps({"file": str(path), **settings}) if self.as_json else path)
         return path
+
+    def tell(self, result: Path | str) -> None:
+        """Prints a result."""
+        show(result, self.bar)
 
     def stem(self, request: Request) -> str:
         """The name of a picture's file, but for a number where it is taken."""
@@ -112,14 +116,14 @@ class Drawing:
         except InputError:
             return False
         if found:
-            show(path, self.bar)
+            self.tell(path)
         return found
 
     def values_of(self, request: Request) -> dict[str, str]:
         """The values of the swept options that a request is drawn with, by the option's name."""
         names = ("steps", "guidance", "solver")
         found = {name: "own" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-                 for name, value in zip(names, request.swept, strict=True)}  # fmt: skip
+                 for name, value in zip(names, request.swept, strict=False) if name in self.swept}  # fmt: skip
         return {name: found[name] for name in self.swept}
 
     def sheet(self, asked: list[Request], made: list[tuple[Request, Path]], thumbnails: "list[Image.Image]", number: int) -> None:
@@ -141,7 +145,7 @@ class Drawing:
             sheet = contact_sheet(thumbnails, [(each["prompt"], each["seed"]) for each in pictures], number, prompts)
         settings = first.settings.recorded() | self.common | {"seed": first.seed, "pictures": pictures}
         path = save(sheet, self.out, f"grid-{first.seed}", settings)
-        show(json.dumps({"file": str(path), "grid": True}) if self.as_json else path, self.bar)
+        self.tell(json.dumps({"file": str(path), "grid": True}) if self.as_json else path)
 
 
 class Failures:
