@@ -60,7 +60,8 @@ class ZeroShotDetector:
             self.model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self.model.to(device).eval()
-        self.name, self.threshold, self.clip, self.tells_colours = str(folder), threshold, clip, clip is not None
+        self.name, self.threshold = f"{type(self.model).__name__} {folder}, scores above {threshold:g}", threshold
+        self.clip, self.tells_colours = clip, clip is not None
 
     def check(self, classes: Sequence[str]) -> None:
         """Nothing: any words will do."""

@@ -54,7 +54,7 @@ def prdc(real: Tensor, drawn: Tensor, real_radius: Tensor | None = None, k: int 
     }
 
 
-def radius(features: Tensor, k: int) -> Tensor:
+def radius(features: Tensor, k: int = NEAREST) -> Tensor:
     """[N]: how far each feature's k-th nearest other one is."""
     features = features.double()
     return torch.cdist(features, features).kthvalue(k + 1, dim=1).values

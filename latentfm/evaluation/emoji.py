@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentfm.errors import InputError
+from latentfm.errors import InputError, nearest
 from latentfm.evaluation.detection import Detection
+from latentfm.evaluation.features import stored
 from latentfm.files import read_json, reading
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def found_in(logits: Tensor, boxes: Tensor, threshold: float = THRESHOLD) -> lis
 class EmojiDetector:
     """Finds the things of the project's art. labels: (class, colour or None) of each of the network's outputs."""
 
-    name = "emoji"
+    name = f"emoji, scores from {THRESHOLD:g}"
     tells_colours = True
 
     def __init__(self, network: CenterNet, labels: "Sequence[tuple[str, str | None]]"):
@@ -93,19 +94,15 @@ class EmojiDetector:
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "EmojiDetector":
         """The detector of a folder with config.json and model.safetensors, on a device. Raises InputError when it cannot be read."""
-        from safetensors.torch import load_file
-
         config = read_json(folder / "config.json")
         with reading(folder, "reinstall latentfm, or run scripts/emoji/detector.py"):
             labels = [(name, colour) for name, colour in config["labels"]]
             network = CenterNet(len(labels), config["widths"])
-            network.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
+            network.load_state_dict({name: value.float() for name, value in stored(folder / "model.safetensors").items()})
         return cls(network.to(device), labels)
 
     def check(self, classes: "Sequence[str]") -> None:
         """Raises InputError for a class that it does not know."""
-        from latentfm.errors import nearest
-
         for name in classes:
             if name not in self.classes:
                 raise InputError(f"the emoji detector knows no '{name}'{nearest(name, self.classes)}; name another by --detector")

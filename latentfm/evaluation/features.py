@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from latentfm.errors import InputError
 from latentfm.files import read_json, reading
+from latentfm.models.stored import read_header
 from latentfm.words import shown
 
 if TYPE_CHECKING:
@@ -76,12 +78,11 @@ class Inception:
     """
 
     def __init__(self, file: Path, device: torch.device | str = "cpu"):
-        from safetensors.torch import load_file
         from torchvision.models import inception_v3
 
         self.model = inception_v3(weights=None, init_weights=False, transform_input=False)
         with reading(f"--features {shown(file)}", "give inception_v3's weights as safetensors, or a folder of a transformers vision model"):
-            self.model.load_state_dict(load_file(file))
+            self.model.load_state_dict(stored(file))
         self.model.fc = torch.nn.Identity()
         self.model.to(device).eval()
         self.device, self.name = device, f"Inception v3 {file}"
@@ -91,6 +92,12 @@ class Inception:
         """[N, 2048] float32 on the CPU."""
         sized = [np.asarray(picture.convert("RGB").resize((299, 299), 2), np.float32) for picture in pictures]
         return self.model((torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2) / 127.5 - 1).to(self.device)).float().cpu()
+
+
+def stored(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises InputError for what is none, or is damaged."""
+    read_header(file)
+    return load_file(file)
 
 
 def vision_model(folder: Path, kind: Any, option: str, device: torch.device | str) -> Any:

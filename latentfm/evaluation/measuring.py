@@ -14,6 +14,7 @@ from torch import Tensor
 from latentfm.data.images import open_rgb
 from latentfm.errors import InputError
 from latentfm.evaluation import distances, intervals
+from latentfm.evaluation.features import stored
 from latentfm.evaluation.geneval import TASKS, Asked, verdict
 from latentfm.files import read_json, reading, whole_or_nothing
 
@@ -32,6 +33,10 @@ class Instruments:
     detector: "Detector | None" = None
     clip: "Clip | None" = None
     space: Any = None
+
+    def told(self) -> dict[str, str | None]:
+        """The names of the detector, CLIP and the space."""
+        return {part: getattr(getattr(self, part), "name", None) for part in ("detector", "clip", "space")}
 
     def rows(self, pictures: Sequence[tuple[Path, Asked | None]], classes: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
         """Of each picture, and what it was asked to show if anything, a row that JSON holds: {"found", "right", "wrong", "clip",
@@ -108,15 +113,14 @@ class Measured:
             save_file(tensors or {"none": torch.zeros(0)}, partial)
 
     @classmethod
-    def load(cls, folder: Path) -> "Measured":
-        """The model that an evaluation in `folder` is of. Raises InputError where it holds none."""
-        from safetensors.torch import load_file
-
+    def load(cls, folder: Path) -> tuple["Measured", dict[str, Any]]:
+        """(the model that an evaluation in `folder` is of, its report). Raises InputError where it holds none."""
         report = read_json(folder / "report.json", most=2**30)
         with reading(folder, "evaluate the model again"):
-            model, tensors = report["models"][0], load_file(folder / "features.safetensors")
+            model, tensors = report["models"][0], stored(folder / "features.safetensors")
             names = [each["prompt"] for each in report["prompts"]]
-            return cls(model["name"], model["told"], names, model["pictures"], tensors.get("features"), tensors.get("clip"))
+            found = cls(model["name"], model["told"], names, model["pictures"], tensors.get("features"), tensors.get("clip"))
+        return found, report
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import math
 import random
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -224,18 +225,19 @@ def train(art: Art, out: Path, steps: int) -> None:
         optimizer.step()
         with torch.no_grad():
             for name, value in network.state_dict().items():
-                averaged[name].lerp_(value, min(0.998, (step + 1) / (step + 20)) and 1 - min(0.998, (step + 1) / (step + 20)))
+                averaged[name].lerp_(value, 1 - min(0.998, (step + 1) / (step + 20)))
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}, {(time.monotonic() - began) / (step + 1 - first):.2f} s a step", flush=True)
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged, "step": step + 1}
             torch.save(state, out / "checkpoint.partial")
             (out / "checkpoint.partial").replace(kept)
-            write(averaged, art, out)
+            write(averaged, art, WIDTHS, out)
 
 
-def write(weights: dict[str, Tensor], art: Art, out: Path) -> None:
+def write(weights: dict[str, Tensor], art: Art, widths: Sequence[int], out: Path) -> None:
+    """Writes what EmojiDetector.load reads, in half precision."""
     save_file({name: value.half().contiguous() for name, value in weights.items()}, out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps({"widths": WIDTHS, "labels": art.labels}, indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps({"widths": widths, "labels": art.labels}, indent=1) + "\n")
 
 
 def shown(art: Art, style: str, things: list[Thing], rng: random.Random, ground: tuple[int, int, int]) -> Image.Image | None:
@@ -300,7 +302,8 @@ def validate(art: Art, held_out: Art, out: Path, each: int = 4) -> dict:
                     for name in ("all", asked.task, f"style {style}", "shown" if right else "not shown"):
                         verdicts[f"{name}, {wearing}"].append(good)
                     if not good and not wear:
-                        mistakes.append(f"{style}: '{asked.prompt}' {'is' if right else 'is not'} shown: {verdict(asked, found)[1] or 'right'}")
+                        said = verdict(asked, found)[1] or "right"
+                        mistakes.append(f"{style}: '{asked.prompt}' {'is' if right else 'is not'} shown: {said}")
     confusion, totals = Counter(), Counter()
     for name, drawings in (("", art), ("held-out drawing: ", held_out)):
         for style in STYLES:
