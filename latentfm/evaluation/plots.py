@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 440, 210, 48, 34, 26
+HEIGHT, LEFT, BELOW, ABOVE = 210, 48, 34, 26
+NARROWEST, LETTER = 440, 6.5  # pixels of a plot, and of a letter of its labels
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -20,18 +21,19 @@ def plot(title: str, labels: Sequence[str], series: Sequence[Sequence[dict[str, 
     low, high = min(numbers), max(numbers)
     margin = 0.06 * (high - low) or abs(high) or 1.0
     low, high = low - margin, high + margin
+    width = max(NARROWEST, LEFT + round(len(labels) * (LETTER * max(map(len, labels)) + 12)))
 
     def down(value: float) -> float:
         return ABOVE + (HEIGHT - ABOVE - BELOW) * (high - min(max(value, low), high)) / (high - low)
 
     def across(place: int, which: int) -> float:
-        room = (WIDTH - LEFT - 8) / len(labels)
+        room = (width - LEFT - 8) / len(labels)
         return LEFT + room * (place + 0.5) + 8 * (which - (len(series) - 1) / 2)
 
     parts = [f'<text x="0" y="14" class="title">{escape(title)}</text>']
     for tick in ticks(low, high):
         y = f"{down(tick):.1f}"
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y}" y2="{y}" class="grid"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{width}" y1="{y}" y2="{y}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y}" dy="4" text-anchor="end">{tick:.6g}</text>')
     for which, each in enumerate(series):
         points = [(across(place, which), one) for place, one in enumerate(each)]
@@ -46,4 +48,4 @@ def plot(title: str, labels: Sequence[str], series: Sequence[Sequence[dict[str, 
     for place, label in enumerate(labels):
         x = across(place, 0) + 8 * middle
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BELOW + 18}" text-anchor="middle">{escape(label)}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {width} {HEIGHT}" width="{width}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

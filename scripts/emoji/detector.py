@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from latentfm.evaluation import intervals
 from latentfm.evaluation.emoji import CELLS, SIZE, CenterNet, EmojiDetector, tensors
 from latentfm.evaluation.geneval import Asked, Thing, read_asked, verdict
 
-# the classes, as prompts name them: of a thing that the art has in one look its own name, of others a colour and a name
+# the art's names of what is known and, where it is another, the class: several looks of a thing are one class
 THINGS = {
     "cat face": "cat", "dog face": "dog", "lion": None, "tiger face": "tiger", "fox": None, "panda": None, "elephant": None,
     "penguin": None, "owl": None, "frog": None, "turtle": None, "octopus": None, "crab": None, "butterfly": None, "snail": None,
@@ -44,6 +45,9 @@ THINGS = {
     "snowman": None, "balloon": None, "trophy": None, "basketball": None, "guitar": None, "violin": None, "drum": None,
     "telephone": None, "television": None, "camera": None, "light bulb": None, "key": None, "hammer": None, "scissors": None,
     "crown": None, "top hat": None, "glasses": None, "backpack": None, "bell": None, "alarm clock": None, "chair": None,
+    "cat": None, "black cat": "cat", "dog": None, "tiger": None, "spouting whale": "whale", "tropical fish": "fish",
+    "brown mushroom": "mushroom", "shortcake": "cake", "oncoming automobile": "car", "oncoming bus": "bus", "small airplane": "airplane",
+    "snowman without snow": "snowman", "camera with flash": "camera", "old key": "key", "long drum": "drum",
 }  # fmt: skip
 COLOURED = {
     "heart": ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black"),
@@ -59,7 +63,8 @@ BATCH, RATE, STEPS = 48, 2e-3, 5000
 
 
 def labels_of(icons: list[Icon]) -> dict[str, tuple[str, str | None]]:
-    """The art's own name of each thing that is known: its class and colour."""
+    """The art's own name of each thing that is known: its class and colour. Other things of such a name ("broken heart") are neither known
+    nor unknown."""
     known = {art: (ours or art, None) for art, ours in THINGS.items()}
     known |= {f"{colour} {thing}": (thing, colour) for thing, colours in COLOURED.items() for colour in colours}
     return {name: label for name, label in known.items() if any(icon.label == name for icon in icons)}
@@ -73,9 +78,11 @@ class Art:
         self.labels = list(dict.fromkeys(self.names.values()))  # in the order of THINGS and COLOURED
         self.known: dict[str, list[tuple[int, Image.Image]]] = {style: [] for style in STYLES}
         self.other: dict[str, list[Image.Image]] = {style: [] for style in STYLES}
-        rng = random.Random("others")
+        rng, words = random.Random("others"), {word for name, _ in self.labels for word in (name.split()[-1], f"{name.split()[-1]}s")}
         for icon in rng.sample(icons, len(icons)):
             wanted = icon.label in self.names
+            if not wanted and words & set(re.findall(r"[a-z-]+", icon.label)):
+                continue
             if icon.held_out != held_out or not (wanted or (len(self.other[icon.style]) < others and icon.group in (0, 3, 4, 5, 6, 7))):
                 continue
             if large is None:
