@@ -148,7 +148,7 @@ class Evaluation:
         settings = replace(variant.settings, **{side: value for side, value in own.items() if getattr(variant.settings, side) is None})
         check_size(settings.width, settings.height, pipe.size_multiple, pipe.max_side)
         name = "bundled" if variant.folder == bundled_model() else str(variant.folder.resolve())
-        common = {"model": name, "model_fingerprint": print_of, "device": str(self.device), "dtype": kind, **versions()}
+        common = {"model": name, "model_fingerprint": print_of, "device": str(self.device), "dtype": kind, "attention": "auto"} | versions()
         told = {**settings.recorded(), **common}
         mark = hashlib.sha256(json.dumps({key: value for key, value in told.items() if key not in ("device", "model")}).encode())
         place = Path("pictures") / f"{slug(Path(variant.label).name)[:40]}-{mark.hexdigest()[:12]}"

@@ -28,6 +28,7 @@ from scenes import COLOURS, PLACES
 from sets import PLAIN, STYLES, Icon, read_catalogue
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from latentfm.evaluation import intervals
 from latentfm.evaluation.emoji import CELLS, SIZE, CenterNet, EmojiDetector, tensors
@@ -194,6 +195,16 @@ def batch_of(art: Art, step: int, size: int = BATCH) -> tuple[Tensor, Tensor, Te
     return pictures, heat, boxes, there
 
 
+class Batches(Dataset):
+    """`batch_of` by the number of the step."""
+
+    def __init__(self, art: Art):
+        self.art = art
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return batch_of(self.art, step)
+
+
 def loss_of(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """CenterNet's: the focal loss of Gaussian peaks (its eq. 1), and the boxes' mean absolute error."""
     pictures, heat, boxes, there = batch
@@ -220,10 +231,10 @@ def train(art: Art, out: Path, steps: int) -> None:
         averaged, first = state["averaged"], state["step"]
     network.to(memory_format=torch.channels_last).train()
     began = time.monotonic()
-    for step in range(first, steps):
+    batches = DataLoader(Batches(art), batch_size=None, sampler=range(first, steps), num_workers=2)
+    for step, batch in zip(range(first, steps), batches, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps) + 0.01)
-        batch = batch_of(art, step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(network, batch)
         optimizer.zero_grad()
@@ -282,7 +293,7 @@ def spoiled(asked: Asked, rng: random.Random, labels: list[tuple[str, str | None
 
 
 @torch.no_grad()
-def validate(art: Art, held_out: Art, out: Path, each: int = 4) -> dict:
+def validate(art: Art, held_out: Art, out: Path, each: int = 1) -> dict:
     """How often verdicts on composed pictures are as they should be, by task, style and wear; which labels are taken for which others."""
     detector = EmojiDetector.load(out)
     verdicts: dict[str, list[bool]] = defaultdict(list)
