@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from latentfm.cli.terminal import say, show, uninterrupted
 from latentfm.cli.watch import Watch
 from latentfm.drawing import contact_sheet, draw, save, slug
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.requests import Request, Settings, batches
 from latentfm.words import count as count_of
 from latentfm.words import shortened
@@ -157,8 +157,8 @@ class Failures:
             say(f"not drawn: seed {seed}, '{shortened(text)}': {error}", bar)
 
     def raise_any(self, saved: int) -> None:
-        """Raises InputError when there was any."""
+        """Raises the one error there was, or a Failure that counts them."""
         if self.first is not None and self.count == 1:
             raise self.first
         if self.first is not None:
-            raise InputError(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")
+            raise Failure(f"{self.number:,} of {count_of(self.count, 'picture')} could not be drawn, {saved:,} are saved; {self.first}")

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -21,6 +21,7 @@ from latentfm.cli.checks import (
     parse_size,
     wanted_prompts,
 )
+from latentfm.cli.completion import names
 from latentfm.cli.drawing import Drawing
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say
 from latentfm.cli.watch import Watch
@@ -30,10 +31,6 @@ from latentfm.files import check_can_be_written
 from latentfm.requests import Prompt, Settings, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.words import shown
-
-if TYPE_CHECKING:
-
-    pass
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,7 +65,9 @@ def generate(
     solver: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", show_default=False,
+            metavar="NAME",
+            show_default=False,
+            autocompletion=names(get_args(Solver)),
             help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Several by commas, as --steps. Default: the "
             "model's own scheduler, Euler's.",
         ),
@@ -98,9 +97,7 @@ def generate(
     size: Annotated[
         str | None, typer.Option(help="Pixels: WIDTHxHEIGHT, or one number for a square. Default: the model's.", show_default=False)
     ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)] = None,
     mask: Annotated[
         Path | None, typer.Option(help="With --image: white where it is drawn anew, black where it stays.", show_default=False)
     ] = None,
@@ -119,7 +116,12 @@ def generate(
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.", metavar="PART", show_default=False),
+        typer.Option(
+            help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.",
+            metavar="PART",
+            show_default=False,
+            autocompletion=names(PARTS),
+        ),
     ] = None,
     lora: Annotated[
         list[Path] | None,
