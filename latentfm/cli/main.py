@@ -43,7 +43,7 @@ def one_way_to_fail() -> Iterator[None]:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
         if isinstance(error, MemoryError):
-            error = Failure(f"out of memory ({error or 'nothing is left'}); ask for less at once, or close other programs")
+            error = Failure(f"out of memory ({str(error) or 'nothing is left'}); ask for less at once, or close other programs")
         message = error.format_message() if isinstance(error, UsageError) else str(error)
         print("error:", shown(" ".join(message.splitlines()), MOST_SAID), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None

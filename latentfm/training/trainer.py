@@ -63,6 +63,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, resume: bool = False):
         device = computing_device()
+        self.chosen = {"train.mixed_precision": "auto"} if config.train.mixed_precision == "auto" else {}  # here, and what was given
         self.config = config = with_precision(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
@@ -173,6 +174,7 @@ class Trainer:
             "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch(), 3),
             "no_condition": round(self.dropout.p_unconditional(encoders), 4),
             "versions": versions,
+            "chosen": self.chosen,
         }
 
     # The training
