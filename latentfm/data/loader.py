@@ -115,8 +115,7 @@ class Draws:
 
         A member's draws are those of `randomness` for its purposes, its epoch, and its id and turn.
         """
-        ids = [table.ids[index] for _, index, _ in members]
-        places = [encoded(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
+        ids, places = places_of(table, members)
         vae_noise, eps = self.normal("vae_noise", places, shape), self.normal("eps", places, shape)
         routed, source, routing = [], torch.Generator(), encoded(self.seed, "routing")
         if self.routing:
@@ -151,6 +150,12 @@ class Draws:
         for row, place in zip(found, places, strict=True):
             torch.randn(shape, generator=source.manual_seed(hashed(begins + place)), out=row)
         return found
+
+
+def places_of(table: SampleTable, members: Sequence[Member]) -> tuple[list[str], list[bytes]]:
+    """(the members' ids, their places): a place is what all that is drawn for a member depends on beside seed and purpose."""
+    ids = [table.ids[index] for _, index, _ in members]
+    return ids, [encoded(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
 
 
 class Reader(TorchDataset):
