@@ -91,9 +91,9 @@ def run(
     dtype: str,
 ) -> None:  # fmt: skip
     """Serves the page until Ctrl-C."""
-    from latentfm.web.serve import application, listening, private_uploads, serve
+    from latentfm.web.serve import application, harmless_errors, listening, private_uploads, server
 
-    with private_uploads() as uploads:
+    with private_uploads() as uploads, harmless_errors():
         from latentfm.web.models import Models
         from latentfm.web.studio import Studio
 
@@ -107,4 +107,4 @@ def run(
             who = "with the password" if secret else "WITHOUT A PASSWORD"
             say(f"WARNING: the page can be reached from other machines, {who}; what is sent is not encrypted")
         print(f"http://{name}:{found.getsockname()[1]}", flush=True)
-        serve(served, found)
+        server(served).run(sockets=[found])

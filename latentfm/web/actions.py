@@ -7,10 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from latentfm.data.images import open_rgb
 from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 from latentfm.requests import own_settings
 from latentfm.web import html
+from latentfm.web.canvas import to_paint_on
 from latentfm.web.form import SEEDS
 from latentfm.web.line import Job
 from latentfm.web.reuse import again
@@ -134,9 +136,7 @@ def read_back(studio: Studio, seen: Seen, path: str) -> list:
 
 def begun(studio: Studio, name: str | None) -> Any:
     """A picture of the gallery on the canvas."""
-    from latentfm.data.images import open_rgb
-
     try:
-        return open_rgb(name or "", studio.gallery.read(name or ""))
+        return to_paint_on(open_rgb(name or "", studio.gallery.read(name or "")))
     except InputError:
         return gr.skip()

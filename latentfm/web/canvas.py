@@ -14,6 +14,8 @@ from latentfm.web.gallery import Gallery
 from latentfm.web.limits import Limits
 
 BLOBS, LAYERS = 64, 4  # what of unfinished transfers is kept, and layers of each
+STROKE = ("#6366f1", 0.6)  # the brush's colour, and how opaque it is
+EASY = 512  # pixels of the longer side, below which a picture is enlarged to be painted on
 PAINTED = 8  # of 255: alpha from which a stroke counts
 
 
@@ -96,6 +98,19 @@ def painted(layer: bytes, size: tuple[int, int], limits: Limits) -> Image.Image:
         alpha = opened.convert("RGBA").getchannel("A")
     mask = alpha.point(lambda value: 255 if value >= PAINTED else 0)
     return mask if mask.size == size else mask.resize(size, Image.Resampling.NEAREST)
+
+
+def to_paint_on(image: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
+    """What the editor shows: a picture, small ones enlarged by a whole factor, and a mask of its size as strokes."""
+    factor = max(1, EASY // max(image.size))
+    size, layers = (image.width * factor, image.height * factor), []
+    background = image.resize(size, Image.Resampling.NEAREST)
+    if mask is not None:
+        colour, opacity = STROKE
+        strokes = Image.new("RGBA", size, colour)
+        strokes.putalpha(mask.convert("L").resize(size, Image.Resampling.NEAREST).point(lambda value: round(value * opacity)))
+        layers.append(strokes)
+    return {"background": background, "layers": layers, "composite": background}
 
 
 def png(image: Image.Image) -> bytes:

@@ -122,7 +122,7 @@ class Door:
         if not hmac.compare_digest(digest(given), self.digest):
             await asyncio.sleep(1)
             return await answer(send, 401, page_of("<p role=alert>That is not it.</p>"), "text/html")
-        await answer(send, 303, "", more=[cookie(PASS, self.token), (b"location", b"./")])
+        await answer(send, 200, '<meta http-equiv="refresh" content="0;url=./">', "text/html", [cookie(PASS, self.token)])
 
 
 def digest(password: str) -> bytes:

@@ -11,6 +11,7 @@ from latentfm.files import read_bytes
 from latentfm.web.form import OWN, RULES, SCHEDULES, SOLVERS
 from latentfm.web.html import address
 from latentfm.web.studio import Studio
+from latentfm.words import shown
 
 
 def add(studio: Studio) -> None:
@@ -53,7 +54,7 @@ def add(studio: Studio) -> None:
                     raise InputError(job.error)
                 yield [{"name": path.name, "url": address(path.name), "settings": settings} for path, settings in job.made]
         except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            raise gr.Error(shown(error, 2000), print_exception=False) from None
 
     def gallery(most: int = 48) -> list[dict]:
         """The newest pictures of the gallery: {"name", "url"} of each."""

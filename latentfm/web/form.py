@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from latentfm.bounds import LAST_SEED
-from latentfm.cli.checks import check_lora_strengths, check_name, parse_size
+from latentfm.cli.checks import check_at_least_one, check_lora_strengths, check_name, parse_size
 from latentfm.errors import InputError
 from latentfm.requests import Prompt, Request, Settings, check_text, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
@@ -40,7 +40,7 @@ class Wish:
 
     def requests(self, width: int, height: int) -> list[Request]:
         """Every picture, in the model's own size where none was asked for."""
-        size = {"width": self.base.width or width, "height": self.base.height or height}
+        size = {} if self.base.width is not None else {"width": width, "height": height}
         return requests([Prompt(self.prompt)], self.count, self.seed, replace(self.base, **size), self.sweeps)
 
 
@@ -68,6 +68,7 @@ def checked(
     check_name("schedule", text_of("schedule", schedule), SCHEDULES)
     check_name("guidance_rule", text_of("guidance_rule", guidance_rule), RULES)
     limits.check("steps", max(sweeps["steps"]), limits.steps)
+    check_at_least_one({"steps": min(sweeps["steps"])})
     count = whole("count", count)
     pictures = count * math.prod(len(each) for each in sweeps.values())
     limits.check("the number of pictures", pictures, limits.batch)

@@ -24,7 +24,7 @@ class Limits:
     def check(self, what: str, value: int, most: int, unit: str = "") -> None:
         """Raises InputError where a value is beyond the limit."""
         if value > most:
-            raise InputError(f"{what} {value:,}{unit} is more than {most:,}{unit}, the most that is taken here")
+            raise InputError(f"{what} {shortened(f'{value:,}', 40)}{unit} is more than {most:,}{unit}, the most that is taken here")
 
     def check_text(self, what: str, text: str) -> None:
         """Raises InputError for a text that is too long."""

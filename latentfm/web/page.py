@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import gradio as gr
+from gradio_client import utils as client_utils
 
 from latentfm.web import actions, endpoints, html
-from latentfm.web.canvas import canvas
+from latentfm.web.canvas import STROKE, canvas
 from latentfm.web.form import OWN, RULES, SCHEDULES, SOLVERS
 from latentfm.web.reuse import DEFAULTS
 from latentfm.web.studio import Studio
@@ -43,7 +44,21 @@ def page(studio: Studio, training: Callable[[], object] | None = None) -> gr.Blo
                 with gr.Tab("Train"):
                     training()
         endpoints.add(studio)
+    for block in blocks.blocks.values():
+        fetch_nothing(block)
     return blocks.queue(default_concurrency_limit=None)
+
+
+def fetch_nothing(block: gr.blocks.Block) -> None:
+    """Has a part of the page take files that were sent in alone: Gradio would fetch what a request names by an address."""
+    kept = block.async_move_resource_to_block_cache
+
+    async def move(path: object) -> str | None:
+        if client_utils.is_http_url_like(str(path)):
+            raise gr.Error("files are sent in, not fetched from an address", print_exception=False)
+        return await kept(path)
+
+    block.async_move_resource_to_block_cache = move
 
 
 def drawing(studio: Studio, blocks: gr.Blocks) -> None:
@@ -65,9 +80,10 @@ def drawing(studio: Studio, blocks: gr.Blocks) -> None:
             dice = numbers(studio, controls)
             further(studio, controls)
             dropped = gr.File(label="Settings of a PNG that was drawn here", file_types=[".png"], elem_id="dropped", height=96)
-    gallery = gr.HTML(lambda: studio.tiles(actions.PAGE), elem_id="gallery", js_on_load=CHOOSING)
+    gallery = gr.HTML(elem_id="gallery", js_on_load=CHOOSING)
     seen = actions.Seen(controls, stage, gallery, details, chosen_part, gr.State(None), gr.State(actions.PAGE), draw, cancel)
     actions.connect(studio, seen, use, begin, dice, dropped)
+    blocks.load(lambda: studio.tiles(actions.PAGE), None, gallery, **actions.QUIET)
 
 
 def essentials(studio: Studio) -> dict[str, gr.components.Component]:
@@ -105,10 +121,11 @@ def further(studio: Studio, controls: dict[str, gr.components.Component]) -> Non
         controls["lora"] = gr.Dropdown([NO_LORA, *loras], value=NO_LORA, label="LoRA", elem_id="lora")
         controls["lora_strength"] = gr.Slider(-2, 2, 1, step=0.05, label="LoRA strength", elem_id="lora-strength", buttons=[])
     with gr.Accordion("From a picture", open=False, elem_id="from"):
+        gr.HTML('<p class="note">Paint over what is to be drawn anew; unpainted, all of it is.</p>')
         controls["canvas"] = canvas(
-            label="Paint over what is to be drawn anew; unpainted, all of it is", elem_id="canvas", type="pil", format="png", layers=False,
-            sources=("upload", "clipboard"), transforms=(), height=360, canvas_size=(512, 512),
-            brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"),
+            label="Picture", show_label=False, elem_id="canvas", type="pil", format="png", layers=False, sources=("upload", "clipboard"),
+            transforms=(), height=380, canvas_size=(512, 512), brush=gr.Brush(default_size=40, colors=[STROKE], color_mode="fixed"),
+            eraser=gr.Eraser(default_size=40),
         )  # fmt: skip
         controls["strength"] = gr.Slider(
             0.05, 1, DEFAULTS["strength"], step=0.05, label="Strength", info="how much is drawn anew", elem_id="strength", buttons=[]

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from latentfm.data.images import open_rgb
+from latentfm.web.canvas import to_paint_on
 from latentfm.web.form import OWN
 
 if TYPE_CHECKING:
@@ -38,18 +40,8 @@ def again(settings: dict[str, Any], studio: "Studio") -> tuple[dict[str, Any], l
 
 
 def canvas(settings: dict[str, Any], studio: "Studio") -> dict[str, Any] | None:
-    """What was on the canvas, as Gradio's editor takes it: the picture, and its mask as strokes; None where that is not kept here."""
-    from PIL import Image
-
-    from latentfm.data.images import open_rgb
-
+    """What was on the canvas, as Gradio's editor takes it; None where that is not kept here."""
     path, masked = studio.gallery.source(settings.get("image")), studio.gallery.source(settings.get("mask"))
     if path is None or (masked is None and "mask" in settings):
         return None
-    image = open_rgb(path)
-    layers = []
-    if masked is not None:
-        strokes = Image.new("RGBA", image.size, "white")
-        strokes.putalpha(open_rgb(masked).convert("L").resize(image.size))
-        layers.append(strokes)
-    return {"background": image, "layers": layers, "composite": image}
+    return to_paint_on(open_rgb(path), None if masked is None else open_rgb(masked))

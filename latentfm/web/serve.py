@@ -3,13 +3,15 @@
 import errno
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from latentfm.errors import InputError
+from latentfm.words import shown
 
 TRIED = 10  # ports, where none was asked for
 HERE = Path(__file__).parent
@@ -86,9 +88,33 @@ def listening(host: str, port: int | None) -> socket.socket:
     raise InputError(f"the ports {7860} to {7860 + TRIED - 1} are taken; give another --port")
 
 
-def serve(app: Any, found: socket.socket) -> None:
-    """Serves until Ctrl-C or SIGTERM."""
+class Harmless:
+    """A stream on which nothing is obeyed that others wrote: a request's names and words may be in whatever a library prints."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.stream.write("\n".join(shown(line) for line in text.split("\n")))
+        return len(text)
+
+
+@contextmanager
+def harmless_errors() -> Iterator[None]:
+    """A context in which standard error is `Harmless`."""
+    before, sys.stderr = sys.stderr, Harmless(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+def server(app: Any) -> Any:
+    """The uvicorn server of an application: `run(sockets=[...])` serves until Ctrl-C, SIGTERM, or should_exit."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False)
-    uvicorn.Server(config).run(sockets=[found])
+    quiet = {"log_level": "warning", "access_log": False, "use_colors": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, **quiet))
