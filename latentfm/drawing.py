@@ -48,8 +48,19 @@ def load(
     return pipe
 
 
-def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = False) -> None:
-    """Merges LoRA adapters into the network's weights. Raises InputError for one that is none, or of another network."""
+def add_adapters(pipe: "LatentFMPipeline", paths: Sequence[Path], strengths: Sequence[float] = (), verify: bool = False) -> None:
+    """Merges LoRA adapters into the weights, of each so much, or all where strengths has none; see `load_adapters`."""
+    names = load_adapters(pipe, paths, strengths, verify)
+    if names:
+        pipe.fuse_lora(adapter_names=names)
+        pipe.unload_lora_weights()
+
+
+def load_adapters(pipe: "LatentFMPipeline", paths: Sequence[Path], strengths: Sequence[float] = (), verify: bool = False) -> list[str]:
+    """The names of LoRA adapters, loaded beside the weights, from where `pipe.unload_lora_weights` takes them again.
+
+    Raises InputError for one that is none, or of another network.
+    """
     from latentfm.files import reading
 
     names = [f"adapter_{number}" for number in range(len(paths))]
@@ -60,9 +71,8 @@ def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = Fal
         except InputError as error:
             raise InputError(f"--lora {shown(path)}: {error}") from error
     if paths:
-        pipe.set_adapters(names)
-        pipe.fuse_lora(adapter_names=names)
-        pipe.unload_lora_weights()
+        pipe.set_adapters(names, list(strengths) or None)
+    return names
 
 
 def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device") -> None:
@@ -199,6 +209,24 @@ def fingerprint(folder: Path) -> str:
                 content.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
                 hashed.update(content.read(PIECE_BYTES))
     return hashed.hexdigest()[:12]
+
+
+def described(
+    model: Path | None, folder: Path, adapters: Sequence[Path], strengths: Sequence[float], device: "torch.device", dtype: str,
+    attention: str, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What every picture's PNG says of its model: `model` as it was named, in `folder`, with so much of each LoRA; `more` where set."""
+    return {
+        **{name: value for name, value in more.items() if value},
+        "model": str(model) if model else "bundled",
+        "model_fingerprint": fingerprint(folder),
+        **({"lora": [str(path) for path in adapters]} if adapters else {}),
+        **({"lora_strength": list(strengths)} if any(strength != 1 for strength in strengths) else {}),
+        "device": str(device),
+        "dtype": dtype,
+        "attention": attention,
+        **versions(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from latentfm.cli.app import app as page
 from latentfm.cli.cache import cache
 from latentfm.cli.convert import convert
 from latentfm.cli.data import app as data
@@ -127,6 +128,13 @@ app.command(
     "latentfm verify runs/mine/lora\n\n"
     "latentfm verify --renew runs/mine/model  (after a change made on purpose)"
 )(with_homes(verify))
+app.command(
+    "app",
+    epilog="Examples\n\n"
+    "latentfm app  (the bundled model, on this machine)\n\n"
+    "latentfm app --model runs/mine/model --loras loras\n\n"
+    "latentfm app --host 0.0.0.0 --password  (for others too)",
+)(with_homes(page))
 app.command()(with_homes(info))
 
 for information in data.registered_commands:

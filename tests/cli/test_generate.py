@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import latentfm
-from latentfm.cli import drawing as drawing_module
+from latentfm import series as series_module
 from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
 from latentfm.drawing import fingerprint, slug, versions
@@ -326,7 +326,7 @@ def test_sizes():
 
 
 def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
-    real, calls = drawing_module.draw, []
+    real, calls = series_module.draw, []
 
     def draw_once(*args):
         calls.append(args)
@@ -334,7 +334,7 @@ def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(drawing_module, "draw", draw_once)
+    monkeypatch.setattr(series_module, "draw", draw_once)
     result = run("generate", "a cat", "-n", 3, "--batch", 1, "--model", tiny_folder, "--steps", 1, "--seed", 1)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "outputs/1-a-cat.png\n", "interrupted\n")
     assert [path.name for path in Path("outputs").iterdir()] == ["1-a-cat.png"]
@@ -485,7 +485,7 @@ def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkey
     import signal
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    real, saved = drawing_module.save, []
+    real, saved = series_module.save, []
 
     def save(*args):
         saved.append(args)
@@ -493,7 +493,7 @@ def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkey
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(drawing_module, "save", save)
+    monkeypatch.setattr(series_module, "save", save)
     result = run("generate", "a cat", "-n", 4, "--batch", 2, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--device", "cpu")
     assert (result.exit_code, result.stdout) == (130, "outputs/1-a-cat.png\noutputs/2-a-cat.png\n") and "interrupted" in result.stderr
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
