@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from latentfm.cli.plan_tables import duration, size
 from latentfm.config import load_config
@@ -48,57 +49,46 @@ p { margin: 0; overflow-wrap: anywhere; }
 CONFIGURED = "what the configuration says"
 
 
-class Choice(gr.Dropdown):
-    """A list to pick a name from, that changes while the page is open: names are checked by what they are given to."""
+def training_tab(runs: str | Path, data: str | Path | None = None, at_once: int = 1) -> None:
+    """Adds to the gr.Tab it is called in what follows the runs in the folder `runs`; with `data`, what starts one on pictures below it.
 
-    is_template = True  # a Dropdown for the browser
-
-    def preprocess(self, payload: Any) -> Any:
-        """The name as it came."""
-        return payload
-
-
-def training_tab(runs: str | Path, data: str | Path | None = None, at_once: int = 1) -> gr.Tab:
-    """A tab that follows the runs in the folder `runs`; with `data`, one is started from a folder of pictures below it.
-
-    To be called inside a gr.Blocks, in its gr.Tabs. `at_once`: how many may train at a time.
+    `at_once`: how many may train at a time.
     """
-    known = Runs(runs, data, at_once)
-    with gr.Tab("Training", id="training") as tab:
-        with gr.Row(equal_height=True):
-            run = Choice(choices=labelled(known), label="Run", scale=4, min_width=220, elem_id="training-run")
-            stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="training-stop")
-            resume = gr.Button("Resume", interactive=False, min_width=90, elem_id="training-resume")
-        said = gr.HTML(css_template=STYLE, elem_id="training-said")
-        frame = gr.HTML(
-            value=None, pictures=None, html_template="<div></div>", elem_id="training-frame", apply_default_css=False,
-            js_on_load=FRAME.replace("PAGE", json.dumps(page("a run", "null")).replace("</", "<\\/")),
-        )  # fmt: skip
-        with gr.Accordion("Log", open=False):
-            log = gr.Textbox(show_label=False, lines=10, max_lines=20, interactive=False, container=False, elem_id="training-log")
-        seen, timer = gr.State({}), gr.Timer(SECONDS, active=False)
-        shown_run = [run, frame, log, stop, resume, seen]
+    known, tab = Runs(runs, data, at_once), Context.block
+    with gr.Row(equal_height=True):
+        run = choice(choices=labelled(known), label="Run", scale=4, min_width=220, elem_id="training-run")
+        stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="training-stop")
+        resume = gr.Button("Resume", interactive=False, min_width=90, elem_id="training-resume")
+    said = gr.HTML(css_template=STYLE, elem_id="training-said")
+    frame = gr.HTML(
+        value=None, pictures=None, html_template="<div></div>", elem_id="training-frame", apply_default_css=False,
+        js_on_load=FRAME.replace("PAGE", json.dumps(page("a run", "null")).replace("</", "<\\/")),
+    )  # fmt: skip
+    with gr.Accordion("Log", open=False):
+        log = gr.Textbox(show_label=False, lines=10, max_lines=20, interactive=False, container=False, elem_id="training-log")
+    seen, timer = gr.State({}), gr.Timer(SECONDS, active=False)
+    shown_run = [run, frame, log, stop, resume, seen]
 
-        def follow(name: str | None, seen: dict[str, Any]) -> list[Any]:
-            return news(known, name, seen)
+    def follow(name: str | None, seen: dict[str, Any]) -> list[Any]:
+        return news(known, name, seen)
 
-        timer.tick(follow, [run, seen], shown_run, **QUIET)
-        run.input(follow, [run, seen], shown_run, **QUIET)
-        tab.select(lambda: gr.Timer(active=True), None, timer, **QUIET)
-        tab.select(follow, [run, seen], shown_run, **QUIET)
-        def stop_it(name: str) -> str:
-            """Asks a training to save after the step under way and end; what came of it, as HTML."""
-            return told(known.stop, name, done="Asked to stop: it saves after the step under way.")
+    timer.tick(follow, [run, seen], shown_run, **QUIET)
+    run.input(follow, [run, seen], shown_run, **QUIET)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **QUIET)  # nothing is read for who only draws
+    tab.select(follow, [run, seen], shown_run, **QUIET)
 
-        def resume_it(name: str) -> str:
-            """Goes on with a training that was stopped or died, from its newest checkpoint; what came of it, as HTML."""
-            return told(known.resume, name, done="Going on from the newest checkpoint.")
+    def stop_it(name: str) -> str:
+        """Asks a training to save after the step under way and end; what came of it, as HTML."""
+        return told(known.stop, name, done="Asked to stop: it saves after the step under way.")
 
-        stop.click(stop_it, run, said, api_name="stop_training").then(follow, [run, seen], shown_run, **QUIET)
-        resume.click(resume_it, run, said, api_name="resume_training").then(follow, [run, seen], shown_run, **QUIET)
-        if known.data is not None:
-            start_form(known, run, said).then(follow, [run, seen], shown_run, **QUIET)
-    return tab
+    def resume_it(name: str) -> str:
+        """Goes on with a training that was stopped or died, from its newest checkpoint; what came of it, as HTML."""
+        return told(known.resume, name, done="Going on from the newest checkpoint.")
+
+    stop.click(stop_it, run, said, api_name="stop_training").then(follow, [run, seen], shown_run, **QUIET)
+    resume.click(resume_it, run, said, api_name="resume_training").then(follow, [run, seen], shown_run, **QUIET)
+    if known.data is not None:
+        start_form(known, run, said).then(follow, [run, seen], shown_run, **QUIET)
 
 
 def news(known: Runs, name: str | None, seen: dict[str, Any]) -> list[Any]:
@@ -136,16 +126,23 @@ def labelled(known: Runs) -> list[tuple[str, str]]:
     return [(shown(name) + " (running)" * bool(known.running(name)), name) for name in known.names()]
 
 
+def choice(**options: Any) -> gr.Dropdown:
+    """A list to pick a name from that changes while the page is open: the name is checked by what it is given to."""
+    made = gr.Dropdown(**options)
+    made.preprocess = lambda payload: payload
+    return made
+
+
 def told(act: Callable[[str], None], name: str, done: str) -> str:
     """What to say after `act` was done to the run `name`, or could not be."""
     try:
         act(name)
-    except InputError as error:
+    except (InputError, OSError) as error:
         return problem(error)
     return f'<p class="note" role="status">{html.escape(done)}</p>'
 
 
-def problem(error: InputError) -> str:
+def problem(error: Exception) -> str:
     """What is wrong, as HTML: each of several things by itself."""
     messages = getattr(error, "messages", [str(error)])
     return "".join(f'<p class="problem" role="alert">{html.escape(shown(message, 2000))}</p>' for message in messages)
@@ -160,8 +157,8 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
     first = defaults(known, configurations[0])
     with gr.Accordion("Start a training", open=not known.names(), elem_id="training-new"):
         with gr.Row():
-            pictures = Choice(choices=folders(known), value=None, label="Pictures", info="a folder with captions", min_width=220)
-            configuration = Choice(choices=configurations, value=configurations[0], label="Configuration", min_width=220)
+            pictures = choice(choices=folders(known), value=None, label="Pictures", info="a folder with captions", min_width=220)
+            configuration = choice(choices=configurations, value=configurations[0], label="Configuration", min_width=220)
             name = gr.Textbox(label="Name", info="of the run", max_length=64, min_width=160, elem_id="training-name")
         with gr.Row():
             steps = gr.Number(first[0], label="Steps", precision=0, minimum=1, min_width=120, elem_id="training-steps")
@@ -202,7 +199,7 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
             if checked != astuple(asked):
                 raise InputError("this was not checked yet, or has changed since; check it first")
             known.start(asked)
-        except InputError as error:
+        except (InputError, OSError) as error:
             return [gr.skip(), problem(error), gr.skip(), gr.skip()]
         note = f'<p class="note" role="status">{html.escape(asked.name)} has started; it goes on when this page is closed.</p>'
         return [gr.Dropdown(choices=labelled(known), value=asked.name), note, gr.Button(interactive=False), None]
