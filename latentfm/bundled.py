@@ -1,4 +1,4 @@
-"""Where the bundled model is: beside the package in a checkout, inside it in an installed wheel."""
+"""Where the bundled model and configurations are: beside the package in a checkout, inside it in an installed wheel."""
 
 from pathlib import Path
 
@@ -21,6 +21,15 @@ def detector_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise InputError("the emoji detector is missing from this installation; name another with --detector, or reinstall latentfm")
     return folder
+
+
+def bundled_configurations() -> dict[str, Path]:
+    """The commented configurations of runs by name, as "quickstart.yaml"; none where the installation lacks them."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "quickstart.yaml").is_file():
+            return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
 
 
 def pipeline_folder(name: str | None) -> Path:

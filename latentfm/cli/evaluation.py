@@ -12,11 +12,10 @@ from typing import Any
 
 from latentfm.bundled import bundled_model, detector_folder
 from latentfm.cli.checks import check_size, chosen_device
-from latentfm.cli.drawing import Drawing
 from latentfm.cli.evaluate import Variant, Wanted
 from latentfm.cli.terminal import quiet_libraries, result, say
 from latentfm.data.sources.base import IMAGE_SUFFIXES
-from latentfm.drawing import choose_attention, fingerprint, load, move, slug, versions
+from latentfm.drawing import choose_attention, described, load, move, slug, versions
 from latentfm.errors import InputError
 from latentfm.evaluation.detection import ZeroShotDetector
 from latentfm.evaluation.distances import NEAREST
@@ -27,18 +26,17 @@ from latentfm.evaluation.measuring import Instruments, Known, Measured, compare,
 from latentfm.evaluation.report import FIGURES, difference, page, said
 from latentfm.files import whole_or_nothing
 from latentfm.requests import Prompt, requests
+from latentfm.series import Listener, Series
 from latentfm.training.distributed.processes import launched
 from latentfm.training.records.progress import Progress
 from latentfm.words import count, shown
 
 
-class Kept(Drawing):
-    """Pictures drawn for an evaluation: they stay where they are and none is told."""
+class Watching(Listener):
+    """Shows how far the drawing is."""
 
-    progress: Progress
-
-    def tell(self, result: Path | str) -> None:
-        """Nothing."""
+    def __init__(self, progress: Progress, task: int):
+        self.progress, self.task = progress, task
 
     def advance(self, pictures: int) -> None:
         self.progress.advance(self.task, pictures)
@@ -137,7 +135,6 @@ class Evaluation:
         """(what there is to know of the variant, each picture's path below --out), all pictures drawn by now."""
         given = self.given
         kind = given.dtype if given.dtype != "auto" else "float32" if self.device.type == "cpu" else "bfloat16"
-        print_of = fingerprint(variant.folder)
         if self.loaded[0] != variant.folder:
             pipe = load(variant.folder, kind, option="MODEL")
             choose_attention(pipe, "auto", self.device)
@@ -147,8 +144,8 @@ class Evaluation:
         own = {"width": pipe.default_width, "height": pipe.default_height}
         settings = replace(variant.settings, **{side: value for side, value in own.items() if getattr(variant.settings, side) is None})
         check_size(settings.width, settings.height, pipe.size_multiple, pipe.max_side)
-        name = "bundled" if variant.folder == bundled_model() else str(variant.folder.resolve())
-        common = {"model": name, "model_fingerprint": print_of, "device": str(self.device), "dtype": kind, "attention": "auto"} | versions()
+        named = None if variant.folder == bundled_model() else variant.folder.resolve()
+        common = described(named, variant.folder, (), (), self.device, kind, "auto")
         told = {**settings.recorded(), **common}
         mark = hashlib.sha256(json.dumps({key: value for key, value in told.items() if key not in ("device", "model")}).encode())
         place = Path("pictures") / f"{slug(Path(variant.label).name)[:40]}-{mark.hexdigest()[:12]}"
@@ -156,17 +153,17 @@ class Evaluation:
         everything = requests(prompts, given.seeds, given.seed, settings, {})
 
         def make(own: list[int]) -> list[str]:
-            drawing = Kept(pipe, {}, common, given.out / place, False, False, self.progress.bar, 0, [])
-            drawing.progress = self.progress
-            missing = [each for each in (everything[number] for number in own) if not drawing.is_there(each)]
+            series = Series(pipe, {}, common, given.out / place)
+            missing = [each for each in (everything[number] for number in own) if series.existing(each) is None]
             for each in missing:  # damaged, or it would be there
-                (drawing.out / f"{drawing.stem(each)}.png").unlink(missing_ok=True)
+                (series.out / f"{series.stem(each)}.png").unlink(missing_ok=True)
             if missing:
                 steps = settings.sampler.num_inference_steps
-                drawing.task = self.progress.add_task(f"drawing by {variant.label}", total=len(missing) * steps)
-                drawing.all(missing, 1 if settings.sampler.solver == "dormand_prince" else given.batch, given.seeds)
-                self.progress.remove_task(drawing.task)
-            return [str(place / f"{drawing.stem(everything[number])}.png") for number in own]
+                task = self.progress.add_task(f"drawing by {variant.label}", total=len(missing) * steps)
+                series.listener = Watching(self.progress, task)
+                series.draw(missing, 1 if settings.sampler.solver == "dormand_prince" else given.batch, given.seeds)
+                self.progress.remove_task(task)
+            return [str(place / f"{series.stem(everything[number])}.png") for number in own]
 
         return told, self.by_all(make, list(range(len(everything))))
 
