@@ -194,6 +194,7 @@ class Evaluation:
             "number": given.seeds,
             "seeds": [given.seed, given.seed + len(wanted.asked) * given.seeds - 1],
             **self.instruments.told(),
+            "validation": getattr(self.instruments.detector, "validation", None),
             "real": {"folder": str(given.real), "pictures": len(known.paths)} if known else None,
             "models": [{"name": each.name, "told": each.told, "figures": each.figures, "pictures": each.rows} for each in models],
             "comparison": compare(models[0], models[1], wanted.asked, known) if len(models) > 1 else None,

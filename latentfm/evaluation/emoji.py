@@ -82,7 +82,10 @@ def found_in(logits: Tensor, boxes: Tensor, threshold: float = THRESHOLD) -> lis
 
 
 class EmojiDetector:
-    """Finds the things of the project's art. labels: (class, colour or None) of each of the network's outputs."""
+    """Finds the things of the project's art. labels: (class, colour or None) of each of the network's outputs.
+
+    validation: how often it was right about composed pictures, as scripts/emoji/detector.py wrote it; None if it was not asked.
+    """
 
     name = f"emoji, scores from {THRESHOLD:g}"
     tells_colours = True
@@ -90,6 +93,7 @@ class EmojiDetector:
     def __init__(self, network: CenterNet, labels: "Sequence[tuple[str, str | None]]"):
         self.network, self.labels = network.eval(), list(labels)
         self.classes = list(dict.fromkeys(name for name, _ in labels))
+        self.validation: dict | None = None
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "EmojiDetector":
@@ -99,7 +103,10 @@ class EmojiDetector:
             labels = [(name, colour) for name, colour in config["labels"]]
             network = CenterNet(len(labels), config["widths"])
             network.load_state_dict({name: value.float() for name, value in stored(folder / "model.safetensors").items()})
-        return cls(network.to(device), labels)
+        found = cls(network.to(device), labels)
+        if (folder / "validation.json").is_file():
+            found.validation = read_json(folder / "validation.json")
+        return found
 
     def check(self, classes: "Sequence[str]") -> None:
         """Raises InputError for a class that it does not know."""

@@ -14,6 +14,7 @@ from latentfm.evaluation.plots import plot
 from latentfm.words import count, shown
 
 SHOWN, PAIRS, SIDE = 24, 16, 160  # pictures of a task, pairs of a drawn and a known picture, pixels of each
+CONFUSED = 60  # of a detector's confusions, the most frequent
 SURE = 0.05  # p below which a difference is called one
 
 # each figure's label, whether more of it is better (None: neither), its format, and what it is
@@ -61,6 +62,8 @@ def page(report: dict[str, Any], folder: Path) -> str:
     body += [swept(each) for each in report["sweeps"]]
     if report["losses"]:
         body.append(losses(report["losses"]))
+    if report["validation"]:
+        body.append(validation(report["validation"]))
     for which, model in enumerate(models):
         heading = f'<h2><span class="s{which}">Pictures of {escape(shown(model["name"], 200))}</span></h2>'
         body += [heading, pictures(report, model, folder), memorised(model, folder)]
@@ -153,6 +156,18 @@ def losses(found: Sequence[dict[str, Any]]) -> str:
     times = [name for name in found[0]["figures"] if name != "loss"]
     drawn = plot("held-out loss by t (0 noise, 1 data)", times, [[each["figures"][t] for t in times] for each in found])
     return "<h2>Held-out loss</h2>" + plots([drawn])
+
+
+def validation(found: dict[str, Any]) -> str:
+    """How often the detector was right about pictures that were composed as prompts ask, or on purpose otherwise."""
+    cells = [(name, f"{each['value']:.1%}", f"{each['low']:.1%} to {each['high']:.1%}", f"{each['of']:,}") for name, each
+             in found["verdicts"].items()]  # fmt: skip
+    rows = "".join(f"<tr><td>{escape(name)}</td>{''.join(f'<td class=n>{each}</td>' for each in rest)}</tr>" for name, *rest in cells)
+    confused = "".join(f"<li>{escape(name)}: {number}</li>" for name, number in list(found["confusion"].items())[:CONFUSED])
+    heads = "<tr><th>verdicts</th><th class=n>right</th><th class=n>95 % interval</th><th class=n>of</th></tr>"
+    taken = f"Of {found['looked at']:,} drawings alone, what was taken for what:"
+    inside = f"<summary>verdicts and confusions</summary><table>{heads}{rows}</table><p>{taken}</p><ul>{confused}</ul>"
+    return f"<h2>The detector on composed pictures</h2><details>{inside}</details>"
 
 
 def image(path: Path) -> str:
