@@ -36,7 +36,8 @@ class Instruments:
 
     def told(self) -> dict[str, str | None]:
         """The names of the detector, CLIP and the space."""
-        return {part: getattr(getattr(self, part), "name", None) for part in ("detector", "clip", "space")}
+        names = {part: getattr(getattr(self, part), "name", None) for part in ("detector", "clip", "space")}
+        return names | ({"space": "the emoji detector's last layer"} if self.space is not None and self.space is self.detector else {})
 
     def rows(self, pictures: Sequence[tuple[Path, Asked | None]], classes: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
         """Of each picture, and what it was asked to show if anything, a row that JSON holds: {"found", "right", "wrong", "clip",

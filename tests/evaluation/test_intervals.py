@@ -20,9 +20,10 @@ def ends(figure: dict) -> tuple[float, float]:
     return figure["low"], figure["high"]
 
 
-def test_wilson_is_the_textbooks():
-    assert intervals.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert intervals.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+def test_wilson_is_newcombes():
+    """Newcombe 1998, table I: the interval of 81 in 263 is 0.2553 to 0.3662; none of 20 has an upper end of 0.1611."""
+    assert intervals.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert intervals.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
 @pytest.mark.parametrize("mean", [0.03, 0.3, 0.5, 0.9])
