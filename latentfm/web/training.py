@@ -55,10 +55,11 @@ def training_tab(runs: str | Path, data: str | Path | None = None, at_once: int 
     `at_once`: how many may train at a time.
     """
     known, tab = Runs(runs, data, at_once), Context.block
-    with gr.Row(equal_height=True):
-        run = choice(choices=labelled(known), label="Run", scale=4, min_width=220, elem_id="training-run")
-        stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="training-stop")
-        resume = gr.Button("Resume", interactive=False, min_width=90, elem_id="training-resume")
+    with gr.Row():
+        run = choice(choices=labelled(known), label="Run", scale=3, min_width=220, elem_id="training-run")
+        with gr.Column(scale=1, min_width=200), gr.Row():
+            stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="training-stop")
+            resume = gr.Button("Resume", interactive=False, min_width=80, elem_id="training-resume")
     said = gr.HTML(css_template=STYLE, elem_id="training-said")
     frame = gr.HTML(
         value=None, pictures=None, html_template="<div></div>", elem_id="training-frame", apply_default_css=False,

@@ -164,7 +164,7 @@ class Runs:
             found = dry_run(configured(words))
         except OSError as error:
             raise InputError(" ".join(str(error).split())) from error
-        show_dry_run(found, plain_console(text, 120))
+        show_dry_run(found, plain_console(text, 160))
         return words, found, text.getvalue()
 
     def start(self, wanted: Wanted) -> None:
@@ -184,13 +184,13 @@ class Runs:
 
         folder = self.folder / name
         with self.starting:
-            check_output(configured(words), "--resume" in words)
             busy = [other for other in self.names() if self.running(other)]
             if len(busy) >= self.at_once or name in busy:
                 raise InputError(
                     f"{listed(busy)} {'is' if len(busy) == 1 else 'are'} training; {count(self.at_once, 'training')} at a time may run "
                     "here: wait for the end, or stop it"
                 )
+            check_output(configured(words), "--resume" in words)
             if folder.is_symlink():
                 raise InputError(f"'{shown(name)}' is a link to elsewhere; choose another name")
             folder.mkdir(parents=True, exist_ok=True)
