@@ -171,7 +171,7 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
             start = gr.Button("Start", variant="primary", interactive=False, elem_id="training-start")
         answer = gr.HTML(css_template=STYLE, elem_id="training-answer")
         line = gr.Textbox(
-            label="The command line that does the same", lines=1, max_lines=6, interactive=False, visible=False, buttons=["copy"],
+            label="The command line that does the same", lines=3, max_lines=6, interactive=False, visible=False, buttons=["copy"],
             elem_id="training-command",
         )  # fmt: skip
     checked = gr.State(None)
