@@ -26,8 +26,8 @@ gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TRICKS = (
     "../first", "..", ".", "", "/etc", "first/../first", "first/checkpoints", "first\n", "first\x00", "fir\u202est",
-    "\uff0e\uff0e\uff0ffirst", "first\u2215checkpoints", "~", "-x", "$(x)", "a" * 65, " first", "first ", "first.", None, 7, ["first"],
-    {"first": 1},
+    "\uff0e\uff0e\uff0ffirst", "first\u2215checkpoints", "~", "-x", "$(x)", "a" * 65, " first", "first ", "first.", None, 7,
+    ["first"], {"first": 1},
 )  # fmt: skip
 
 

@@ -82,10 +82,10 @@ class RunPage:
             "written": time.time(),
             "state": state,
             "epochs": facts["epochs"] * state["step"] / state["steps"] if number(facts.get("epochs")) and state["steps"] else None,
-            "facts": facts,
+            "facts": {name: value for name, value in facts.items() if name != "chosen"},
             "curves": drawn,
             "validation": validation(held_out),
-            "options": options(config),
+            "options": options(config, facts),
             "events": [event_of(row) for row in events[-EVENTS:]],
             "notes": [
                 f"{count(lines, 'row')} of {name} {'is' if lines == 1 else 'are'} damaged and not shown"
@@ -228,16 +228,19 @@ def source(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def options(config: dict) -> list[dict[str, Any]]:
-    """Each option of a configuration: its name, value, default, meaning, and whether the value is another than the default."""
-    found = []
+def options(config: dict, facts: dict) -> list[dict[str, Any]]:
+    """Each option of a configuration: its name, value, default, meaning, and whether what was given is another value than the default."""
+    found, chosen = [], facts.get("chosen")
+    chosen = chosen if isinstance(chosen, dict) else {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             option = OPTIONS.get(name := f"{section}.{key}")
             default = "" if option is None or option.is_required() else written(default_of(name))
             meaning = "an option of another version" if option is None else option.description
+            given = written(chosen.get(name, value))
+            value = written(value) + f" ({given})" * (name in chosen)
             found.append(
-                {"name": name, "value": written(value), "default": default, "changed": written(value) != default}
+                {"name": name, "value": value, "default": default, "changed": given != default}
                 | ({"meaning": meaning} if meaning else {})
             )
     return found
