@@ -133,6 +133,7 @@ app.command(
     epilog="Examples\n\n"
     "latentfm app  (the bundled model, on this machine)\n\n"
     "latentfm app --model runs/mine/model --loras loras\n\n"
+    "latentfm app --runs runs --data my_pictures  (trainings are followed and started there too)\n\n"
     "latentfm app --host 0.0.0.0 --password  (for others too)",
 )(with_homes(page))
 app.command()(with_homes(info))
