@@ -99,7 +99,14 @@ app.command(
     'latentfm generate "a slice of cake" --image pizza.png --strength 0.7  (from a picture; --mask for a part of it)\n\n'
     'latentfm generate ""  (the empty prompt: an unconditional picture)'
 )(with_homes(generate))
-app.command()(with_homes(train))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine --dry-run  (what it will take)\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine --resume  (after a stop)\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine train.adapter.rank=8  (a LoRA)\n\n"
+    "accelerate launch --config_file configs/accelerate/ddp-8.yaml -m latentfm train --config configs/quickstart.yaml  (eight GPUs)"
+)(with_homes(train))
 app.command(
     epilog="Examples\n\n"
     "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"

@@ -73,8 +73,9 @@ sample: {{every: 20, steps: 2}}
 output: {{folder: run, checkpoint_every: 1000, trackers: []}}
 """)  # fmt: skip
     write(tmp_path / "sources.yaml", "data: {sources: [{path: x}]}\noutput: {folder: run}\n")
+    write(tmp_path / "another.yaml", "loss: {l1: 1}\n")
     monkeypatch.setattr(
-        runs, "bundled_configurations", lambda: {name: tmp_path / name for name in ("sources.yaml", "tiny.yaml")}
+        runs, "bundled_configurations", lambda: {name: tmp_path / name for name in ("another.yaml", "sources.yaml", "tiny.yaml")}
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Runs(tmp_path / "runs", data)
@@ -129,6 +130,18 @@ def test_folders_of_pictures_are_those_that_hold_some(known, data):
 def test_the_configurations_that_come_with_the_package_are_offered_quickstart_first(tmp_path):
     found = Runs(tmp_path).configurations()
     assert next(iter(found)) == "quickstart.yaml" and "sd3-medium-lora.yaml" in found and "scratch-256.yaml" not in found
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [("--data pictures", "--data pictures goes with --runs"), ("--runs nowhere", "--runs nowhere is no folder"),
+     ("--runs runs --data nowhere", "--data nowhere is no folder"), ("--runs tiny.yaml --data pictures", "tiny.yaml is a file"),
+     ("--runs runs --data pictures --trainings 0", "--trainings 0 must be at least 1")],
+)  # fmt: skip
+def test_the_command_says_which_folder_is_wrong(known, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(app, ["app", *words.split()])
+    assert answer.exit_code == 2 and said in answer.stderr and len(answer.stderr.splitlines()) == 1
 
 
 # What is asked for

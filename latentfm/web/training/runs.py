@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfm.bundled import bundled_configurations
-from latentfm.config import RunConfig, load_config, read_options
+from latentfm.config import RunConfig, load_config
 from latentfm.data.sources.base import is_image
 from latentfm.data.sources.listing import METADATA_NAMES
 from latentfm.errors import InputError
@@ -134,9 +134,9 @@ class Runs:
         """The configurations that a folder of pictures can be given to, by name, quickstart.yaml first; DEFAULTS is none."""
         found: dict[str, Path | None] = {}
         for name, path in sorted(bundled_configurations().items(), key=lambda item: item[0] != "quickstart.yaml"):
-            with suppress(InputError, AttributeError):
-                if not read_options(path).get("data", {}).get("sources"):
-                    found[name] = path
+            with suppress(InputError):  # of another command, or with sources of its own
+                load_config(path, ["data.folder=pictures", "output.folder=run"])
+                found[name] = path
         return found | {DEFAULTS: None}
 
     # What is done
