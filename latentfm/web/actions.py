@@ -35,6 +35,7 @@ class Seen:
     many: gr.State
     draw: gr.Button
     cancel: gr.Button
+    folded: gr.Accordion
 
 
 def connect(studio: Studio, seen: Seen, use: gr.Button, begin: gr.Button, dice: gr.Button, dropped: gr.File) -> None:
@@ -60,7 +61,7 @@ def connect(studio: Studio, seen: Seen, use: gr.Button, begin: gr.Button, dice: 
         place.choose(choose, None, [seen.details, seen.part, seen.chosen, seen.stage], **QUIET)
     seen.gallery.more(lambda many: (many + PAGE, studio.tiles(many + PAGE)), seen.many, [seen.many, seen.gallery], **QUIET)
     use.click(lambda name: used(studio, seen, name), seen.chosen, [*controls.values(), seen.stage], **alone)
-    begin.click(lambda name: begun(studio, name), seen.chosen, controls["canvas"], **alone)
+    begin.click(lambda name: begun(studio, name), seen.chosen, [controls["canvas"], seen.folded], **alone)
     dice.click(lambda: (str(secrets.randbelow(SEEDS)), True), None, [controls["seed"], controls["keep"]], **QUIET)
     dropped.upload(lambda path: read_back(studio, seen, path), dropped, [*controls.values(), seen.stage, dropped], **alone)
 
@@ -145,9 +146,9 @@ def read_back(studio: Studio, seen: Seen, path: str) -> list:
         return [*(gr.skip() for _ in seen.controls), html.problem(str(error).replace(str(path), "the picture")), None]
 
 
-def begun(studio: Studio, name: str | None) -> Any:
-    """A picture of the gallery on the canvas."""
+def begun(studio: Studio, name: str | None) -> tuple:
+    """A picture of the gallery on the canvas, which is unfolded."""
     try:
-        return to_paint_on(open_rgb(name or "", studio.gallery.read(name or "")))
+        return to_paint_on(open_rgb(name or "", studio.gallery.read(name or ""))), gr.update(open=True)
     except InputError:
-        return gr.skip()
+        return gr.skip(), gr.skip()
