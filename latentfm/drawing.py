@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.words import shown
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device"
 
 
 def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
-    """Puts the model on `device`; InputError when it does not fit."""
+    """Puts the model on `device`; Failure when it does not fit."""
     import torch
 
     try:
@@ -93,7 +93,7 @@ def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
         pipe.transformer.fuse_qkv_projections()
         pipe.vae.enable_slicing()  # decoding a whole batch at once is the peak of memory, and no faster
     except torch.OutOfMemoryError:
-        raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
+        raise Failure(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
 
 
 def draw(
@@ -131,11 +131,11 @@ def draw(
     except (InputError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, InputError) and not is_lack_of_memory(error):
             raise
-        problem = error if isinstance(error, InputError) else InputError("out of memory with one picture at a time: use a smaller --size")
+        problem = error if isinstance(error, InputError) else Failure("out of memory with one picture at a time: use a smaller --size")
     else:
         dtype = str(pipe.transformer.dtype).removeprefix("torch.")
         way_out = "use --dtype float32" if dtype != "float32" else "try a lower --guidance; else its weights are damaged"
-        no_numbers = InputError(f"the model's latents are not finite numbers in {dtype}: {way_out}")
+        no_numbers = Failure(f"the model's latents are not finite numbers in {dtype}: {way_out}")
         return [no_numbers if row in lost else image for row, image in enumerate(images)]
     if len(part) == 1:
         return [problem]
@@ -164,13 +164,13 @@ def contact_sheet(images: "list[Image.Image]", pictures: list[tuple[str, int]], 
 
 
 def save(image: "Image.Image", folder: Path, stem: str, settings: dict) -> Path:
-    """The path of the saved picture. Raises InputError when the disk refuses it."""
+    """The path of the saved picture. Raises Failure when the disk refuses it."""
     from latentfm.pictures import save_png
 
     try:
         return save_png(image, folder, stem, settings)
     except OSError as error:
-        raise InputError(f"cannot write a picture into {folder}: {error.strerror or error}; the finished ones are kept") from error
+        raise Failure(f"cannot write a picture into {folder}: {error.strerror or error}; the finished ones are kept") from error
 
 
 def slug(prompt: str) -> str:

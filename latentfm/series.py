@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentfm.drawing import contact_sheet, draw, save, slug
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.requests import Request, Settings, batches
 from latentfm.words import count as count_of
 from latentfm.words import shortened
@@ -91,7 +91,7 @@ class Series:
             raise failures[0]
         if failures:
             count = f"{len(failures):,} of {count_of(len(asked), 'picture')}"
-            raise InputError(f"{count} could not be drawn, {len(made):,} are saved; {failures[0]}")
+            raise Failure(f"{count} could not be drawn, {len(made):,} are saved; {failures[0]}")
 
     def arguments(self, settings: Settings) -> dict[str, Any]:
         """The pipeline's arguments for pictures with these settings, but for their prompts and seeds."""

@@ -22,6 +22,7 @@ from latentfm.cli.checks import (
     parse_size,
     wanted_prompts,
 )
+from latentfm.cli.completion import names
 from latentfm.cli.drawing import Teller
 from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show
 from latentfm.cli.watch import Watch
@@ -69,7 +70,9 @@ def generate(
     solver: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", show_default=False,
+            metavar="NAME",
+            show_default=False,
+            autocompletion=names(get_args(Solver)),
             help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Several by commas, as --steps. Default: the "
             "model's own scheduler, Euler's.",
         ),
@@ -99,9 +102,7 @@ def generate(
     size: Annotated[
         str | None, typer.Option(help="Pixels: WIDTHxHEIGHT, or one number for a square. Default: the model's.", show_default=False)
     ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)] = None,
     mask: Annotated[
         Path | None, typer.Option(help="With --image: white where it is drawn anew, black where it stays.", show_default=False)
     ] = None,
@@ -120,7 +121,12 @@ def generate(
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.", metavar="PART", show_default=False),
+        typer.Option(
+            help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.",
+            metavar="PART",
+            show_default=False,
+            autocompletion=names(PARTS),
+        ),
     ] = None,
     lora: Annotated[
         list[Path] | None,
