@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
+from latentfm.cli.completion import VAEOverrides
+
 
 def train_vae(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options on top of the configuration.")
-    ] = None,
+    overrides: VAEOverrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of options; see configs/vae.yaml.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder.")] = False,
     options: Annotated[bool, typer.Option("--options", help="List every option with its meaning and default, and leave.")] = False,
@@ -34,7 +34,7 @@ def train_vae(
     checkpoints are as in `latentfm train`.
     """
     from latentfm.config import load_config
-    from latentfm.errors import InputError
+    from latentfm.errors import Failure, InputError
     from latentfm.training.vae.options import VAE_OPTIONS, VAEConfig
 
     if options:
@@ -64,7 +64,7 @@ def train_vae(
 
         target = run_training(run, resume)
     except OSError as error:  # a full disk, a folder that may not be written: the message names it
-        raise InputError(" ".join(str(error).split())) from error
+        raise Failure(" ".join(str(error).split())) from error
     except Stopped as stopped:  # code 0: a launcher would take another for a failure, and end the other processes
         say(str(stopped))
         return

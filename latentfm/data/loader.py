@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
 from latentfm.randomness import encoded, hashed, uniforms
@@ -200,7 +200,7 @@ class Loader:
     batches handed out so far end, and iterating goes on from there.
 
     Raises ValueError when the global batch does not divide by world x accumulation; while iterating InputError for what cannot be
-    read, and for a loader process that died.
+    read, and Failure for a loader process that died.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Loader:
                     ended = how_they_ended(found)
                     if not ended:
                         raise
-                    raise InputError(
+                    raise Failure(
                         f"a process that reads batches ahead died ({ended}); if the machine ran out of memory, "
                         f"lower data.workers (now {self.workers}); the run goes on with --resume"
                     ) from error

@@ -21,7 +21,7 @@ from latentfm.data.cache.processes import Processes
 from latentfm.data.loader import Loader, Reader
 from latentfm.data.readable import ReadablePictures
 from latentfm.data.stream import Stream
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
 from latentfm.planning.run import with_precision
 from latentfm.training.checkpoint import storage
@@ -62,6 +62,7 @@ class TrainingLoop(ABC):
 
     def __init__(self, config: Section, resume: bool = False, cautions: Sequence[str] = ()):
         device = computing_device()
+        self.chosen = {"train.mixed_precision": "auto"} if config.train.mixed_precision == "auto" else {}  # here, and what was given
         self.config = config = with_precision(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
@@ -126,10 +127,11 @@ class TrainingLoop(ABC):
         accelerator.init_trackers("logs", init_kwargs={name: init[name] for name in config.output.trackers})
         self.run_log.event(self.step, f"resumed after step {self.step}" if self.resuming else "started")
         out = f" and {len(self.held_out)} held out" if self.held_out else ""
+        buckets = count(len(self.data.inventory.buckets.shapes), "bucket")
         accelerator.print(
-            f"{self.what_trains()}, {count(facts['pictures'], 'picture')} in {len(self.data.inventory.buckets.shapes)} bucket(s){out}, "
+            f"{self.what_trains()}, {count(facts['pictures'], 'picture')} in {buckets}{out}, "
             f"{count(config.train.steps, 'step')} of {config.train.batch_size} = {facts['epochs']:.1f} epochs, "
-            f"{facts['processes']} process(es) on {facts['devices']}{self.more_in_words()}\n"
+            f"{count(facts['processes'], 'process', 'processes')} on {facts['devices']}{self.more_in_words()}\n"
             f"its curves and pictures: {shown(self.out / 'run.html')}"
         )
         if compute_dtype(config.train) == torch.bfloat16 and not has_bfloat16(accelerator.device):
@@ -151,6 +153,7 @@ class TrainingLoop(ABC):
             "held_out": len(self.held_out),
             "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch(), 3),
             "versions": versions,
+            "chosen": self.chosen,
         }
 
     # The training
@@ -189,15 +192,15 @@ class TrainingLoop(ABC):
         """Validations and pictures, when they are due: before the first step too."""
 
     def refuse_non_finite(self, figures: Figures, seen: list[tuple[Tensor, list[str]]]) -> None:
-        """Raises InputError on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
+        """Raises Failure on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
         if abs(figures.loss) < float("inf") and figures.gradient_norm < float("inf"):
             return
         bad = [name for losses, names in seen for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
         bad = gather_object(bad)
         where = f"at step {self.step + 1}" + (f" for {', '.join(bad[:5])}" if bad else "")
         if bad:
-            raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
-        raise InputError(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
+            raise Failure(f"the loss is not finite {where}; the newest checkpoint is untouched")
+        raise Failure(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
 
     def after_step(self) -> None:
         """What is due after a step: validation, pictures, a checkpoint, the end of a run that was asked to stop."""

@@ -26,7 +26,7 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.pixels import PixelBatch, PixelReader, Variety, batches_of
 from latentfm.data.readable import ReadablePictures
 from latentfm.data.stream import Stream
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
 from latentfm.models.manifest import hash_of
 from latentfm.planning.run import with_precision
@@ -214,7 +214,7 @@ class VAETrainer(TrainingLoop):
             yield [place_of[index] for index in own], pixels.float() / 127.5 - 1
 
     def validation_figures(self) -> dict[str, Any]:
-        """The means over the held-out pictures; "kl_by_channel" and "kl" in nats a picture. Raises InputError for what is not finite."""
+        """The means over the held-out pictures; "kl_by_channel" and "kl" in nats a picture. Raises Failure for what is not finite."""
         options, rows = self.config.loss, {}
         with evaluating(self.weights.network):
             for places, target in self.batches(self.judged_reader, self.judged, self.judged_data.bucket_of):
@@ -229,7 +229,7 @@ class VAETrainer(TrainingLoop):
         bad = [place for place in range(len(self.judged)) if not all(torch.isfinite(table[place]).all() for table in rows.values())]
         if bad:
             names = [self.judged_data.samples[self.judged[place]].id for place in bad[:5]]
-            raise InputError(f"the reconstruction is not finite for {', '.join(names)}; the newest checkpoint is untouched")
+            raise Failure(f"the reconstruction is not finite for {', '.join(names)}; the newest checkpoint is untouched")
         by_channel = rows.pop("kl").mean(dim=0).tolist()
         return {
             **{name: table.mean().item() for name, table in rows.items()}, "worst_psnr": rows["psnr"].min().item(),
