@@ -128,7 +128,7 @@ def page(name: str, data: str) -> str:
 
 
 def validation(rows: list[dict]) -> dict[str, Any]:
-    """The validation's curves: "step", "loss", "stderr", "psnr" and "by_t", a list for each t."""
+    """The validation's curves: "step", "loss", "stderr", "by_t", a list for each t."""
     by_step = {step: row for row in rows if (step := number(row.get("step"))) is not None and abs(step) <= MOST_STEP}
     rows = thinned([by_step[step] for step in sorted(by_step)], 2 * POINTS)
     by_t = [values if isinstance(values := row.get("by_t"), dict) else {} for row in rows]
@@ -137,7 +137,7 @@ def validation(rows: list[dict]) -> dict[str, Any]:
         "step": [int(row["step"]) for row in rows],
         "loss": [number(row.get("validation_loss")) for row in rows],
         "stderr": [number(row.get("stderr")) for row in rows],
-        "psnr": [number(row.get("psnr")) for row in rows],  # of an autoencoder
+        **({"psnr": [number(row.get("psnr")) for row in rows]} if any("psnr" in row for row in rows) else {}),  # of an autoencoder
         "by_t": {t: [number(values.get(t)) for values in by_t] for t in times},
     }
 

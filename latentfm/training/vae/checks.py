@@ -34,6 +34,9 @@ def check(config: VAEConfig, resume: bool = False, parallelism: Parallelism | No
     for function, *arguments in checks:
         with problems.collected():
             function(*arguments)
+    if config.validation.folder and config.data.folder and expanded(config.validation.folder) == expanded(config.data.folder):
+        with problems.collected():
+            raise InputError("validation.folder is data.folder: nothing would be held out; give validation.held_out instead")
     places = given_places(config) + ([("validation.folder", config.validation.folder)] if config.validation.folder else [])
     for option, place in places if sources else ():
         with problems.collected():

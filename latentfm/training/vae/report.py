@@ -74,16 +74,21 @@ def figures(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
     rows = [f"<tr><th></th>{heads}<th></th></tr>"]
     for name, (called, says) in MEASURES.items():
         if name in after:
-            cells = "".join(f'<td class="n">{row[name]:.4g}</td>' for row in columns)
+            cells = "".join(f'<td class="n">{in_digits(row[name])}</td>' for row in columns)
             rows.append(f'<tr><td>{called}</td>{cells}<td class="quiet">{says}</td></tr>')
     return f"<table>{''.join(rows)}</table>"
+
+
+def in_digits(value: float) -> str:
+    """Four digits, or all that are before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def channels(nats: Sequence[float]) -> str:
     """KL by channel, as bars: a channel near 0 tells nothing of the picture."""
     largest = max(nats) or 1.0
     rows = "".join(
-        f'<tr><td class="n">{number}</td><td class="n">{value:.4g}</td>'
+        f'<tr><td class="n">{number}</td><td class="n">{in_digits(value)}</td>'
         f'<td class="wide"><div class="bar" style="width:{100 * value / largest:.1f}%"></div></td></tr>'
         for number, value in enumerate(nats)
     )

@@ -61,6 +61,8 @@ def test_a_run_that_cannot_be_is_told_before_it_starts(config_of, tmp_path):
         check(config_of("data.size=33"))
     with pytest.raises(InputError, match="adversarial.layers 3 leaves no patch of 16 pixels to judge: lower it, or take 24"):
         check(config_of("data.size=16", "adversarial.weight=1"))
+    with pytest.raises(InputError, match="validation.folder is data.folder"):
+        check(config_of("data.folder=x", "validation.folder=x"), sources=False)
     with pytest.raises(InputError, match="holds no AutoencoderKL"):
         check(config_of(f"model.vae={tmp_path}"))
     with pytest.raises(InputError, match="does not divide by 3 processes"):
@@ -103,8 +105,8 @@ def test_the_dry_run_counts_what_the_network_is(config_of, tmp_path):
 def test_what_a_pass_keeps_is_counted_once():
     """A linear keeps its input, which a ReLU before it keeps as its output: one tensor, not two; FLOP are two a multiplication."""
     network = nn.Sequential(nn.ReLU(), nn.Linear(5, 7))
-    kept, flops = kept_and_flops(network, (torch.zeros(3, 5, requires_grad=True),))
-    assert kept == 3 * 5 * 4 and flops == 2 * 3 * 5 * 7
+    kept, flops, largest = kept_and_flops(network, (torch.zeros(3, 5, requires_grad=True),))
+    assert kept == 3 * 5 * 4 and flops == 2 * 3 * 5 * 7 and largest == 3 * 5
 
 
 def test_a_decoder_alone_keeps_less(config_of, tiny_folder):
