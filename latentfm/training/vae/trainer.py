@@ -247,8 +247,8 @@ class VAETrainer(TrainingLoop):
         return told
 
     def sheet(self, number: int) -> tuple[list[Image.Image], list[str]]:
-        """(original, reconstruction and difference side by side, of some held-out pictures; their names), by the weights as they are."""
-        indices, network = list(self.judged)[:number], self.weights.network
+        """(original, reconstruction and difference side by side, of held-out pictures evenly chosen; their names), by weights as they are."""
+        indices, network = evenly(self.judged, number), self.weights.network
         images = []
         with evaluating(network):
             for index in indices:
@@ -283,8 +283,7 @@ class VAETrainer(TrainingLoop):
 
     def latent_statistics(self) -> LatentStatistics:
         """Those of COUNTED of the training's pictures at most, evenly chosen, as a training of the network will see them."""
-        trained = np.flatnonzero(self.bucket_of >= 0)
-        chosen = trained[np.linspace(0, len(trained) - 1, min(len(trained), COUNTED)).round().astype(int)].tolist()
+        chosen = evenly(np.flatnonzero(self.bucket_of >= 0).tolist(), COUNTED)
         found, network = LatentStatistics(), self.weights.network
         with evaluating(network), torch.no_grad(), torch.autocast(self.accelerator.device.type, enabled=False):
             for _, pixels in self.batches(self.reader.plain(), chosen, self.bucket_of):
@@ -292,6 +291,12 @@ class VAETrainer(TrainingLoop):
                 found.add(posterior.mean, posterior.logvar)
         found.sums = sum(gather_object([found.sums])) if self.accelerator.num_processes > 1 else found.sums
         return found
+
+
+def evenly(indices: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the indices, the first and the last among them, evenly spaced."""
+    places = np.linspace(0, len(indices) - 1, min(len(indices), most)).round().astype(int)
+    return [indices[place] for place in places.tolist()]
 
 
 def train_vae(config: VAEConfig, resume: bool = False) -> Path:
