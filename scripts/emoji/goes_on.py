@@ -1,5 +1,4 @@
-"""A training that goes on where it was interrupted: weights and the optimizer, saved every few minutes. Used by encoders.py.
-"""
+"""A training that goes on where it was interrupted: weights and the optimizer, saved every few minutes. Used by encoders.py."""
 
 import time
 from pathlib import Path

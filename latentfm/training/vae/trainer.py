@@ -247,7 +247,7 @@ class VAETrainer(TrainingLoop):
         return told
 
     def sheet(self, number: int) -> tuple[list[Image.Image], list[str]]:
-        """(original, reconstruction and difference side by side, of held-out pictures evenly chosen; their names), by weights as they are."""
+        """(original, reconstruction and difference side by side, of held-out pictures evenly chosen; their names), by these weights."""
         indices, network = evenly(self.judged, number), self.weights.network
         images = []
         with evaluating(network):
