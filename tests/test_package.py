@@ -132,7 +132,7 @@ def test_only_training_and_the_command_line_know_accelerate(path):
 
 
 def test_training_does_know_accelerate():
-    source = (PACKAGE / "training" / "trainer.py").read_text("utf-8")
+    source = (PACKAGE / "training" / "loop.py").read_text("utf-8")
     assert "accelerate" in imported(source, "latentfm.training")  # else the test above sees nothing
 
 

@@ -20,6 +20,7 @@ from latentfm.cli.info import info
 from latentfm.cli.plan import plan
 from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
+from latentfm.cli.train_vae import train_vae
 from latentfm.cli.verify import verify
 from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
@@ -107,6 +108,15 @@ app.command(
     "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine train.adapter.rank=8  (a LoRA)\n\n"
     "accelerate launch --config_file configs/accelerate/ddp-8.yaml -m latentfm train --config configs/quickstart.yaml  (eight GPUs)"
 )(with_homes(train))
+app.command(
+    "train-vae",
+    epilog="Examples\n\n"
+    "latentfm train-vae --config configs/vae.yaml data.folder=my_pictures output.folder=runs/vae --dry-run\n\n"
+    "latentfm train-vae --config configs/vae.yaml data.folder=my_pictures output.folder=runs/vae\n\n"
+    "latentfm train-vae model.vae=path/to/sd3-medium model.part=decoder data.folder=my_pictures data.size=512 output.folder=runs/decoder"
+    " loss.edges=0.5 validation.held_out=64\n\n"
+    "torchrun --nproc_per_node 8 -m latentfm train-vae --config configs/vae.yaml  (the same run on eight GPUs)",
+)(with_homes(train_vae))
 app.command(
     epilog="Examples\n\n"
     "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
