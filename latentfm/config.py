@@ -86,6 +86,22 @@ class SourceOptions(Section):
         return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
 
 
+class PairOptions(Section):
+    """Pairs of noise and the latents that a teacher draws from it, its guidance folded in (reflow, Liu et al. 2022)."""
+
+    prompts: str = Field(description="a file of prompts, one a line, or .csv or .jsonl; the pairs take them in turn")
+    count: int = Field(10_000, ge=1, le=10_000_000, description="pairs; more of them go on where fewer ended")
+    teacher: str | None = Field(None, description="its pipeline folder; model.pipeline if not given")
+    steps: int = Field(28, ge=1, le=MOST_STEPS, description="of the teacher; its solver's error is learned too")
+    guidance: float | None = Field(
+        None, ge=0, le=MOST_GUIDANCE, description="what the student will draw at guidance 1; 3 if not given, of a teacher made so itself 1"
+    )
+    solver: Solver | None = Field(None, description="of the teacher; its scheduler's if not given")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="what the teacher computes in")
+    at_once: int = Field(16, ge=1, le=MOST_AT_ONCE, description="pairs drawn together: memory against speed")
+    seed: int = Field(0, ge=0, le=LAST_SEED, description="each pair's noise is a function of it and of the pair's number alone")
+
+
 class DataOptions(Section):
     """The pictures and captions."""
 
@@ -95,6 +111,10 @@ class DataOptions(Section):
         description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, caption, mask_column, "
         "repeats, weight, regularisation, subset, split, revision, streaming}",
     )  # fmt: skip
+    pairs: PairOptions | None = Field(
+        None,
+        description="instead of pictures, of `latentfm reflow`: {prompts, count, teacher, steps, guidance, solver, dtype, at_once, seed}",
+    )
     caption: str | None = Field(
         None, description="one caption for every picture, as \"a photo of sks dog\", whatever captions there are; a source's own goes first"
     )
@@ -214,6 +234,9 @@ class TrainOptions(Section):
         default_factory=dict, description="of t_density: {mean: 0, std: 1} of logit_normal, {scale: 1.29} of mode"
     )
     t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
+    one_step: bool = Field(
+        False, description="train at t = 0 alone, on data.pairs: a single Euler step from the noise to its latents (distillation)"
+    )
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
     seed: int = Field(0, ge=0, le=LAST_SEED)
@@ -284,10 +307,22 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def data_is_given_once(self) -> "RunConfig":
+        if self.data.pairs is not None:
+            return self.pairs_go_with()
+        if self.train.one_step:
+            raise ValueError("train.one_step distils pairs of noise and latents: give data.pairs, or leave it out")
         if self.data.folder is None and self.data.sources is None:
             raise ValueError("missing data.folder; set it in the configuration or as data.folder=VALUE, or list data.sources")
         if self.data.folder is not None and self.data.sources is not None:
             raise ValueError("data.folder and data.sources are both given; make the folder one of the sources, as in - path: pictures")
+        return self
+
+    def pairs_go_with(self) -> "RunConfig":
+        """This run, whose pairs stand for pictures. Raises ValueError for options that only pictures have."""
+        given = {"folder": self.data.folder, "sources": self.data.sources, "caption": self.data.caption, "flip": self.data.flip,
+                 "online": self.data.online, "buckets": self.data.buckets > 1}  # fmt: skip
+        if wrong := [f"data.{name}" for name, value in given.items() if value]:
+            raise ValueError(f"data.pairs stand for pictures: leave them or {', '.join(wrong)} out")
         return self
 
     @model_validator(mode="after")

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from latentfm.config import RunConfig
 from latentfm.data.cache.processes import Processes
-from latentfm.data.cache.stat_cache import StatCache
-from latentfm.data.from_options import open_dataset, prepared_data
 from latentfm.data.loader import Batch, Dropout, Loader
 from latentfm.data.mixture import Mixture
 from latentfm.data.prepared import PreparedData
@@ -43,6 +41,7 @@ from latentfm.training.distributed.processes import broadcast_from_main, find_by
 from latentfm.training.distributed.shards import is_split
 from latentfm.training.figures import Pace, StepFigures, StepSums
 from latentfm.training.models import load_models
+from latentfm.training.pairs import listed_data
 from latentfm.training.precision import choose_workspace, compute_dtype, computing_device, deterministic, has_bfloat16
 from latentfm.training.records.progress import Progress
 from latentfm.training.records.run_log import RunLog
@@ -98,11 +97,11 @@ class Trainer:
 
     def listed_data(self) -> PreparedData:
         """The run's data, listed by all processes together; its cache is not filled yet."""
-        place, options = (self.accelerator.process_index, self.accelerator.num_processes), self.config.data
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
         processes = Processes(*place, partial(find_by_all, *place))
-        dataset = open_dataset(options, StatCache(expanded(options.cache)), processes)
+        dataset, data = listed_data(self.config, self.plan, self.models, processes)
         self.accelerator.print(summary(dataset))
-        return prepared_data(dataset, self.plan.data, self.models, options, processes)
+        return data
 
     def divide_data(self) -> None:
         """What of the data is drawn, in which order, what is held out, and what is drawn with it: stream, reader, validation, pictures."""
@@ -195,7 +194,8 @@ class Trainer:
             target = self.weights.write(self.out, storage.path_of(self.out / "checkpoints", self.step))
             self.run_log.event(self.step, "finished")
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return target
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -356,13 +356,20 @@ class Trainer:
         return step
 
 
-def train(config: RunConfig, resume: bool = False) -> Path:
-    """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
+def train(config: RunConfig, resume: bool = False, last: bool = True) -> Path:
+    """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved.
+
+    last: whether its processes part afterwards.
+    """
     model = finished(with_precision(config, has_bfloat16(computing_device()))) if resume else None
     if model is not None:
         print(f"{shown(model.parent)} is finished already")
         return model
-    return Trainer(config, resume).train()
+    trainer = Trainer(config, resume)
+    model = trainer.train()
+    if last:
+        trainer.accelerator.state.destroy_process_group()
+    return model
 
 
 def make_accelerator(config: RunConfig, device: torch.device) -> Accelerator:
