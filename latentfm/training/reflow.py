@@ -11,7 +11,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from latentfm.config import RunConfig
 from latentfm.files import expanded
+from latentfm.models.folder import check_folder
 from latentfm.training.checkpoint import storage
+from latentfm.training.pairs import pairs_of, teacher_folder
 from latentfm.training.trainer import train
 
 ONE_STEP = "one-step"
@@ -47,6 +49,8 @@ def reflow(
     `on_stage` is told the options of each before it begins, `on_model` its model after it. Raises as `trainer.train` does.
     """
     model = Path()
+    check_folder(teacher_folder(config))  # what is wrong with what is given, before a word is said
+    pairs_of(config)
     for stage in stages(config, rounds, one_step):
         on_stage(stage)
         out = expanded(stage.output.folder)

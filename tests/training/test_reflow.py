@@ -22,11 +22,13 @@ from latentfm.data.cache.store import Cache
 from latentfm.data.loader import Dropout
 from latentfm.data.pairs import PairData, pair_dataset, pair_noise
 from latentfm.errors import InputError
+from latentfm.evaluation.paths import pipeline_paths
 from latentfm.models.folder import read_info
 from latentfm.models.text import assemble
 from latentfm.models.velocity import velocity
 from latentfm.pipelines.text_to_image import LatentFMPipeline
 from latentfm.planning.run import plan_run
+from latentfm.training.dry_run import dry_run
 from latentfm.training.models import load_models
 from latentfm.training.pairs import PipelineTeacher, folded_guidance
 from latentfm.training.reflow import reflow, stages
@@ -315,6 +317,26 @@ def test_several_rounds_are_each_others_teachers(given):
     assert [stage.data.pairs.teacher for stage in found] == ["somewhere", None, None]
     assert [stage.model.preset for stage in found] == ["emoji", None, None]
     assert found[2].model.pipeline == found[1].output.folder + "/model"
+
+
+def test_a_dry_run_knows_pairs(given, tmp_path):
+    found = dry_run(load_config(None, given("data.pairs.count=50")))
+    assert found["data"]["pictures"] == 50 and found["steps"]["an epoch"] == 25
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_straight_paths_are_seen_to_be_straight(tiny_folder):
+    """Of a network that gives one velocity everywhere: each path's energy is that velocity squared, and nothing of it bends."""
+    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    bent = pipeline_paths(pipe, PROMPTS, steps=4, guidance=2.0)
+    assert bent.straightness.shape == (3,) and (bent.straightness > 0).all() and (bent.energy > bent.straightness).all()
+    for parameter in pipe.transformer.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(pipe.transformer.proj_out.bias, 0.5)
+    straight = pipeline_paths(pipe, PROMPTS, steps=4, guidance=2.0)
+    torch.testing.assert_close(straight.energy, torch.full((3,), 0.25))
+    torch.testing.assert_close(straight.straightness, torch.zeros(3), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
