@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentfm.cli.completion import Overrides
+
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
 
@@ -13,9 +15,7 @@ DEFAULTS = ("train.dropout=0", "sample.guidance=1", "sample.steps=4")  # the stu
 
 
 def reflow(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options of each training, as of `latentfm train`.")
-    ] = None,
+    overrides: Overrides = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Prompts to draw pairs for, in turn: text, one a line; .csv or .jsonl.", show_default=False)
     ] = None,
@@ -59,7 +59,7 @@ def reflow(
     """
     from latentfm.cli.terminal import quiet_libraries, result, say
     from latentfm.config import load_config
-    from latentfm.errors import InputError
+    from latentfm.errors import Failure, InputError
 
     asked = {
         "data.pairs.prompts": prompts_file, "data.pairs.count": pairs, "data.pairs.steps": steps, "data.pairs.guidance": guidance,
@@ -83,7 +83,7 @@ def reflow(
     try:
         target = run_stages(run, rounds, one_step, tell_stage, tell_paths)
     except OSError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise Failure(" ".join(str(error).split())) from error
     except Stopped as stopped:  # code 0, as of train
         say(str(stopped).replace("--resume", "the same command"))
         return
