@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "pipelines": LEAVES | {"flow", "models", "interchange", "sampling"},
     "drawing": LEAVES | {"models", "pipelines"},
     "series": LEAVES | {"drawing", "requests", "data", "pipelines"},
-    "training": LEAVES | {"flow", "models", "interchange", "data", "planning", "sampling", "pipelines", "config"},
+    "training": LEAVES | {"flow", "models", "interchange", "data", "planning", "sampling", "pipelines", "config", "requests"},
     "evaluation": LEAVES | {"flow", "models", "data", "pipelines"},
     "cli": {"*"},
     "web": {"*"},

@@ -59,14 +59,12 @@ def fill(run: "RunConfig") -> None:
     import torch
 
     from latentfm.data.cache.processes import Processes
-    from latentfm.data.cache.stat_cache import StatCache
-    from latentfm.data.from_options import open_dataset, prepared_data
     from latentfm.data.sources import summary
     from latentfm.errors import InputError
-    from latentfm.files import expanded
     from latentfm.planning.run import plan_run
     from latentfm.training.distributed.processes import find_by_all
     from latentfm.training.models import load_models
+    from latentfm.training.pairs import listed_data
     from latentfm.training.precision import computing_device
     from latentfm.training.records.progress import Progress
     from latentfm.training.samples import prompts_of
@@ -79,12 +77,11 @@ def fill(run: "RunConfig") -> None:
     if world > 1 and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group("gloo")
         processes = Processes(rank, world, partial(find_by_all, rank, world))
-    dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
-    if processes.rank == 0:
-        print(summary(dataset), flush=True)
     models = load_models(run.model, weights=False, device=computing_device(int(os.environ.get("LOCAL_RANK", 0))))
     plan = plan_run(run)
-    data = prepared_data(dataset, plan.data, models, run.data, processes)
+    dataset, data = listed_data(run, plan, models, processes)
+    if processes.rank == 0:
+        print(summary(dataset), flush=True)
     before, began = data.existing_keys(), time.monotonic()
     with Progress(processes.rank == 0) as progress:
         made = data.prepare(progress)
@@ -106,7 +103,7 @@ def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -
             were = "was" if there - new == 1 else "were"
             entries = count(there, "entry", "entries")
             print(f"{kind}: {entries}, {size / 2**20:,.1f} MiB; {new:,} made now, {there - new:,} {were} there")
-    pictures = found["moments"][1]
+    pictures = found["moments"][1] + found["pairs"][1]
     pace = f", {pictures / seconds:,.1f} images/s" if pictures else ""
     print(f"{sum(size for _, _, size in found.values()) / 2**20:,.1f} MiB in {shown(folder)}, {seconds:.1f} s{pace}")
 

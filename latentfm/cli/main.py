@@ -18,6 +18,7 @@ from latentfm.cli.data import app as data
 from latentfm.cli.generate import generate
 from latentfm.cli.info import info
 from latentfm.cli.plan import plan
+from latentfm.cli.reflow import reflow
 from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
 from latentfm.cli.train_vae import train_vae
@@ -117,6 +118,12 @@ app.command(
     " loss.edges=0.5 validation.held_out=64\n\n"
     "torchrun --nproc_per_node 8 -m latentfm train-vae --config configs/vae.yaml  (the same run on eight GPUs)",
 )(with_homes(train_vae))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm reflow --prompts-file prompts.txt --out runs/fast\n\n"
+    "latentfm reflow --prompts-file prompts.txt --model sd3 --out runs/fast --pairs 50000 --rounds 2 --one-step train.steps=2000\n\n"
+    "torchrun --nproc_per_node 8 -m latentfm reflow --prompts-file prompts.txt --model sd3 --out runs/fast data.pairs.at_once=4"
+)(with_homes(reflow))
 app.command(
     epilog="Examples\n\n"
     "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"

@@ -14,7 +14,7 @@ from latentfm.errors import InputError
 from latentfm.interchange.loading.pipelines import COMPONENTS, PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
-from latentfm.models.folder import t5_length
+from latentfm.models.folder import distilled_guidance, t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.preview import colours_of, latent_rgb
 from latentfm.models.text import NullCondition, PromptEncoder
@@ -114,6 +114,11 @@ class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline
     @info.setter
     def info(self, value: dict[str, Any]) -> None:
         self.say(Said(value, self._said.null))
+
+    @property
+    def distilled_guidance(self) -> float | None:
+        """The guidance that the weights were trained to draw with by themselves, so that 1 is their own; None of other weights."""
+        return distilled_guidance(self.info)
 
     @property
     def null(self) -> NullCondition:
