@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "drawing": LEAVES | {"models", "pipelines"},
     "series": LEAVES | {"drawing", "requests", "data", "pipelines"},
     "training": LEAVES | {"flow", "models", "interchange", "data", "planning", "sampling", "pipelines", "config", "requests"},
-    "evaluation": LEAVES | {"flow", "models", "data", "pipelines"},
+    "evaluation": LEAVES | {"flow", "models", "data", "pipelines", "requests", "config", "planning", "training"},
     "cli": {"*"},
     "web": {"*"},
     "__main__": {"*"},

@@ -15,6 +15,7 @@ from latentfm.cli.app import app as page
 from latentfm.cli.cache import cache
 from latentfm.cli.convert import convert
 from latentfm.cli.data import app as data
+from latentfm.cli.evaluate import evaluate
 from latentfm.cli.generate import generate
 from latentfm.cli.info import info
 from latentfm.cli.plan import plan
@@ -124,6 +125,15 @@ app.command(
     "latentfm reflow --prompts-file prompts.txt --model sd3 --out runs/fast --pairs 50000 --rounds 2 --one-step train.steps=2000\n\n"
     "torchrun --nproc_per_node 8 -m latentfm reflow --prompts-file prompts.txt --model sd3 --out runs/fast data.pairs.at_once=4"
 )(with_homes(reflow))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm evaluate --out evaluation  (the bundled model, on the prompts and by the detector of its own art)\n\n"
+    "latentfm evaluate runs/mine/model --out evaluation --detector emoji --against runs/before/model\n\n"
+    "latentfm evaluate an/sd3/folder --prompts evaluation_metadata.jsonl --detector models/owlv2 --clip models/clip --out evaluation\n\n"
+    "latentfm evaluate an/sd3/folder --prompts prompts.jsonl --clip models/clip --real photos --sweep steps=4,8,28 --sweep guidance=1..7 "
+    "--out evaluation\n\n"
+    "accelerate launch -m latentfm evaluate runs/mine/model --prompts prompts.jsonl --out evaluation  (a share for each GPU)"
+)(with_homes(evaluate))
 app.command(
     epilog="Examples\n\n"
     "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
