@@ -7,6 +7,7 @@ MOST_PICTURES = 1_000_000  # in one call of `latentfm generate`
 MOST_LETTERS = 1_000_000  # of a prompt; the encoders read a few hundred
 MOST_AT_ONCE = 1024  # pictures drawn together, and on one contact sheet
 MOST_GUIDANCE = 1000.0
+MOST_LORA = 10.0  # strength of a LoRA, either way
 LAST_SEED = 2**63 - 1  # that a generator takes
 MOST_TRAINING_STEPS = 99_999_999  # a checkpoint's name has eight digits
 MOST_BATCH = 1_000_000  # pictures an optimizer step

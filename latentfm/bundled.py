@@ -1,4 +1,4 @@
-"""Where the bundled model is: beside the package in a checkout, inside it in an installed wheel."""
+"""Where the bundled model and configurations are: beside the package in a checkout, inside it in an installed wheel."""
 
 from pathlib import Path
 
@@ -13,6 +13,15 @@ def bundled_model() -> Path:
         if (folder / "model_index.json").is_file():
             return folder
     raise InputError("the bundled model is missing from this installation; give a pipeline folder with --model, or reinstall latentfm")
+
+
+def bundled_configurations() -> dict[str, Path]:
+    """The commented configurations of runs by name, as "quickstart.yaml"; none where the installation lacks them."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "quickstart.yaml").is_file():
+            return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
 
 
 def pipeline_folder(name: str | None) -> Path:

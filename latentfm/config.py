@@ -1,11 +1,13 @@
 """A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides to any depth."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from latentfm import option_text
 from latentfm.adapters import ADAPTERS
@@ -30,6 +32,7 @@ class Section(BaseModel):
         return {name: option_text.meant(value, kinds[name]) if name in kinds else value for name, value in given.items()}
 
 
+Config = TypeVar("Config", bound=Section)
 SourceKind = Literal["folder", "parquet", "webdataset", "datasets"]  # each with its reader in data.sources.several
 
 
@@ -86,8 +89,8 @@ class SourceOptions(Section):
         return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
 
 
-class DataOptions(Section):
-    """The pictures and captions."""
+class PictureOptions(Section):
+    """Which pictures there are, and the shapes they are brought to."""
 
     folder: str | None = Field(None, description="images with same-stem .txt captions, or with metadata.jsonl / metadata.csv")
     sources: list[SourceOptions] | None = Field(
@@ -95,9 +98,6 @@ class DataOptions(Section):
         description="instead of folder: a list of {path | url | dataset, kind, name, image_column, caption_columns, caption, mask_column, "
         "repeats, weight, regularisation, subset, split, revision, streaming}",
     )  # fmt: skip
-    caption: str | None = Field(
-        None, description="one caption for every picture, as \"a photo of sks dog\", whatever captions there are; a source's own goes first"
-    )
     size: int | tuple[int, int] | None = Field(None, description="pixels, or [width, height]; the model's own size if not given")
     buckets: int = Field(
         1, ge=1, le=1000,
@@ -107,19 +107,34 @@ class DataOptions(Section):
         2.0, ge=1, le=1000, description="of the buckets: width to height of the widest, height to width of the tallest one"
     )
     max_crop: float = Field(1.0, gt=0, le=1, description="leave out, by name, pictures that would lose more than this share to the crop")
-    prior_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="times the loss of the samples of regularisation sources")
     flip: bool = Field(False, description="mirror half of the draws left to right")
-    t5_lengths: dict[int, float] | None = Field(
-        None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
-    )
     cache: str = Field(
         default_factory=lambda: user_cache_dir("latentfm", appauthor=False),
         description="folder of VAE moments and prompt embeddings, shared by all runs; the system's own for caches if not given",
     )
+    workers: int = Field(1, ge=0, le=1024, description="processes that read batches ahead, for each training process")
+
+    def check_given_once(self) -> None:
+        """Raises ValueError unless either folder or sources is given."""
+        if self.folder is None and self.sources is None:
+            raise ValueError("missing data.folder; set it in the configuration or as data.folder=VALUE, or list data.sources")
+        if self.folder is not None and self.sources is not None:
+            raise ValueError("data.folder and data.sources are both given; make the folder one of the sources, as in - path: pictures")
+
+
+class DataOptions(PictureOptions):
+    """The pictures and captions."""
+
+    caption: str | None = Field(
+        None, description="one caption for every picture, as \"a photo of sks dog\", whatever captions there are; a source's own goes first"
+    )
+    prior_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="times the loss of the samples of regularisation sources")
+    t5_lengths: dict[int, float] | None = Field(
+        None, description="T5 tokens, padding included: share of the steps; the model's own length if not given"
+    )
     cache_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the VAE's moments in the cache")
     verify: bool = Field(True, description="check every cached byte at the start; what is damaged later is found when it is read")
     online: bool = Field(False, description="no cache: encode pictures and captions at every step, VAE and encoders staying on the device")
-    workers: int = Field(1, ge=0, le=1024, description="processes that read batches ahead, for each training process")
 
     @field_validator("t5_lengths")
     @classmethod
@@ -163,8 +178,8 @@ class AdapterOptions(Section):
     )
 
 
-class TrainOptions(Section):
-    """The optimisation."""
+class OptimisationOptions(Section):
+    """How any network here is trained: the steps, the optimizer, the precision, the averages."""
 
     steps: int = Field(1000, ge=1, le=MOST_TRAINING_STEPS, description="optimizer steps")
     batch_size: int = Field(16, ge=1, le=MOST_BATCH, description="pictures an optimizer step, over all processes and accumulation")
@@ -183,6 +198,30 @@ class TrainOptions(Section):
         description="how float32 weights compute; auto: in bf16 where the device has it (GPUs since Ampere, CPUs with AVX-512 or AMX), "
         "else in float32. bfloat16 weights compute in bfloat16 throughout, whatever stands here",
     )
+    deterministic: bool = Field(
+        False, description="kernels that repeat themselves to the bit on a GPU too, slower in attention's backward pass: a resumed run is "
+        "then the uninterrupted one there as on a CPU"
+    )
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_device: Literal["same", "cpu"] = Field("same", description="where the averages are kept; cpu spares the GPU four bytes a weight")
+    seed: int = Field(0, ge=0, le=LAST_SEED)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as False
+
+    def check_batch_divides(self) -> None:
+        """Raises ValueError unless a batch splits evenly over its passes."""
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not divisible by train.gradient_accumulation {self.gradient_accumulation}"
+            )
+
+
+class TrainOptions(OptimisationOptions):
+    """The optimisation."""
+
     adapter: AdapterOptions | None = Field(
         None, description="train a LoRA or DoRA: {kind: lora, rank: 16, alpha: 16, targets: attention, dropout: 0, base: as_weights}"
     )
@@ -200,12 +239,6 @@ class TrainOptions(Section):
         None, description="train a new network faster: {keep: 0.5, first: 2, last: -3} lets half of the image tokens bypass these blocks"
     )
     compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
-    deterministic: bool = Field(
-        False, description="kernels that repeat themselves to the bit on a GPU too, slower in attention's backward pass: a resumed run is "
-        "then the uninterrupted one there as on a CPU"
-    )
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    ema_device: Literal["same", "cpu"] = Field("same", description="where the averages are kept; cpu spares the GPU four bytes a weight")
     loss_weighting: Literal["constant", "beta_squared", "inverse_beta_squared", "cosmap", "min_snr"] = Field(
         "constant", description="w(t) of the loss, see latentfm.flow.objective; constant is the loss as it is derived"
     )
@@ -216,12 +249,6 @@ class TrainOptions(Section):
     t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
-    seed: int = Field(0, ge=0, le=LAST_SEED)
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def no_is_a_word(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML reads a bare no as False
 
 
 class ValidationOptions(Section):
@@ -283,20 +310,9 @@ class RunConfig(Section):
     output: OutputOptions
 
     @model_validator(mode="after")
-    def data_is_given_once(self) -> "RunConfig":
-        if self.data.folder is None and self.data.sources is None:
-            raise ValueError("missing data.folder; set it in the configuration or as data.folder=VALUE, or list data.sources")
-        if self.data.folder is not None and self.data.sources is not None:
-            raise ValueError("data.folder and data.sources are both given; make the folder one of the sources, as in - path: pictures")
-        return self
-
-    @model_validator(mode="after")
-    def batch_divides(self) -> "RunConfig":
-        if self.train.batch_size % self.train.gradient_accumulation:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not divisible by "
-                f"train.gradient_accumulation {self.train.gradient_accumulation}"
-            )
+    def data_is_given_once_and_divides(self) -> "RunConfig":
+        self.data.check_given_once()
+        self.train.check_batch_divides()
         return self
 
     @model_validator(mode="after")
@@ -332,15 +348,18 @@ class RunConfig(Section):
         return self
 
 
-# every option by its name, "section.key"
-OPTIONS = {
-    f"{section}.{key}": option for section, field in RunConfig.model_fields.items() for key, option in field.annotation.model_fields.items()
-}
+def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
+    """Every option of a kind of run by its name, "section.key"."""
+    sections = kind.model_fields.items()
+    return {f"{section}.{key}": option for section, field in sections for key, option in field.annotation.model_fields.items()}
 
 
-def default_of(name: str) -> Any:
+OPTIONS = options_of(RunConfig)
+
+
+def default_of(name: str, options: Mapping[str, FieldInfo] = OPTIONS) -> Any:
     """The default of an option, None for one that must be given."""
-    return None if OPTIONS[name].is_required() else OPTIONS[name].get_default(call_default_factory=True)
+    return None if options[name].is_required() else options[name].get_default(call_default_factory=True)
 
 
 BY_STEPS = "a run is counted in train.steps: an epoch is pictures / train.batch_size of them, as `latentfm train --dry-run` tells"
@@ -359,34 +378,34 @@ ANSWERS = {
 }
 
 
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
-    """The options of the YAML or JSON file `path` with `overrides` ("section.key=value", at any depth) on top.
+def load_config(path: str | Path | None, overrides: list[str] | None = None, kind: type[Config] = RunConfig) -> Config:
+    """The options, of this kind of run, of the YAML or JSON file `path` with `overrides` ("section.key=value", at any depth) on top.
 
     A text option's value is the text after the "=", whole; nothing there leaves it unset. Other values are YAML.
     Raises InputError in one line for a missing file, an unknown name (suggesting the nearest) or a value out of range.
     """
-    data, seen = {} if path is None else read_options(expanded(path)), set()
+    data, seen = {} if path is None else read_options(expanded(path), kind), set()
     for override in overrides or []:
         name, equals, text = override.partition("=")
         if not (equals and all(name.strip().split(".")) and "." in name):
-            known = {name.split(".")[1]: name for name in OPTIONS}
+            known = {name.split(".")[1]: name for name in options_of(kind)}
             meant = f"did you mean {known[name.strip()]}={text}?" if name.strip() in known and equals else "for example train.steps=500"
             raise InputError(f"override '{shown(override, 120)}' should look like section.key=value, {shown(meant, 120)}")
-        option_text.put(data, RunConfig, override, again=name in seen)
+        option_text.put(data, kind, override, again=name in seen)
         seen.add(name)
     try:
-        config = RunConfig.model_validate(data)
+        config = kind.model_validate(data)
     except ValidationError as error:
-        raise InputError(in_words(error)) from None
+        raise InputError(in_words(error, kind)) from None
     option_text.check_texts(config.model_dump(), "")
     return config
 
 
-def read_options(path: Path) -> dict[str, Any]:
+def read_options(path: Path, kind: type[Section] = RunConfig) -> dict[str, Any]:
     """What a file of options holds. Raises InputError in one line."""
     try:
         text = read_text(path, option_text.MOST_BYTES)
-        data = option_text.parse(text, RunConfig) or {}
+        data = option_text.parse(text, kind) or {}
     except SpecialFile as error:
         raise InputError(f"cannot read the configuration {shown(path)}: {'Is a directory' if path.is_dir() else error}") from None
     except option_text.Refused as error:
@@ -396,19 +415,20 @@ def read_options(path: Path) -> dict[str, Any]:
             raise InputError(f"cannot read the configuration {shown(path)}: {error.__cause__.strerror}") from error.__cause__
         raise
     if not isinstance(data, dict):
-        raise InputError(f"{shown(path)} should hold sections (model, data, train, sample, output), it holds {type(data).__name__}")
+        raise InputError(f"{shown(path)} should hold sections ({', '.join(kind.model_fields)}), it holds {type(data).__name__}")
     return data
 
 
-def in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError, kind: type[Section]) -> str:
     """What pydantic found wrong, in one line."""
     lines, missing, errors = [], [], error.errors(include_url=False)
     if unknown := [found["loc"] for found in errors if found["type"] == "extra_forbidden"]:
-        return ANSWERS.get(str(unknown[0][-1]), "") or option_text.unknown(RunConfig, unknown[0])
+        answer = ANSWERS.get(str(unknown[0][-1]), "") if kind is RunConfig else ""
+        return answer or option_text.unknown(kind, unknown[0])
     for found in errors:
         name = ".".join(map(str, found["loc"]))
         if found["type"] == "model_type" and len(found["loc"]) == 1:
-            known = ", ".join(RunConfig.model_fields[name].annotation.model_fields)
+            known = ", ".join(kind.model_fields[name].annotation.model_fields)
             return f"section '{name}' should hold options ({known}), it holds {shown(repr(found['input']), 60)}"
         if found["type"] == "literal_error":
             known = re.findall("'([^']*)'", found["ctx"]["expected"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.words import shown
 
 if TYPE_CHECKING:
@@ -48,8 +48,19 @@ def load(
     return pipe
 
 
-def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = False) -> None:
-    """Merges LoRA adapters into the network's weights. Raises InputError for one that is none, or of another network."""
+def add_adapters(pipe: "LatentFMPipeline", paths: Sequence[Path], strengths: Sequence[float] = (), verify: bool = False) -> None:
+    """Merges LoRA adapters into the weights, of each so much, or all where strengths has none; see `load_adapters`."""
+    names = load_adapters(pipe, paths, strengths, verify)
+    if names:
+        pipe.fuse_lora(adapter_names=names)
+        pipe.unload_lora_weights()
+
+
+def load_adapters(pipe: "LatentFMPipeline", paths: Sequence[Path], strengths: Sequence[float] = (), verify: bool = False) -> list[str]:
+    """The names of LoRA adapters, loaded beside the weights, from where `pipe.unload_lora_weights` takes them again.
+
+    Raises InputError for one that is none, or of another network.
+    """
     from latentfm.files import reading
 
     names = [f"adapter_{number}" for number in range(len(paths))]
@@ -60,9 +71,8 @@ def add_adapters(pipe: "LatentFMPipeline", paths: list[Path], verify: bool = Fal
         except InputError as error:
             raise InputError(f"--lora {shown(path)}: {error}") from error
     if paths:
-        pipe.set_adapters(names)
-        pipe.fuse_lora(adapter_names=names)
-        pipe.unload_lora_weights()
+        pipe.set_adapters(names, list(strengths) or None)
+    return names
 
 
 def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device") -> None:
@@ -75,7 +85,7 @@ def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device"
 
 
 def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
-    """Puts the model on `device`; InputError when it does not fit."""
+    """Puts the model on `device`; Failure when it does not fit."""
     import torch
 
     try:
@@ -83,7 +93,7 @@ def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
         pipe.transformer.fuse_qkv_projections()
         pipe.vae.enable_slicing()  # decoding a whole batch at once is the peak of memory, and no faster
     except torch.OutOfMemoryError:
-        raise InputError(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
+        raise Failure(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None
 
 
 def draw(
@@ -121,11 +131,11 @@ def draw(
     except (InputError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, InputError) and not is_lack_of_memory(error):
             raise
-        problem = error if isinstance(error, InputError) else InputError("out of memory with one picture at a time: use a smaller --size")
+        problem = error if isinstance(error, InputError) else Failure("out of memory with one picture at a time: use a smaller --size")
     else:
         dtype = str(pipe.transformer.dtype).removeprefix("torch.")
         way_out = "use --dtype float32" if dtype != "float32" else "try a lower --guidance; else its weights are damaged"
-        no_numbers = InputError(f"the model's latents are not finite numbers in {dtype}: {way_out}")
+        no_numbers = Failure(f"the model's latents are not finite numbers in {dtype}: {way_out}")
         return [no_numbers if row in lost else image for row, image in enumerate(images)]
     if len(part) == 1:
         return [problem]
@@ -154,13 +164,13 @@ def contact_sheet(images: "list[Image.Image]", pictures: list[tuple[str, int]], 
 
 
 def save(image: "Image.Image", folder: Path, stem: str, settings: dict) -> Path:
-    """The path of the saved picture. Raises InputError when the disk refuses it."""
+    """The path of the saved picture. Raises Failure when the disk refuses it."""
     from latentfm.pictures import save_png
 
     try:
         return save_png(image, folder, stem, settings)
     except OSError as error:
-        raise InputError(f"cannot write a picture into {folder}: {error.strerror or error}; the finished ones are kept") from error
+        raise Failure(f"cannot write a picture into {folder}: {error.strerror or error}; the finished ones are kept") from error
 
 
 def slug(prompt: str) -> str:
@@ -199,6 +209,24 @@ def fingerprint(folder: Path) -> str:
                 content.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
                 hashed.update(content.read(PIECE_BYTES))
     return hashed.hexdigest()[:12]
+
+
+def described(
+    model: Path | None, folder: Path, adapters: Sequence[Path], strengths: Sequence[float], device: "torch.device", dtype: str,
+    attention: str, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What every picture's PNG says of its model: `model` as it was named, in `folder`, with so much of each LoRA; `more` where set."""
+    return {
+        **{name: value for name, value in more.items() if value},
+        "model": str(model) if model else "bundled",
+        "model_fingerprint": fingerprint(folder),
+        **({"lora": [str(path) for path in adapters]} if adapters else {}),
+        **({"lora_strength": list(strengths)} if any(strength != 1 for strength in strengths) else {}),
+        "device": str(device),
+        "dtype": dtype,
+        "attention": attention,
+        **versions(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The one exception that means: what was given cannot be used. The command line prints it as a single line."""
+"""What the command line prints as a single line: what was given cannot be used, or could be and the work failed all the same."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -7,6 +7,14 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """A file, option or value of the user's that cannot be used; the message says which, and the way out."""
+
+    exit_code = 2
+
+
+class Failure(InputError):
+    """Work that failed on what could be used: a disk that is full, memory that ran out, a loss that is not finite, a process that died."""
+
+    exit_code = 1
 
 
 class Problems:

@@ -27,10 +27,10 @@ OWN = {
     "guidance_rescale": float, "zero_init": int, "noise": float, "width": int, "height": int, "image": str, "mask": str, "strength": float,
 }  # fmt: skip
 # what a picture says of itself that another one can be made like
-LISTS = ("guidance_interval", "lora", "without")
+LISTS = ("guidance_interval", "lora", "lora_strength", "without")
 LIKE = {name: kind for name, kind in OWN.items() if name != "negative"} | {
     "prompt": str, "negative_prompt": str, "guidance_interval": float, "model": str, "model_fingerprint": str, "lora": str,
-    "reference": str, "dtype": str, "attention": str, "variant": str, "without": str,
+    "lora_strength": float, "reference": str, "dtype": str, "attention": str, "variant": str, "without": str,
 }  # fmt: skip
 SAMPLER = {"steps": "num_inference_steps", "guidance": "guidance_scale", "guidance_rule": "guidance"}  # other names are the Sampler's own
 

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "sampling": {"errors", "words", "flow", "models", "config"},
     "pipelines": LEAVES | {"flow", "models", "interchange", "sampling"},
     "drawing": LEAVES | {"models", "pipelines"},
+    "series": LEAVES | {"drawing", "requests", "data", "pipelines"},
     "training": LEAVES | {"flow", "models", "interchange", "data", "planning", "sampling", "pipelines", "config"},
     "evaluation": LEAVES | {"flow", "models", "data", "pipelines"},
     "cli": {"*"},

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentfm.cli.completion import Overrides
 from latentfm.words import count, shown
 
 if TYPE_CHECKING:
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def cache(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options on top of the configuration.")
-    ] = None,
+    overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of options, the run's own.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every entry of data.cache, of all runs, and make nothing. Exit code 1 for damage.")
@@ -36,7 +35,7 @@ def cache(
     run = load_config(config, overrides)
     from latentfm.cli.terminal import quiet_libraries
     from latentfm.data.cache.store import Cache
-    from latentfm.errors import InputError
+    from latentfm.errors import Failure
     from latentfm.files import expanded
 
     folder = expanded(run.data.cache)
@@ -49,7 +48,7 @@ def cache(
         if not (verify or prune):
             fill(run)
     except OSError as error:  # a folder that may not be written: the message names it
-        raise InputError(" ".join(str(error).split())) from error
+        raise Failure(" ".join(str(error).split())) from error
 
 
 def fill(run: "RunConfig") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentfm.bounds import MOST_LORA
 from latentfm.errors import InputError, nearest
 from latentfm.requests import Prompt, check_text, read_prompts
 
@@ -41,6 +42,13 @@ def check_name(option: str, name: str, names: tuple[str, ...]) -> None:
     """Raises InputError when `name` is none of `names`, suggesting the nearest."""
     if name not in names:
         raise InputError(f"{option} {name!r} does not exist{nearest(name, names)}; there are {', '.join(names)}")
+
+
+def check_lora_strengths(strengths: Sequence[float], option: str) -> None:
+    """Raises InputError for a LoRA's strength that is out of range, or no number."""
+    for strength in strengths:
+        if not -MOST_LORA <= strength <= MOST_LORA:  # nan too
+            raise InputError(f"{option} {strength} is no strength from -{MOST_LORA:g} to {MOST_LORA:g}; 1 is all of it, 0 none")
 
 
 def model_folder(model: Path | None, option: str = "--model") -> Path:

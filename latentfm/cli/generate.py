@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_GUIDANCE, MOST_PICTURES, MOST_STEPS
+from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_GUIDANCE, MOST_LORA, MOST_PICTURES, MOST_STEPS
 from latentfm.cli.checks import (
     check_at_least_one,
     check_at_most,
+    check_lora_strengths,
     check_name,
     check_size,
     chosen_device,
@@ -21,19 +22,20 @@ from latentfm.cli.checks import (
     parse_size,
     wanted_prompts,
 )
-from latentfm.cli.drawing import Drawing
-from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say
+from latentfm.cli.completion import names
+from latentfm.cli.drawing import Teller
+from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say, show
 from latentfm.cli.watch import Watch
-from latentfm.drawing import PARTS, add_adapters, choose_attention, fingerprint, load, move, versions
+from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
-from latentfm.requests import Prompt, Settings, check_text, own_settings, requests, values
+from latentfm.requests import Prompt, Request, Settings, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
+from latentfm.series import Series
 from latentfm.words import shown
 
 if TYPE_CHECKING:
-
-    pass
+    from rich.progress import Progress
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,7 +70,9 @@ def generate(
     solver: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", show_default=False,
+            metavar="NAME",
+            show_default=False,
+            autocompletion=names(get_args(Solver)),
             help=f"{', '.join(get_args(Solver))}. The last two draw fresh noise at each step. Several by commas, as --steps. Default: the "
             "model's own scheduler, Euler's.",
         ),
@@ -98,9 +102,7 @@ def generate(
     size: Annotated[
         str | None, typer.Option(help="Pixels: WIDTHxHEIGHT, or one number for a square. Default: the model's.", show_default=False)
     ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to begin from, in the drawn one's size.", show_default=False)] = None,
     mask: Annotated[
         Path | None, typer.Option(help="With --image: white where it is drawn anew, black where it stays.", show_default=False)
     ] = None,
@@ -119,11 +121,20 @@ def generate(
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.", metavar="PART", show_default=False),
+        typer.Option(
+            help=f"A text encoder not to load, to save its memory: {', '.join(PARTS)}.",
+            metavar="PART",
+            show_default=False,
+            autocompletion=names(PARTS),
+        ),
     ] = None,
     lora: Annotated[
         list[Path] | None,
         typer.Option(help="A LoRA upon the model: a file, whoever made it, or a folder, ours or peft's. They add up.", show_default=False),
+    ] = None,
+    lora_strength: Annotated[
+        list[float] | None,
+        typer.Option(help=f"How much of the --lora beside it, -{MOST_LORA:g} to {MOST_LORA:g}. Default: 1, all of it.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing. No file in it is overwritten.")] = Path("outputs"),
     grid: Annotated[
@@ -167,6 +178,8 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         from latentfm.pictures import read_settings
 
         given.before = before = own_settings(given.like, read_settings(given.like))
+    if given.lora is not None:
+        before.pop("lora_strength", None)  # is of the picture's own
     for name, value in ((name, value) for name, value in before.items() if name != "model"):
         option = {"negative_prompt": "negative"}.get(name, name)
         source = ctx.get_parameter_source(option)
@@ -241,13 +254,18 @@ def checked(given: SimpleNamespace) -> Wanted:
             raise InputError(f"--lora {shown(path)} does not exist; a training writes one to OUTPUT/lora")
         if (path / "lora").is_dir() and not any(path.glob("*.safetensors")):
             raise InputError(f"--lora {shown(path)} holds no LoRA; did you mean {shown(path / 'lora')}?")
+    strengths = given.lora_strength or []
+    if strengths and len(strengths) != len(given.lora or []):
+        raise InputError(f"{len(strengths)} --lora-strength for {len(given.lora or [])} --lora; give one for each, or none")
+    check_lora_strengths(strengths, "--lora-strength")
     return Wanted(prompts, base, sweeps, count)
 
 
 def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
     """Loads the model and draws. Raises InputError for what only a model can tell, and for pictures that could not be drawn."""
     quiet_libraries()
-    folder, adapters, sweeps = model_folder(given.model), given.lora or [], wanted.sweeps
+    folder, sweeps = model_folder(given.model), wanted.sweeps
+    adapters, strengths = given.lora or [], given.lora_strength or []
     with progress_bar() as bar:
         task = bar.add_task("loading the model", total=None)
         chosen = chosen_device(given.device)
@@ -256,7 +274,7 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         kind = given.dtype if given.dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
         with lasting():
             pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
-        add_adapters(pipe, adapters, given.verify)
+        add_adapters(pipe, adapters, strengths, given.verify)
         choose_attention(pipe, given.attention, chosen)
         shared = {}
         if given.reference is not None:
@@ -275,18 +293,8 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         if seed is None:
             seed = secrets.randbelow(2**32)
             say(f"seed {seed} (to repeat: --seed {seed})", bar)
-        common = {
-            **({"reference": str(given.reference)} if given.reference else {}),
-            "model": str(given.model) if given.model else "bundled",
-            "model_fingerprint": fingerprint(folder),
-            **({"variant": given.variant} if given.variant else {}),
-            **({"without": given.without} if given.without else {}),
-            **({"lora": [str(path) for path in adapters]} if adapters else {}),
-            "device": str(chosen),
-            "dtype": kind,
-            "attention": given.attention,
-            **versions(),
-        }
+        more = {"reference": given.reference and str(given.reference), "variant": given.variant, "without": given.without}
+        common = described(given.model, folder, adapters, strengths, chosen, kind, given.attention, **more)
         if given.before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
             say(f"note: {shown(given.like)} was made by a model of other weights than {common['model']}", bar)
         rank = int(os.environ.get("RANK", 0))
@@ -299,9 +307,23 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         watched = Watch(given.out / "watch.png") if given.watch and rank == 0 else None
         if watched is not None and watched.protocol is None:
             say(f"the pictures form in {watched.path}", bar)
-        drawing = Drawing(pipe, shared, common, given.out, with_grid, given.as_json, bar, task, swept, watched)
+        teller = Teller(bar, task, given.out, len(asked), given.as_json, watched)
+        series = Series(pipe, shared, common, given.out, with_grid, swept, teller)
+        if given.skip_existing:
+            asked = [each for each in asked if not already(series, each, bar)]
         batch = 1 if "dormand_prince" in sweeps["solver"] else given.batch  # its steps suit the mean of a batch
-        drawing.all([each for each in asked if not (given.skip_existing and drawing.is_there(each))], batch, given.number)
+        try:
+            series.draw(asked, batch, given.number)
+        finally:
+            teller.closed()
+
+
+def already(series: Series, request: Request, bar: "Progress") -> bool:
+    """Whether a picture is there; its path is printed then."""
+    path = series.existing(request)
+    if path is not None:
+        show(path, bar)
+    return path is not None
 
 
 def processes() -> int:

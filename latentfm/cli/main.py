@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from latentfm.cli.app import app as page
 from latentfm.cli.cache import cache
 from latentfm.cli.convert import convert
 from latentfm.cli.data import app as data
@@ -20,7 +21,7 @@ from latentfm.cli.plan import plan
 from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
 from latentfm.cli.verify import verify
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
 from latentfm.words import shown
 
@@ -30,7 +31,7 @@ MOST_SAID = 4000  # characters of an error
 
 @contextmanager
 def one_way_to_fail() -> Iterator[None]:
-    """A context that turns bad input into one line "error: ..." on stderr and exit code 2, and Ctrl-C into exit code 130.
+    """A context that turns an error into one line "error: ..." on stderr and exit code 1 (it failed) or 2 (wrong input), Ctrl-C into 130.
 
     With LATENTFM_DEBUG=1 the exception goes through, traceback and all.
     """
@@ -42,11 +43,11 @@ def one_way_to_fail() -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
-        message = error.format_message() if isinstance(error, UsageError) else str(error)
         if isinstance(error, MemoryError):
-            message = f"out of memory ({message or 'nothing is left'}); ask for less at once, or close other programs"
+            error = Failure(f"out of memory ({str(error) or 'nothing is left'}); ask for less at once, or close other programs")
+        message = error.format_message() if isinstance(error, UsageError) else str(error)
         print("error:", shown(" ".join(message.splitlines()), MOST_SAID), file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise typer.Exit(error.exit_code) from None
 
 
 def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,6 +128,13 @@ app.command(
     "latentfm verify runs/mine/lora\n\n"
     "latentfm verify --renew runs/mine/model  (after a change made on purpose)"
 )(with_homes(verify))
+app.command(
+    "app",
+    epilog="Examples\n\n"
+    "latentfm app  (the bundled model, on this machine)\n\n"
+    "latentfm app --model runs/mine/model --loras loras\n\n"
+    "latentfm app --host 0.0.0.0 --password  (for others too)",
+)(with_homes(page))
 app.command()(with_homes(info))
 
 for information in data.registered_commands:
@@ -150,7 +158,7 @@ def root(
 
 
 def main() -> None:
-    """Runs the command line on sys.argv and exits with its code: 0 done, 2 bad input, 130 interrupted."""
+    """Runs the command line on sys.argv and exits with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     steady_streams()
     app(prog_name="latentfm")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentfm.cli.checks import check_at_least_one, check_name
+from latentfm.cli.completion import Overrides, names
 from latentfm.errors import InputError
 from latentfm.models.presets import PRESETS
 from latentfm.planning.devices import EFFICIENCY, GPU, GPUS, Device
@@ -21,13 +22,15 @@ SHARDS, DTYPES = ("none", "full", "offload"), ("float32", "bfloat16")
 
 
 def plan(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options of a run, those of `latentfm train`.")
-    ] = None,
+    overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A run's YAML file.", show_default=False)] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help=f"A network's size among SD3's encoders: {', '.join(PRESETS)}. Default: sd3-medium.", show_default=False),
+        typer.Option(
+            help=f"A network's size among SD3's encoders: {', '.join(PRESETS)}. Default: sd3-medium.",
+            show_default=False,
+            autocompletion=names(PRESETS),
+        ),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Instead: a pipeline or transformer folder, whose configuration is read.", show_default=False)
@@ -36,7 +39,7 @@ def plan(
         int | None, typer.Option(help="Instead of training: draw so many pictures at a time, over all GPUs.", show_default=False)
     ] = None,
     dtype: Annotated[str, typer.Option(help="--generate: float32 or bfloat16.")] = "bfloat16",
-    gpu: Annotated[str, typer.Option(help=f"Which GPU: {', '.join(GPUS)}.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"Which GPU: {', '.join(GPUS)}.", autocompletion=names(GPUS))] = "h100",
     gpus: Annotated[int, typer.Option(help="How many GPUs.")] = 1,
     shard: Annotated[
         str, typer.Option(help="none: a copy of the weights on each GPU (DDP); full: split over all (FSDP2); offload: split, on the CPU.")

@@ -1,6 +1,6 @@
 """A plan (`latentfm plan`) and a dry run (`latentfm train --dry-run`) on a terminal."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from latentfm.cli.terminal import harmless, table
 from latentfm.planning.devices import GIB
@@ -21,9 +21,9 @@ def show_plan(found: dict[str, Any]) -> None:
     show_time(found, console)
 
 
-def show_dry_run(found: dict[str, Any]) -> None:
-    """Prints a dry run on stdout."""
-    console = plain_console()
+def show_dry_run(found: dict[str, Any], console: "Console | None" = None) -> None:
+    """Prints a dry run, on stdout where no console is given."""
+    console = console or plain_console()
     for note in found["notes"]:
         console.print(shown(f"note: {note}"), markup=False)
     show_options(found["options"], console)
@@ -41,11 +41,11 @@ def show_dry_run(found: dict[str, Any]) -> None:
         console.print(shown(f"{what}: {place}"), markup=False)
 
 
-def plain_console() -> "Console":
-    """Where tables are printed."""
+def plain_console(file: TextIO | None = None, width: int | None = None) -> "Console":
+    """Where tables are printed: stdout if not told, as wide as that is."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=True, emoji=False, soft_wrap=True)
+    return Console(file=file, width=width, highlight=False, markup=True, emoji=False, soft_wrap=True)
 
 
 def show_options(options: dict[str, dict[str, Any]], console: "Console") -> None:

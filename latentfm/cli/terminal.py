@@ -87,10 +87,14 @@ def escaped(error: UnicodeError) -> tuple[bytes, int]:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """A context for what lasts as long as the process, as libraries and a model do: no garbage is looked for in it, then or later."""
+    """A context for what lasts as long as the process, as libraries and a model do: no garbage is looked for in it.
+
+    In what is there after the first, none is looked for later either.
+    """
     with without_collecting():
         yield
-    gc.freeze()
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def quiet_libraries() -> None:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentfm.cli.completion import Overrides
+
 if TYPE_CHECKING:
     from latentfm.config import RunConfig
 
 
 def train(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Options on top of the configuration.")
-    ] = None,
+    overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of options; see configs/.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder; with decay=constant to more steps too.")
@@ -45,7 +45,7 @@ def train(
     SIGTERM and SIGUSR1 end it after the step under way, saved, with exit code 0 and no path printed; --resume goes on.
     """
     from latentfm.config import load_config
-    from latentfm.errors import InputError
+    from latentfm.errors import Failure, InputError
 
     if options:
         print(option_table())
@@ -67,7 +67,7 @@ def train(
 
         target = run_training(run, resume)
     except OSError as error:  # a full disk, a folder that may not be written: the message names it
-        raise InputError(" ".join(str(error).split())) from error
+        raise Failure(" ".join(str(error).split())) from error
     except Stopped as stopped:  # code 0: a launcher would take another for a failure, and end the other processes
         say(str(stopped))
         return

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +34,9 @@ TRANSFORM_VERSION = 1  # raise it when open_rgb or apply changes a pixel: caches
 MEMORY = 2 * 2**30  # bytes that pictures being decoded may take over all threads of a process; a larger one is decoded alone
 PIXEL_BYTES = 8  # a pixel at its fullest: as decoded and as RGB, Pillow's four bytes each
 STRIP = 2**22  # pixels that are converted at a time
+
+Colour = tuple[int, int, int]  # RGB, 0 to 255
+WHITE: Colour = (255, 255, 255)
 
 decoding = Budget(MEMORY)
 
@@ -96,8 +99,11 @@ def open_rgb(path: str | Path | Place, data: bytes | None = None) -> Image.Image
 
 
 @contextmanager
-def opened_rgb(path: str | Path | Place, data: bytes | None = None) -> Iterator[Image.Image]:
-    """A context with `open_rgb`'s picture, in which its memory counts as taken: threads wait for their turn with large ones."""
+def opened_rgb(path: str | Path | Place, data: bytes | None = None, background: Colour = WHITE) -> Iterator[Image.Image]:
+    """A context with `open_rgb`'s picture, transparency laid on `background`, in which its memory counts as taken.
+
+    Threads wait for their turn with large ones.
+    """
     if data is None:
         if not isinstance(path, Place) and not os.path.lexists(path):
             raise UnreadableImage(f"there is no picture {shown(path)}: restore it, or remove its caption")
@@ -108,15 +114,15 @@ def opened_rgb(path: str | Path | Place, data: bytes | None = None) -> Iterator[
             stack.enter_context(decoding.of(pixels * PIXEL_BYTES))
 
         try:
-            image = decoded(path, data, take)
+            image = decoded(path, data, take, background)
         except (UnreadableImage, MemoryError):
             stack.close()
             stack.enter_context(decoding.of(MEMORY))
-            image = _alone(path, data)
+            image = _alone(path, data, background)
         yield image
 
 
-def _alone(path: str | Path | Place, data: bytes) -> Image.Image:
+def _alone(path: str | Path | Place, data: bytes, background: Colour) -> Image.Image:
     """What `decoded` gives of a picture that it failed on, now that no other is being decoded.
 
     Decoders call a picture broken that they lack the memory for, and out of memory one whose header asks for far too much: which
@@ -129,7 +135,7 @@ def _alone(path: str | Path | Place, data: bytes) -> Image.Image:
 
     for _ in range(2):
         try:
-            return decoded(path, data, sizes.append)
+            return decoded(path, data, sizes.append, background)
         except UnreadableImage as error:
             if lacks_memory():
                 raise MemoryError(f"the memory does not suffice to tell whether {shown(path)} is a picture; free some") from error
@@ -140,13 +146,13 @@ def _alone(path: str | Path | Place, data: bytes) -> Image.Image:
     raise UnreadableImage(f"cannot read {shown(path)}: it asks for more memory than its size explains; save it again as PNG or remove it")
 
 
-def decoded(path: str | Path | Place, data: bytes, take: Callable[[int], None]) -> Image.Image:
-    """The picture in `data` as `open_rgb` gives it; `take` is told of its pixels before they are decoded."""
+def decoded(path: str | Path | Place, data: bytes, take: Callable[[int], None], background: Colour = WHITE) -> Image.Image:
+    """The picture in `data` as `opened_rgb` gives it; `take` is told of its pixels before they are decoded."""
     with _named(path, data), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         take(image.width * image.height)
         image.load()
         turned = orientation(image, type(image).getexif)
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, background)
     del image
     # not ImageOps.exif_transpose: that writes the other EXIF tags anew, and fails on the odd ones real cameras leave
     return rgb.transpose(_UPRIGHT[turned]) if turned in _UPRIGHT else rgb
@@ -312,12 +318,12 @@ def _metadata_after_pixels(file: BinaryIO) -> bool:
         file.seek(before)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, background: Colour) -> Image.Image:
     """A loaded picture of any Pillow mode as RGB, strip by strip where more than the two would be in memory; RGB is given back."""
     if image.mode.startswith("I") or image.mode == "F":
         convert = _grey_to_8_bits(image)
     elif image.has_transparency_data:
-        convert = _on_white
+        convert = partial(_on_colour, background)
     else:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
@@ -333,9 +339,9 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _on_colour(background: Colour, image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
 def _grey_to_8_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:

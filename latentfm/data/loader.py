@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from latentfm.data.stream import Member, Stream
 from latentfm.data.table import SampleTable
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.models.encoders import ENCODERS
 from latentfm.models.text import PromptParts
 from latentfm.randomness import encoded, hashed, uniforms
@@ -115,8 +115,7 @@ class Draws:
 
         A member's draws are those of `randomness` for its purposes, its epoch, and its id and turn.
         """
-        ids = [table.ids[index] for _, index, _ in members]
-        places = [encoded(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
+        ids, places = places_of(table, members)
         vae_noise, eps = self.normal("vae_noise", places, shape), self.normal("eps", places, shape)
         routed, source, routing = [], torch.Generator(), encoded(self.seed, "routing")
         if self.routing:
@@ -151,6 +150,12 @@ class Draws:
         for row, place in zip(found, places, strict=True):
             torch.randn(shape, generator=source.manual_seed(hashed(begins + place)), out=row)
         return found
+
+
+def places_of(table: SampleTable, members: Sequence[Member]) -> tuple[list[str], list[bytes]]:
+    """(the members' ids, their places): a place is what all that is drawn for a member depends on beside seed and purpose."""
+    ids = [table.ids[index] for _, index, _ in members]
+    return ids, [encoded(epoch, f"{name}\0{turn}" if turn else name) for (epoch, _, turn), name in zip(members, ids, strict=True)]
 
 
 class Reader(TorchDataset):
@@ -195,7 +200,7 @@ class Loader:
     batches handed out so far end, and iterating goes on from there.
 
     Raises ValueError when the global batch does not divide by world x accumulation; while iterating InputError for what cannot be
-    read, and for a loader process that died.
+    read, and Failure for a loader process that died.
     """
 
     def __init__(
@@ -247,7 +252,7 @@ class Loader:
                     ended = how_they_ended(found)
                     if not ended:
                         raise
-                    raise InputError(
+                    raise Failure(
                         f"a process that reads batches ahead died ({ended}); if the machine ran out of memory, "
                         f"lower data.workers (now {self.workers}); the run goes on with --resume"
                     ) from error

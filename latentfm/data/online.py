@@ -4,16 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from latentfm.bounds import IMAGES_AT_ONCE
 from latentfm.data.cache.fill import Job
-from latentfm.data.cache.store import key_of
-from latentfm.data.images import apply, decoders, load_mask, opened_rgb
+from latentfm.data.images import apply, load_mask, opened_rgb
 from latentfm.data.inventory import Inventory, unchanged
 from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
-from latentfm.data.prepared import Picture, PreparedData
-from latentfm.data.sources import Sample
+from latentfm.data.prepared import PreparedData
 from latentfm.data.table import SampleTable
 from latentfm.models.text import NullCondition, PromptParts
 
@@ -24,18 +20,9 @@ class OnlineData(PreparedData):
     Its batches are the cached ones, up to what the cache rounds: prompts to bfloat16, as here, moments to data.cache_dtype.
     """
 
-    def check_key(self, sample: Sample, flip: bool) -> str:
-        masked = (self.inventory.mask_digests[sample.id], self.inventory.transform(sample, flip).key()) if sample.mask else ()
-        return key_of("readable", self.inventory.digests[sample.id], *masked, decoders())
-
-    def can_be_used(self, picture: Picture) -> bool:
-        """Whether a picture, and its mask if it has one, can be decoded and used."""
-        return self.load_image(picture) is not None and (picture[0].mask is None or self.load_mask(picture) is not None)
-
     def jobs(self) -> list[Job]:
         """What should be known before the first step: each picture decoded once."""
-        checks = {self.check_key(sample, flip): (sample, flip) for sample in self.samples for flip in self.inventory.flips}
-        return [Job("checks", list(checks.items()), checks_of, IMAGES_AT_ONCE, self.can_be_used)]
+        return [self.checks()]
 
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         texts = sorted({caption for sample in self.samples for caption in sample.captions})
@@ -97,8 +84,3 @@ class PictureReader(Reader):
             mask=stacked_masks(masks, height, width),
             t5_length=t5_length,
         )
-
-
-def checks_of(readable: Sequence[bool]) -> list[dict[str, Tensor] | None]:
-    """The entries of pictures that could be decoded; None of the others."""
-    return [{"readable": torch.zeros(0, dtype=torch.uint8)} if good else None for good in readable]

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from latentfm.bounds import LARGE
 from latentfm.config import DataOptions
-from latentfm.data.cache.fill import Job, fill
+from latentfm.data.cache.fill import Job
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.stat_cache import StatCache
-from latentfm.data.cache.store import Cache, key_of
+from latentfm.data.cache.store import key_of
 from latentfm.data.check.captions import limits_of, load_tokenizers, token_counts
-from latentfm.data.images import UnreadableImage, load, load_mask, opened_rgb
-from latentfm.data.inventory import Inventory, unchanged
+from latentfm.data.inventory import Inventory
 from latentfm.data.loader import Batch, Dropout, Reader, Routing
-from latentfm.data.sources import Sample
+from latentfm.data.readable import ReadablePictures
 from latentfm.files import expanded
 from latentfm.interchange.frozen import FrozenModels
 from latentfm.models import vae as vae_room
@@ -29,10 +28,8 @@ from latentfm.words import count, shown
 
 logger = logging.getLogger(__name__)
 
-Picture = tuple[Sample, bool]  # a sample, and whether it is mirrored
 
-
-class PreparedData(ABC):
+class PreparedData(ReadablePictures, ABC):
     """The samples of an inventory, ready to be read in batches once `prepare` has been called: `samples` are then the usable ones.
 
     `models` encode them, for prompts of `lengths` T5 tokens. Nothing is loaded that is not needed: the models are told by the
@@ -42,18 +39,9 @@ class PreparedData(ABC):
     def __init__(
         self, inventory: Inventory, models: FrozenModels, options: DataOptions, lengths: Sequence[int], processes: Processes = ONE_PROCESS
     ):
-        self.inventory, self.models, self.options, self.lengths, self.processes = inventory, models, options, tuple(lengths), processes
-        # earlier versions kept "unreadable" in place of a picture's moments, even where it was the memory that lacked
-        self.cache = Cache(expanded(options.cache), outdated="unreadable")
+        super().__init__(inventory, expanded(options.cache), processes)
+        self.models, self.options, self.lengths = models, options, tuple(lengths)
         self.vae_print, self.text_print = fingerprints(models, StatCache(self.cache.folder), processes)
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        return self.inventory.samples
-
-    @property
-    def bucket_of(self) -> np.ndarray:
-        return self.inventory.bucket_of
 
     @abstractmethod
     def jobs(self) -> list[Job]:
@@ -89,13 +77,8 @@ class PreparedData(ABC):
         if self.processes.rank == 0:
             self.warn(jobs)
         made = self.fill(jobs, progress, self.options.verify)
-        self.inventory.leave_out([sample.id for sample, bad in zip(self.samples, self.unusable(), strict=True) if bad])
-        if self.processes.rank == 0:
-            self.inventory.print_left_out()
+        self.leave_out(self.unusable())
         return made
-
-    def fill(self, jobs: Sequence[Job], progress: Any, verify: bool) -> dict[str, list[str]]:
-        return fill(self.cache, jobs, progress, self.processes.rank, self.processes.world, verify, self.inventory.threads)
 
     def warn(self, jobs: Sequence[Job]) -> None:
         """Says what is odd about the cache, and how many of the captions that are to be encoded are cut."""
@@ -114,40 +97,11 @@ class PreparedData(ABC):
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         """The (caption, T5 length) pairs that this run will encode."""
 
-    def keys(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        """The keys of samples, S32, each as it is and then, with flips, mirrored."""
-        return np.array([bytes.fromhex(key(sample, flip)) for sample in samples for flip in self.inventory.flips], "S32")
-
-    def lacking(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        """Which of the samples the cache has not under all their keys, bool [N]."""
-        self.cache.refresh()
-        return (self.cache.find(self.keys(key, samples)) < 0).reshape(len(samples), len(self.inventory.flips)).any(axis=1)
-
     def identity(self) -> dict[str, str]:
         """What the training sees, as a hash of each kind (pictures with their masks); another hash is another run."""
         return self.inventory.identity() | {"VAE": self.vae_print, "text encoders": self.text_print}
 
-    # Pictures as they are encoded
-
-    def load_image(self, picture: Picture) -> Tensor | None:
-        """A picture as it is trained, uint8 [3, H, W]; None when its bytes are no picture. Raises MemoryError when it is the memory."""
-        sample, flip = picture
-        data = unchanged(sample.path, self.inventory.digests[sample.id])
-        try:
-            return torch.from_numpy(load(sample.path, self.inventory.transform(sample, flip), data).transpose(2, 0, 1))
-        except UnreadableImage:
-            return None
-
-    def load_mask(self, picture: Picture) -> Tensor | None:
-        """A loss mask at latent resolution, float32 [1, h, w] in [0, 1]; None when it or its picture cannot be used."""
-        sample, flip = picture
-        inventory, data = self.inventory, unchanged(sample.mask, self.inventory.mask_digests[sample.id])
-        try:
-            with opened_rgb(sample.path, unchanged(sample.path, inventory.digests[sample.id])) as image:
-                size = image.size
-            return load_mask(sample.mask, data, size, inventory.transform(sample, flip), inventory.factor)
-        except UnreadableImage:
-            return None
+    # Pictures and captions as they are encoded
 
     def moments(self, pixels: Tensor) -> Tensor:
         """The VAE's moments, float32 [B, 2C, h, w] on its device, of pictures uint8 [B, 3, H, W]."""

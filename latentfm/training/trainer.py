@@ -29,7 +29,7 @@ from latentfm.data.mixture import Mixture
 from latentfm.data.prepared import PreparedData
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
 from latentfm.models.backends import check_backend
 from latentfm.planning.run import with_precision
@@ -63,6 +63,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, resume: bool = False):
         device = computing_device()
+        self.chosen = {"train.mixed_precision": "auto"} if config.train.mixed_precision == "auto" else {}  # here, and what was given
         self.config = config = with_precision(config, has_bfloat16(device))
         if config.train.deterministic:
             choose_workspace()
@@ -146,9 +147,9 @@ class Trainer:
         train, out = config.train, f" and {len(self.held_out)} held out" if self.held_out else ""
         accelerator.print(
             f"{self.weights.trained.summary}: {facts['trained'] / 1e6:.1f}M of {facts['parameters'] / 1e6:.1f}M parameters in "
-            f"{train.weights}, {count(facts['pictures'], 'picture')} in {len(self.data.inventory.buckets.shapes)} bucket(s){out}, "
+            f"{train.weights}, {count(facts['pictures'], 'picture')} in {count(len(self.data.inventory.buckets.shapes), 'bucket')}{out}, "
             f"{count(train.steps, 'step')} of {train.batch_size} = {facts['epochs']:.1f} epochs, "
-            f"{facts['processes']} process(es) on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
+            f"{count(facts['processes'], 'process', 'processes')} on {facts['devices']}, P(no condition) = {facts['no_condition']:.3f}\n"
             f"its curves and pictures: {shown(self.out / 'run.html')}"
         )
         if compute_dtype(train) == torch.bfloat16 and not has_bfloat16(accelerator.device):
@@ -173,6 +174,7 @@ class Trainer:
             "epochs": round(self.config.train.steps * self.config.train.batch_size / self.stream.mixture.per_epoch(), 3),
             "no_condition": round(self.dropout.p_unconditional(encoders), 4),
             "versions": versions,
+            "chosen": self.chosen,
         }
 
     # The training
@@ -229,15 +231,15 @@ class Trainer:
         return losses.detach(), batch.ids
 
     def refuse_non_finite(self, figures: StepFigures, seen: list[tuple[Tensor, list[str]]]) -> None:
-        """Raises InputError on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
+        """Raises Failure on every process when the loss or the gradient is not finite, before a weight is touched; names the samples."""
         if abs(figures.loss) < float("inf") and figures.gradient_norm < float("inf"):
             return
         bad = [name for losses, names in seen for name, good in zip(names, torch.isfinite(losses).tolist(), strict=True) if not good]
         bad = gather_object(bad)
         where = f"at step {self.step + 1}" + (f" for {', '.join(bad[:5])}" if bad else "")
         if bad:
-            raise InputError(f"the loss is not finite {where}; the newest checkpoint is untouched")
-        raise InputError(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
+            raise Failure(f"the loss is not finite {where}; the newest checkpoint is untouched")
+        raise Failure(f"the gradient is not finite {where}; the newest checkpoint is untouched, lower train.learning_rate")
 
     def after_step(self) -> None:
         """What is due after a step: validation, pictures, a checkpoint, the end of a run that was asked to stop."""

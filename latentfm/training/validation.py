@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latentfm import flow
 from latentfm.data.loader import Batch, Reader
 from latentfm.data.sources import Sample
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.models import text
 from latentfm.training.step import Objective, losses_at
 
@@ -131,7 +131,7 @@ class Validation:
         return result
 
     def refuse_non_finite(self, table: Tensor) -> None:
-        """Raises InputError when a loss is not finite: of which pictures, at which times."""
+        """Raises Failure when a loss is not finite: of which pictures, at which times."""
         bad = [
             f"{self.samples[index].id} (t = {', '.join(name for name, good in zip(names(self.grid()), row, strict=True) if not good)})"
             for index, row in zip(self.indices, torch.isfinite(table).tolist(), strict=True)
@@ -139,7 +139,7 @@ class Validation:
         ]
         if bad:
             more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-            raise InputError(f"the validation loss is not finite for {', '.join(bad[:NAMED])}{more}; the newest checkpoint is untouched")
+            raise Failure(f"the validation loss is not finite for {', '.join(bad[:NAMED])}{more}; the newest checkpoint is untouched")
 
 
 def names(grid: Tensor) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import latentfm
-from latentfm.cli import drawing as drawing_module
+from latentfm import series as series_module
 from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
 from latentfm.drawing import fingerprint, slug, versions
@@ -39,9 +39,9 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def refused(result, *words):
-    """Asserts one line on stderr, with `words` in it, exit code 2, and nothing on stdout."""
-    assert result.exit_code == 2, result.output
+def refused(result, *words, code=2):
+    """Asserts one line on stderr, with `words` in it, the exit code, and nothing on stdout."""
+    assert result.exit_code == code, result.output
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
@@ -294,8 +294,8 @@ def test_latents_that_are_no_numbers_make_no_picture(run, tiny_folder):
     weights["proj_out.bias"].fill_(3e38)  # finite, and no longer so once guidance has multiplied it
     save_file(weights, file)
     broken = ("generate", "a cat", "--model", "broken", "--steps", 2, "--seed", 1, "--device", "cpu")
-    refused(run(*broken), "not finite numbers in float32", "--guidance")
-    refused(run(*broken, "--dtype", "bfloat16"), "use --dtype float32")
+    refused(run(*broken), "not finite numbers in float32", "--guidance", code=1)
+    refused(run(*broken, "--dtype", "bfloat16"), "use --dtype float32", code=1)
     weights["proj_out.bias"][3] = float("nan")
     save_file(weights, file)
     refused(run(*broken), "weights of the transformer are damaged: 1 of the 16 numbers of proj_out.bias", str(file))
@@ -326,7 +326,7 @@ def test_sizes():
 
 
 def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
-    real, calls = drawing_module.draw, []
+    real, calls = series_module.draw, []
 
     def draw_once(*args):
         calls.append(args)
@@ -334,7 +334,7 @@ def test_ctrl_c_keeps_what_is_finished(run, tiny_folder, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(drawing_module, "draw", draw_once)
+    monkeypatch.setattr(series_module, "draw", draw_once)
     result = run("generate", "a cat", "-n", 3, "--batch", 1, "--model", tiny_folder, "--steps", 1, "--seed", 1)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "outputs/1-a-cat.png\n", "interrupted\n")
     assert [path.name for path in Path("outputs").iterdir()] == ["1-a-cat.png"]
@@ -351,7 +351,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(run, tiny_folder, mo
 
     monkeypatch.setattr(os, "fsync", full_after_one)
     result = run("generate", "a cat", "-n", 3, "--model", tiny_folder, "--steps", 1, "--seed", 1)
-    assert (result.exit_code, result.stdout) == (2, "outputs/1-a-cat.png\n")
+    assert (result.exit_code, result.stdout) == (1, "outputs/1-a-cat.png\n")
     assert result.stderr == "error: cannot write a picture into outputs: No space left on device; the finished ones are kept\n"
     assert [path.name for path in Path("outputs").iterdir()] == ["1-a-cat.png"]
 
@@ -460,7 +460,7 @@ def test_one_of_many_that_fails_costs_itself_alone(run, tiny_folder, monkeypatch
     alone = run("generate", "the moon", "--seed", 3, "--out", "alone", *more).stdout.strip()
     failing(monkeypatch, "a dog", error)
     result = run("generate", "a cat", "a dog", "the moon", "--seed", 1, "--batch", batch, *more)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert result.stdout.split() == ["outputs/1-a-cat.png", "outputs/3-the-moon.png", "outputs/grid-1.png"]
     told = result.stderr.splitlines()
     assert len(told) == 2 and told[0].startswith("not drawn: seed 2, 'a dog': ")
@@ -472,7 +472,7 @@ def test_one_of_many_that_fails_costs_itself_alone(run, tiny_folder, monkeypatch
 def test_where_nothing_can_be_drawn_it_is_given_up(run, tiny_folder, monkeypatch):
     failing(monkeypatch, "a dog", MemoryError())
     result = run("generate", "a dog", "-n", 100, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--batch", 4, "--device", "cpu")
-    assert result.exit_code == 2 and result.stdout == "" and not Path("outputs").exists()
+    assert result.exit_code == 1 and result.stdout == "" and not Path("outputs").exists()
     assert result.stderr.splitlines()[-1].startswith("error: 16 of 100 pictures could not be drawn, 0 are saved; out of memory")
 
 
@@ -485,7 +485,7 @@ def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkey
     import signal
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    real, saved = drawing_module.save, []
+    real, saved = series_module.save, []
 
     def save(*args):
         saved.append(args)
@@ -493,7 +493,7 @@ def test_ctrl_c_while_pictures_are_saved_waits_for_them(run, tiny_folder, monkey
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(drawing_module, "save", save)
+    monkeypatch.setattr(series_module, "save", save)
     result = run("generate", "a cat", "-n", 4, "--batch", 2, "--model", tiny_folder, "--steps", 1, "--seed", 1, "--device", "cpu")
     assert (result.exit_code, result.stdout) == (130, "outputs/1-a-cat.png\noutputs/2-a-cat.png\n") and "interrupted" in result.stderr
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -232,5 +232,5 @@ def test_no_memory_is_one_line(monkeypatch):
 
     monkeypatch.setattr("latentfm.config.load_config", no_memory)
     result = CliRunner().invoke(app, ["train", "data.folder=a"])
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert result.stderr == "error: out of memory (nothing is left); ask for less at once, or close other programs\n"

@@ -690,7 +690,7 @@ def test_unreadable_pictures_are_left_out_by_name(tmp_path, run, pictures, capsy
     (data / "03.png").write_bytes((data / "03.png").read_bytes()[:100])
     out = run(tmp_path / "out", f"data.folder={data}", "train.steps=3")
     said = capsys.readouterr().out
-    assert all(part in said for part in ("03.png", "1 of 10 pictures cannot be read", "9 pictures in 1 bucket(s), 3 steps"))
+    assert all(part in said for part in ("03.png", "1 of 10 pictures cannot be read", "9 pictures in 1 bucket, 3 steps"))
     assert len(rows_of(out)) == 3
     for path in data.glob("*.png"):
         path.write_bytes(b"nothing")

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import platform
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from latentfm.words import shown
 NAME = "running.lock"
 HELD = (errno.EAGAIN, errno.EACCES)
 OPENING = b"process "  # of what stands in a lock file of ours
+FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi"  # struct flock: type, whence, start, length, process; or the first two last
 
 
 class FolderInUse(InputError):
@@ -44,7 +47,7 @@ class Claim:
             os.close(descriptor)  # who had it has removed it since: another may have made a new one
         self.descriptor = descriptor
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, OPENING + f"{os.getpid()} on {platform.node()}".encode(), 0)
+        os.pwrite(descriptor, words_of(os.getpid()), 0)
 
     def opened(self) -> int:
         """A descriptor of the file. Raises InputError for a link or anything else that is no file of ours."""
@@ -121,3 +124,30 @@ def claimed(folder: Path) -> Iterator[Claim]:
         yield claim
     finally:
         claim.release()
+
+
+def words_of(process: int) -> bytes:
+    """What stands in the lock file of a process of this machine."""
+    return OPENING + f"{process} on {platform.node()}".encode()
+
+
+def holder(folder: Path) -> int:
+    """The number of the process that has the claim on `folder`, 0 where none has, -1 where it is not one of this machine. Takes no claim.
+
+    Not to be asked by that process, which has no lock against itself and would lose it with the file closed. Raises OSError where it cannot
+    be known, as on a file system without locks.
+    """
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        first = FLOCK.startswith("h")
+        ask = (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0) if first else (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+        told = struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(FLOCK, *ask)))
+        kind, process = (told[0], told[4]) if first else (told[3], told[2])
+        if kind == fcntl.F_UNLCK:
+            return 0
+        return process if process > 0 and os.pread(descriptor, 200, 0) == words_of(process) else -1
+    finally:
+        os.close(descriptor)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from latentfm.errors import InputError
+from latentfm.errors import Failure
 from latentfm.files import reason
 from latentfm.training.distributed.processes import in_words
 from latentfm.training.stop import Stopped
@@ -81,7 +81,7 @@ class Peers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A context in which a connection that breaks is an InputError that names the process at its other end.
+        """A context in which a connection that breaks is a Failure that names the process at its other end.
 
         An error of one process ends the others: at once where its connections break with it (gloo), else (NCCL waits for minutes)
         SECONDS_TO_NOTICE after it has left word in the store that they all met at.
@@ -113,7 +113,7 @@ class Peers:
 
     @contextmanager
     def lost_ones_named(self) -> Iterator[None]:
-        """A context whose broken connections are InputErrors that name who is gone."""
+        """A context whose broken connections are Failures that name who is gone."""
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -121,7 +121,7 @@ class Peers:
             if isinstance(error, torch.OutOfMemoryError) or not lost:
                 raise
             said = re.sub(r"^\[[^]]*\] ", "", reason(error, 300))  # without the line of C++ that says it
-            raise InputError(f"{self.who_is_gone()} ({shortened(said)}); --resume goes on from the newest checkpoint") from error
+            raise Failure(f"{self.who_is_gone()} ({shortened(said)}); --resume goes on from the newest checkpoint") from error
 
     def who_is_gone(self) -> str:
         """Which processes of this machine are no more, in words; of other machines that cannot be seen."""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from latentfm.data.cache.processes import Find
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.files import reason
 
 SECONDS_BETWEEN_POLLS = 0.1
@@ -22,6 +22,16 @@ def in_words(error: Exception) -> str:
     if isinstance(error, InputError | OSError):
         return str(error)
     return f"a process of this run ended by {type(error).__name__}: {reason(error)}"
+
+
+def exit_code(error: Exception) -> int:
+    """What a process that ends by `error` ends with: 2 for wrong input, 1 for all else."""
+    return error.exit_code if isinstance(error, InputError) else Failure.exit_code
+
+
+def as_told(code: int, words: str) -> InputError:
+    """The error that another process told of."""
+    return InputError(words) if code == InputError.exit_code else Failure(words)
 
 
 @contextmanager
@@ -36,9 +46,9 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     except Exception as error:
         problem = error
     if accelerator.num_processes > 1:
-        told = [words for words in gather_object([None if problem is None else in_words(problem)]) if words is not None]
+        told = [said for said in gather_object([None if problem is None else (exit_code(problem), in_words(problem))]) if said is not None]
         if told and (problem is None or isinstance(problem, InputError | OSError)):
-            raise InputError(told[0]) from problem
+            raise as_told(*told[0]) from problem
     if problem is not None:
         raise problem
 
@@ -65,7 +75,7 @@ def find_by_all(rank: int, world: int, find: Find, items: Sequence[Any], name: s
     try:
         told = json.dumps({"found": find(items[rank::world])})
     except Exception as error:
-        problem, told = error, json.dumps({"failed": in_words(error)})
+        problem, told = error, json.dumps({"failed": [exit_code(error), in_words(error)]})
     store.set(str(rank), told)
     if problem is not None:
         raise problem
@@ -75,7 +85,7 @@ def find_by_all(rank: int, world: int, find: Find, items: Sequence[Any], name: s
             time.sleep(SECONDS_BETWEEN_POLLS)
         answer = json.loads(store.get(str(other)))
         if "failed" in answer:
-            raise InputError(answer["failed"])
+            raise as_told(*answer["failed"])
         found[other::world] = answer["found"]
     if store.add("done", 1) == world:  # the last one clears up
         for other in range(world):

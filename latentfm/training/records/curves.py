@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from latentfm.files import open_file
+from latentfm.files import SpecialFile, open_file
 from latentfm.training.records.json_lines import LONGEST, MOST_STEP, number
 
 CURVES = ("loss", "prior_loss", "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
@@ -39,7 +39,7 @@ class Log:
         if size < self.offset:  # rows were taken away
             self.start()
         if size > self.offset:
-            with open_file(self.path) as file:
+            with suppress(OSError, SpecialFile), open_file(self.path) as file:  # what cannot be read now has no rows now
                 file.seek(self.offset)
                 while block := file.read(BLOCK):
                     block += file.readline(LONGEST)

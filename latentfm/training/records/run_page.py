@@ -1,7 +1,8 @@
 """The page of a run: OUTPUT/run.html, one file that opens by a double click and needs neither a server nor a network.
 
 It is made of what the run writes: metrics.jsonl and validation.jsonl (a row a step), events.jsonl, config.json, run.json and samples/. Any
-of them may be absent, and a row may lack what an older version did not write. The look is in run_page.html.
+of them may be absent, and a row may lack what an older version did not write. The look is in run_page.html, which latentfm.web frames too,
+without a run in it, and tells what is new.
 """
 
 import base64
@@ -9,7 +10,9 @@ import html
 import io
 import json
 import math
+import os
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,57 +31,99 @@ LARGEST = 4 * 10**6  # bytes of pictures in the page
 WHOLE_GRIDS = 8  # pictures of steps whose small pictures are not there: each is read and made smaller anew
 EVENTS = 200  # shown, the latest
 LONGEST_EVENT = 2000  # characters
+RECORDS = ("config.json", "run.json", "metrics.jsonl", "validation.jsonl", "events.jsonl")
 UNMARKED = ("started", "saved", "finished")  # how events begin that every run has
-ENDINGS = ("stopped", "ended")  # how events begin after which a run does not go on by itself
+ENDINGS = {"stopped": "stopped", "ended": "failed"}  # how events begin after which a run does not go on by itself, and what it is then
 
 
 class RunPage:
-    """The page of the run in `folder`; it reads the log on from where the last `write` stopped."""
+    """The page of the run in `folder`; it reads the log on from where it stopped, and of the rest what has changed since."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.metrics, self.validation = Log(folder / "metrics.jsonl"), folder / "validation.jsonl"
+        self.metrics = Log(folder / "metrics.jsonl")
+        self.kept: dict[str, tuple[list[Any], Any]] = {}
 
     def write(self) -> Path:
         """The path of folder/run.html, written anew, whole or not at all. Raises InputError when the disk does not take it."""
         target = self.folder / "run.html"
-        before, after = files("latentfm.training.records").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
-        data = json.dumps(clean(self.data()), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        data = json.dumps(self.data(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         for letter in "<>&\u2028\u2029":  # nothing in the data can end the script that holds it
             data = data.replace(letter, f"\\u{ord(letter):04x}")
-        page = before.replace("{{title}}", html.escape(f"{shown(self.name())} - latentfm")) + data + after
+        text = page(self.name(), data).encode("utf-8", "backslashreplace")  # a half of a character is no reason for no page
         with whole_or_nothing(target) as partial:
-            partial.write_bytes(page.encode("utf-8", "backslashreplace"))  # a half of a character is no reason for no page
+            partial.write_bytes(text)
         return target
 
     def name(self) -> str:
         return self.folder.resolve().name
 
-    def data(self) -> dict[str, Any]:
-        """What the page shows, as run_page.html reads it."""
-        config, facts = load_json(self.folder / "config.json"), load_json(self.folder / "run.json")
-        columns = self.metrics.read()
-        events, damaged_events = load_rows(self.folder / "events.jsonl")
+    def data(self, running: bool | None = None) -> dict[str, Any]:
+        """What the page shows, as run_page.html reads it, with nothing in it that JSON has no word for.
+
+        The same object as long as no file changes, and so are its "pictures". `running`: whether a process is at it, None where that is
+        not known; its last event tells then.
+        """
+        read = [self.folder / name for name in (*RECORDS, "model", "samples", "samples/cells")]
+        return self.once("data", lambda *_: self.read(running), *read, also=running)
+
+    def read(self, running: bool | None) -> dict[str, Any]:
+        """See `data`."""
+        config, facts = (self.once(name, load_json, self.folder / name) for name in ("config.json", "run.json"))
+        events, damaged_events = self.once("events", load_rows, self.folder / "events.jsonl")
+        held_out, damaged_held_out = self.once("validation", load_rows, self.folder / "validation.jsonl")
+        columns, drawn = self.once("metrics", self.read_metrics, self.metrics.path)
         events = [row for row in events if "what" in row]
-        damaged = {"metrics.jsonl": self.metrics.damaged, "events.jsonl": damaged_events}
-        held_out, damaged["validation.jsonl"] = load_rows(self.validation)
-        state = state_of(columns, config, (self.folder / "model").exists(), str(events[-1]["what"]) if events else "")
-        return {
+        damaged = {"metrics.jsonl": self.metrics.damaged, "events.jsonl": damaged_events, "validation.jsonl": damaged_held_out}
+        state = state_of(columns, config, (self.folder / "model").exists(), str(events[-1]["what"]) if events else "", running)
+        samples = self.folder / "samples"
+        found = {
             "name": self.name(),
             "written": time.time(),
             "state": state,
             "epochs": facts["epochs"] * state["step"] / state["steps"] if number(facts.get("epochs")) and state["steps"] else None,
-            "facts": facts,
-            "curves": curves(columns),
+            "facts": {name: value for name, value in facts.items() if name != "chosen"},
+            "curves": drawn,
             "validation": validation(held_out),
-            "pictures": pictures_of(self.folder / "samples"),
-            "options": options(config),
+            "options": options(config, facts),
             "events": [event_of(row) for row in events[-EVENTS:]],
             "notes": [
                 f"{count(lines, 'row')} of {name} {'is' if lines == 1 else 'are'} damaged and not shown"
                 for name, lines in damaged.items() if lines
             ],
-        }
+        }  # fmt: skip
+        return clean(found) | {"pictures": self.once("pictures", lambda folder, _: clean(pictures_of(folder)), samples, samples / "cells")}
+
+    def read_metrics(self, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The log's columns and curves."""
+        columns = self.metrics.read()
+        return columns, curves(columns)
+
+    def once(self, what: str, read: Callable[..., Any], *paths: Path, also: Any = None) -> Any:
+        """What `read` made of files or folders, unless one of them has changed since, or `also` has."""
+        now = [also, *map(stamp, paths)]  # before reading: what changes meanwhile is read again
+        if what not in self.kept or self.kept[what][0] != now:
+            self.kept[what] = now, read(*paths)
+        return self.kept[what][1]
+
+    def stamps(self, what: str) -> list[Any]:
+        """What the last reading of `once` was of: equal as long as it is the same."""
+        return self.kept[what][0]
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file, or with the names in a folder; None where there is nothing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def page(name: str, data: str) -> str:
+    """The HTML of a run's page with JSON in it; where that is null, a page to be framed, which shows what it is sent."""
+    before, after = files("latentfm.training.records").joinpath("run_page.html").read_text("utf-8").split("{{data}}")
+    return before.replace("{{title}}", html.escape(f"{shown(name)} - latentfm")) + data + after
 
 
 def validation(rows: list[dict]) -> dict[str, Any]:
@@ -102,10 +147,10 @@ def as_float(text: str) -> float | None:
         return None
 
 
-def state_of(columns: dict[str, np.ndarray], config: dict, exported: bool, latest: str) -> dict[str, Any]:
-    """How far the run is: step of steps, seconds of training so far, a step and left, and whether it is finished or has stopped.
+def state_of(columns: dict[str, np.ndarray], config: dict, exported: bool, latest: str, running: bool | None = None) -> dict[str, Any]:
+    """How far the run is: step of steps, seconds of training so far, a step and left, whether it is finished or has stopped, and a word.
 
-    `exported` says whether the trained model is there, and `latest` what happened last.
+    `exported` says whether the trained model is there, `latest` what happened last, and `running` whether a process is at it, if known.
     """
     train = config.get("train") if isinstance(config.get("train"), dict) else {}
     total, batch = number(train.get("steps")), number(train.get("batch_size"))
@@ -121,10 +166,15 @@ def state_of(columns: dict[str, np.ndarray], config: dict, exported: bool, lates
     elif rows and batch and columns["images_per_second"][-1] > 0:
         pace = batch / columns["images_per_second"][-1]
     pace = float(pace) if pace is not None and pace > 0 else None
+    finished = exported and total is not None and step >= total and not running
+    ended = next((word for opening, word in ENDINGS.items() if latest.startswith(opening)), None)
+    if running is not None:  # what was told last is of an earlier process, or the process went without a word
+        ended = None if running else ended or ("died" if latest else "not begun")
     return {
         "step": step, "steps": total, "rows": rows, "batch_size": batch, "seconds": seconds, "seconds_a_step": pace,
         "left": pace * max(0, total - step) if pace and total else None,
-        "finished": exported and total is not None and step >= total, "stopped": latest.startswith(ENDINGS),
+        "finished": finished, "stopped": ended is not None,
+        "word": "finished" if finished else ended or ("training" if step else "starting"),
     }  # fmt: skip
 
 
@@ -178,16 +228,19 @@ def source(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def options(config: dict) -> list[dict[str, Any]]:
-    """Each option of a configuration: its name, value, default, meaning, and whether the value is another than the default."""
-    found = []
+def options(config: dict, facts: dict) -> list[dict[str, Any]]:
+    """Each option of a configuration: its name, value, default, meaning, and whether what was given is another value than the default."""
+    found, chosen = [], facts.get("chosen")
+    chosen = chosen if isinstance(chosen, dict) else {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             option = OPTIONS.get(name := f"{section}.{key}")
             default = "" if option is None or option.is_required() else written(default_of(name))
             meaning = "an option of another version" if option is None else option.description
+            given = written(chosen.get(name, value))
+            value = written(value) + f" ({given})" * (name in chosen)
             found.append(
-                {"name": name, "value": written(value), "default": default, "changed": written(value) != default}
+                {"name": name, "value": value, "default": default, "changed": given != default}
                 | ({"meaning": meaning} if meaning else {})
             )
     return found

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentfm.training.checkpoint import storage
+from latentfm.words import count
 
 ROOT = Path(__file__).resolve().parents[3]
 HELD_OUT = ["validation.held_out=2", "validation.every=2"]
@@ -74,7 +75,7 @@ def test_several_processes_train_as_one(tmp_path, run, launch, mode, processes, 
     one, several = run(tmp_path / "one", *alone), tmp_path / "several"
     said = finished(launch(processes, several, *more, f"data.cache={tmp_path / 'cache'}", mode=mode))
     split = ", weights split by FSDP2" * (mode != "DDP") + ", on the CPU" * mode.endswith("CPU")
-    assert f"{processes} process(es) on cpu{split}, " in said
+    assert f"{count(processes, 'process', 'processes')} on cpu{split}, " in said
     same(one, several)
     state = [file for file in storage.checkpoints(several / "checkpoints")[-1].iterdir() if file.is_file()]
     assert {file.suffix for file in state} == {".json", ".safetensors"}
@@ -110,7 +111,7 @@ def test_accelerate_launches_it(tmp_path, run, options, environment):
     command = [sys.executable, "-m", *launcher, "-m", "latentfm", "train", *options(two, *more)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "2 process(es) on cpu" in done.stdout
+    assert "2 processes on cpu" in done.stdout
     same(one, two)
 
 

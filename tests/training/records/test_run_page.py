@@ -106,6 +106,17 @@ def test_options_that_differ_from_the_defaults_are_told(finished):
     assert "optimizer steps" in options["train.steps"]["meaning"]
 
 
+def test_what_was_chosen_for_an_option_is_not_shown_as_given(finished):
+    recorded = {"config.json": {"train": {"mixed_precision": "bf16"}}, "run.json": {"chosen": {"train.mixed_precision": "auto"}}}
+    for name, more in recorded.items():
+        file = finished / name
+        said = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps(said | {key: said.get(key, {}) | value for key, value in more.items()}), "utf-8")
+    data = data_of(RunPage(finished).write())
+    option = next(option for option in data["options"] if option["name"] == "train.mixed_precision")
+    assert option["value"] == "bf16 (auto)" and not option["changed"] and "chosen" not in data["facts"]
+
+
 def test_states(finished):
     (finished / "model").mkdir()
     assert not data_of(RunPage(finished).write())["state"]["finished"]  # of an earlier run: the last step is not reached

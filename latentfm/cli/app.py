@@ -1,0 +1,110 @@
+"""`latentfm app`: the page, in a browser."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentfm.cli.checks import check_at_least_one, check_name, model_folder
+from latentfm.cli.generate import DEVICES, DTYPES
+from latentfm.cli.terminal import quiet_libraries, say
+from latentfm.errors import InputError
+from latentfm.files import check_can_be_written
+from latentfm.web.limits import Limits
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PASSWORD = "LATENTFM_PASSWORD"
+DEFAULT = Limits()
+
+
+def app(
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="A pipeline folder to offer beside the bundled model; the first is the page's own.", show_default=False),
+    ] = None,
+    loras: Annotated[
+        Path | None, typer.Option(help="A folder of LoRAs to offer: files of safetensors, and folders of trainings.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing; what is in it is the gallery.")] = Path("outputs"),
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. 0.0.0.0 is every one of this machine's, and needs a password.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.", show_default=False)] = None,
+    password: Annotated[
+        bool, typer.Option("--password", help=f"Ask for a password, that the page then asks for. ${PASSWORD} is one, too.")
+    ] = False,
+    without_password: Annotated[
+        bool, typer.Option("--without-password", help="Let everybody in who reaches a --host beyond this machine.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu. auto: a GPU when there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16. auto: float32 on the CPU, bfloat16 on a GPU.")] = "auto",
+    max_size: Annotated[int, typer.Option(help="Pixels a side that may be asked for.")] = DEFAULT.size,
+    max_steps: Annotated[int, typer.Option(help="Steps that may be asked for.")] = DEFAULT.steps,
+    max_batch: Annotated[int, typer.Option(help="Pictures that may be asked for at once, those of a sweep included.")] = DEFAULT.batch,
+    max_prompt: Annotated[int, typer.Option(help="Characters of a prompt.")] = DEFAULT.prompt,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = DEFAULT.waiting,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at a time: memory against speed.")] = DEFAULT.at_once,
+) -> None:
+    """Open the page: draw, vary, inpaint and look through what was drawn, in a browser.
+
+    It is on this machine alone unless --host says otherwise. Whoever asks while others do waits in a queue.
+    """
+    limits = {"--max-size": max_size, "--max-steps": max_steps, "--max-batch": max_batch, "--max-prompt": max_prompt,
+              "--max-waiting": max_waiting, "--batch": batch}  # fmt: skip
+    check_at_least_one(limits)
+    check_name("--device", device.split(":")[0], DEVICES)
+    check_name("--dtype", dtype, DTYPES)
+    check_can_be_written(out, "--out")
+    for folder in model or []:
+        model_folder(folder)
+    if loras is not None and not loras.is_dir():
+        raise InputError(f"--loras {loras} is no folder")
+    secret = asked_password() if password else os.environ.get(PASSWORD) or None
+    local = host in LOOPBACK
+    if not local and secret is None and not without_password:
+        raise InputError(
+            f"--host {host} can be reached from other machines: protect it by --password or ${PASSWORD}, or say --without-password"
+        )
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise InputError('the page needs Gradio: pip install "latentfm[app]"') from None
+    run(Limits(max_size, max_steps, max_batch, max_prompt, max_waiting, batch), model or [], loras, out, host, port, secret, device, dtype)
+
+
+def asked_password() -> str:
+    """A password, from the environment or else typed in where nobody sees it. Raises InputError for none."""
+    found = os.environ.get(PASSWORD)
+    if not found and sys.stdin.isatty():
+        import getpass
+
+        found = getpass.getpass("password for the page: ")
+    if not found:
+        raise InputError(f"--password needs a terminal to ask on, or ${PASSWORD}")
+    return found
+
+
+def run(
+    limits: Limits, models: list[Path], loras: Path | None, out: Path, host: str, port: int | None, secret: str | None, device: str,
+    dtype: str,
+) -> None:  # fmt: skip
+    """Serves the page until Ctrl-C."""
+    from latentfm.web.serve import application, harmless_errors, listening, private_uploads, server
+
+    with private_uploads() as uploads, harmless_errors():
+        from latentfm.web.models import Models
+        from latentfm.web.studio import Studio
+
+        quiet_libraries()
+        found = listening(host, port)
+        studio = Studio.of(Models(models, loras, device, dtype), limits, out)
+        local = host in LOOPBACK
+        served = application(studio, uploads, secret, local)
+        name = f"[{host}]" if ":" in host else host
+        if not local:
+            who = "with the password" if secret else "WITHOUT A PASSWORD"
+            say(f"WARNING: the page can be reached from other machines, {who}; what is sent is not encrypted")
+        print(f"http://{name}:{found.getsockname()[1]}", flush=True)
+        server(served).run(sockets=[found])

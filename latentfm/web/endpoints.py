@@ -1,0 +1,86 @@
+"""What programs call: the page's endpoints, by gradio_client or plain HTTP. They go the page's own way, through the same queue."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from latentfm.errors import InputError
+from latentfm.files import read_bytes
+from latentfm.web.form import OWN, RULES, SCHEDULES, SOLVERS
+from latentfm.web.html import address
+from latentfm.web.studio import Studio
+from latentfm.words import shown
+
+
+def add(studio: Studio) -> None:
+    """Adds the endpoints to the page."""
+
+    async def generate(
+        prompt: str,
+        negative: str = "",
+        size: str = "",
+        steps: str = "28",
+        guidance: str = "3",
+        guidance_rule: str = "cfg",
+        solver: str = OWN,
+        schedule: str = "model",
+        seed: int | None = None,
+        count: int = 1,
+        model: str | None = None,
+        lora: str | None = None,
+        lora_strength: float = 1.0,
+        image: dict | None = None,
+        mask: dict | None = None,
+        strength: float | None = None,
+    ) -> AsyncIterator[list[dict]]:
+        """Draws pictures; gives {"name", "url", "settings"} of each that is finished, the last time of all of them.
+
+        steps, guidance and solver may be several, "4,8,16". seed: a new one unless given. image, mask: gradio_client.handle_file of the
+        picture to begin from, and of one that is white where it is drawn anew. A url is below the page's own.
+        """
+        values: dict[str, Any] = {
+            "prompt": prompt, "negative": negative, "size": size, "steps": steps, "guidance": guidance, "guidance_rule": guidance_rule,
+            "solver": solver, "schedule": schedule, "seed": seed, "count": count, "lora": lora, "lora_strength": lora_strength,
+            "strength": strength,
+        }  # fmt: skip
+        try:
+            values["canvas"] = {"background": sent("image", image), "mask": sent("mask", mask)}
+            if image is None and mask is not None:
+                raise InputError("mask needs an image that it is laid on")
+            async for job in studio.drawn(values | ({} if model is None else {"model": model})):
+                if job.state == "failed" and not job.made:
+                    raise InputError(job.error)
+                yield [{"name": path.name, "url": address(path.name), "settings": settings} for path, settings in job.made]
+        except InputError as error:
+            raise gr.Error(shown(error, 2000), print_exception=False) from None
+
+    def gallery(most: int = 48) -> list[dict]:
+        """The newest pictures of the gallery: {"name", "url"} of each."""
+        number = most if isinstance(most, int) and not isinstance(most, bool) and 0 < most <= 10_000 else 48
+        return [{"name": name, "url": address(name)} for name in studio.gallery.names(number)]
+
+    def choices() -> dict:
+        """What may be chosen: models, LoRAs, solvers, schedules, guidance rules, and the limits."""
+        limits = {name: getattr(studio.limits, name) for name in ("size", "steps", "batch", "prompt", "waiting")}
+        names = {"models": studio.models.names(), "loras": list(studio.models.lora_paths())}
+        return names | {"solvers": list(SOLVERS), "schedules": list(SCHEDULES), "guidance_rules": list(RULES), "limits": limits}
+
+    gr.api(generate, api_name="generate", concurrency_limit=None)
+    gr.api(gallery, api_name="gallery", concurrency_limit=None)
+    gr.api(choices, api_name="choices", concurrency_limit=None)
+
+
+def sent(what: str, value: Any) -> bytes | None:
+    """The bytes of a file that was sent along; Gradio has seen to it that it is one. Raises InputError for anything else."""
+    if value is None:
+        return None
+    path = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(path, str):
+        raise InputError(f"{what} is no file; send it by gradio_client's handle_file")
+    from gradio.utils import get_upload_folder, is_in_or_equal
+
+    if not is_in_or_equal(path, get_upload_folder()) or not Path(path).is_file():
+        raise InputError(f"{what} is no file that was sent here")
+    return read_bytes(path)
