@@ -225,8 +225,8 @@ def test_keys_alone_are_enough(opened):
     page.wait_for_function("document.querySelector('#details .file b') !== null")
     unnamed = page.evaluate(
         """[...document.querySelectorAll("input, textarea, button, img, select")].filter(each => each.offsetParent !== null &&
-        !(each.labels?.length || each.ariaLabel || each.title || each.alt || each.innerText || each.querySelector?.('img[alt]') || each.getAttribute("aria-labelledby")
-          || each.closest("label"))).map(each => each.outerHTML.slice(0, 200))"""
+        !(each.labels?.length || each.ariaLabel || each.title || each.alt || each.innerText || each.querySelector?.("img[alt]")
+          || each.getAttribute("aria-labelledby") || each.closest("label"))).map(each => each.outerHTML.slice(0, 200))"""
     )
     assert not unnamed
 
