@@ -55,14 +55,12 @@ def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
 
-    from latentfm.data.cache.stat_cache import StatCache
-    from latentfm.data.from_options import open_dataset, prepared_data
     from latentfm.data.sources import summary
     from latentfm.errors import InputError
-    from latentfm.files import expanded
     from latentfm.planning.run import plan_run
     from latentfm.training.distributed.processes import launched
     from latentfm.training.models import load_models
+    from latentfm.training.pairs import listed_data
     from latentfm.training.precision import computing_device
     from latentfm.training.records.progress import Progress
     from latentfm.training.samples import prompts_of
@@ -70,12 +68,11 @@ def fill(run: "RunConfig") -> None:
     if run.data.online:
         raise InputError("data.online=true is a run without a cache; leave it out to fill one")
     with launched() as processes:
-        dataset = open_dataset(run.data, StatCache(expanded(run.data.cache)), processes)
-        if processes.rank == 0:
-            print(summary(dataset), flush=True)
         models = load_models(run.model, weights=False, device=computing_device(int(os.environ.get("LOCAL_RANK", 0))))
         plan = plan_run(run)
-        data = prepared_data(dataset, plan.data, models, run.data, processes)
+        dataset, data = listed_data(run, plan, models, processes)
+        if processes.rank == 0:
+            print(summary(dataset), flush=True)
         before, began = data.existing_keys(), time.monotonic()
         with Progress(processes.rank == 0) as progress:
             made = data.prepare(progress)
@@ -95,7 +92,7 @@ def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -
             were = "was" if there - new == 1 else "were"
             entries = count(there, "entry", "entries")
             print(f"{kind}: {entries}, {size / 2**20:,.1f} MiB; {new:,} made now, {there - new:,} {were} there")
-    pictures = found["moments"][1]
+    pictures = found["moments"][1] + found["pairs"][1]
     pace = f", {pictures / seconds:,.1f} images/s" if pictures else ""
     print(f"{sum(size for _, _, size in found.values()) / 2**20:,.1f} MiB in {shown(folder)}, {seconds:.1f} s{pace}")
 

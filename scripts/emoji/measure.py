@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from captions import named
 from english import article
@@ -107,12 +108,20 @@ def spread(rows: list[dict], each: int) -> list[dict]:
 
 
 def measured_vae(folder: Path, pictures: Path) -> dict:
-    """PSNR, SSIM and edge strength of the VAE on the held-out renders."""
-    from autoencoder import quality
-    from build import pictures_of
+    """Means over the held-out renders: PSNR in dB and the worst, SSIM, and edges as a share of the renders' own."""
     from diffusers import AutoencoderKL
 
-    return quality(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), pictures_of(pictures / "held_out"))
+    from latentfm.data.images import to_tensor
+    from latentfm.training.vae.quality import measures, reconstructed
+
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    renders = torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted((pictures / "held_out").glob("*.png"))])
+    parts = []
+    for part in renders.split(64):
+        output, mean, logvar = reconstructed(vae, part)
+        parts.append(measures(output, part, mean, logvar))
+    found = {name: torch.cat([part[name] for part in parts]) for name in ("psnr", "ssim", "edges")}
+    return {name: value.mean().item() for name, value in found.items()} | {"worst_psnr": found["psnr"].min().item(), "of": len(renders)}
 
 
 def main() -> None:

@@ -105,6 +105,6 @@ def find_by_all(rank: int, world: int, find: Find, items: Sequence[Any], name: s
             raise as_told(*answer["failed"])
         found[other::world] = answer["found"]
     if store.add("done", 1) == world:  # the last one clears up
-        for other in range(world):
-            store.delete_key(str(other))
+        for key in (*map(str, range(world)), "done"):
+            store.delete_key(key)
     return found
