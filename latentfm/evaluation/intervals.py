@@ -11,6 +11,7 @@ from scipy import stats
 
 LEVEL = 0.95
 GROUPS = 20  # of prompts that are left out in turn
+BIASED = ("fid", "cmmd", "mmd")  # by something over the number of pictures; precision and the like are defined for a number of them
 PERMUTATIONS = 20_000
 
 
@@ -68,8 +69,8 @@ def student(values: np.ndarray) -> float:
 def jackknife(statistic: Callable[[np.ndarray], dict[str, float]], prompts: Sequence[int], of: int) -> dict[str, dict[str, float]]:
     """Figures of `statistic(prompts that are kept)`, with intervals by leaving out one group of prompts at a time (Shao and Wu 1989).
 
-    "bias" is the jackknife's estimate of how far too high the value is for there being so few pictures; low and high are around the value
-    without it, and "p" is that of its being 0, for differences. of: how many pictures there are.
+    "bias" of those in BIASED is the jackknife's estimate of how far too high the value is for there being so few pictures; low and high
+    are around the value without it, and "p" is that of its being 0, for differences. of: how many pictures there are.
     """
     prompts = np.unique(np.asarray(prompts))
     groups, whole = np.arange(len(prompts)) % GROUPS, statistic(prompts)
@@ -80,7 +81,7 @@ def jackknife(statistic: Callable[[np.ndarray], dict[str, float]], prompts: Sequ
     found = {}
     for name, value in whole.items():
         left = np.array([each[name] for each in without])
-        bias = (number - 1) * (left.mean() - value)
+        bias = (number - 1) * (left.mean() - value) if name in BIASED else 0.0
         error = math.sqrt((number - 1) * left.var())
         half = stats.t.ppf(0.5 + LEVEL / 2, number - 1) * error
         p = 2 * stats.t.sf(abs(value - bias) / error, number - 1) if error else float(value == bias)

@@ -134,8 +134,8 @@ def table(report: dict[str, Any]) -> str:
     numbers = "".join(f"<th{' class=n' if place else ''}>{escape(head)}</th>" for place, head in enumerate(heads))
     note = (
         "Intervals and p are over prompts: shares by Wilson's interval with the prompts' design effect, means by Student's, distances "
-        "between sets by leaving out a twentieth of the prompts at a time, around the value without the bias of few pictures (report.json "
-        "has it), so that an interval of FID may lie below its value. The real pictures are taken as they are."
+        "between sets by leaving out a twentieth of the prompts at a time, those of FID, CMMD and MMD around the value without the bias of "
+        "few pictures (report.json has it), so that they may lie below it. The real pictures are taken as they are."
     )
     if compared:
         note += f" Differences are {shown(models[1]['name'], 60)} less {shown(models[0]['name'], 60)}, prompt by prompt; each p by itself."
