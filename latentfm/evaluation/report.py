@@ -182,7 +182,7 @@ def image(path: Path) -> str:
     picture, buffer = open_rgb(path), io.BytesIO()
     picture.thumbnail((2 * SIDE, 2 * SIDE))
     picture.save(buffer, "PNG")
-    return f'<img alt="" loading="lazy" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def pictures(report: dict[str, Any], model: dict[str, Any], folder: Path) -> str:
