@@ -28,6 +28,13 @@ def app(
         Path | None, typer.Option(help="A folder of LoRAs to offer: files of safetensors, and folders of trainings.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing; what is in it is the gallery.")] = Path("outputs"),
+    runs: Annotated[
+        Path, typer.Option(help="A folder of trainings: the second tab follows them, stops them and goes on with them.")
+    ] = Path("runs"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of folders of pictures, that trainings may be started on from the page.", show_default=False),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on. 0.0.0.0 is every one of this machine's, and needs a password.")
     ] = "127.0.0.1",
@@ -59,8 +66,9 @@ def app(
     check_can_be_written(out, "--out")
     for folder in model or []:
         model_folder(folder)
-    if loras is not None and not loras.is_dir():
-        raise InputError(f"--loras {loras} is no folder")
+    for option, folder in (("--loras", loras), ("--data", data)):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"{option} {folder} is no folder")
     secret = asked_password() if password else os.environ.get(PASSWORD) or None
     local = host in LOOPBACK
     if not local and secret is None and not without_password:
@@ -71,7 +79,11 @@ def app(
         import gradio  # noqa: F401
     except ImportError:
         raise InputError('the page needs Gradio: pip install "latentfm[app]"') from None
-    run(Limits(max_size, max_steps, max_batch, max_prompt, max_waiting, batch), model or [], loras, out, host, port, secret, device, dtype)
+    if not local and secret is None and data is not None:
+        raise InputError("--data lets visitors start trainings: that needs a password where others can reach the page")
+    tab = None if not local and secret is None else (runs, data)
+    bounds = Limits(max_size, max_steps, max_batch, max_prompt, max_waiting, batch)
+    run(bounds, model or [], loras, out, tab, host, port, secret, device, dtype)
 
 
 def asked_password() -> str:
@@ -87,21 +99,23 @@ def asked_password() -> str:
 
 
 def run(
-    limits: Limits, models: list[Path], loras: Path | None, out: Path, host: str, port: int | None, secret: str | None, device: str,
-    dtype: str,
+    limits: Limits, models: list[Path], loras: Path | None, out: Path, tab: tuple[Path, Path | None] | None, host: str, port: int | None,
+    secret: str | None, device: str, dtype: str,
 ) -> None:  # fmt: skip
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C; with `tab`, folders of runs and of pictures, its second one is there."""
     from latentfm.web.serve import application, harmless_errors, listening, private_uploads, server
 
     with private_uploads() as uploads, harmless_errors():
         from latentfm.web.models import Models
         from latentfm.web.studio import Studio
+        from latentfm.web.training import training_tab
 
         quiet_libraries()
         found = listening(host, port)
         studio = Studio.of(Models(models, loras, device, dtype), limits, out)
         local = host in LOOPBACK
-        served = application(studio, uploads, secret, local)
+        training = None if tab is None else lambda: training_tab(*tab)
+        served = application(studio, uploads, secret, local, training)
         name = f"[{host}]" if ":" in host else host
         if not local:
             who = "with the password" if secret else "WITHOUT A PASSWORD"
