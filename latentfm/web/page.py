@@ -12,6 +12,7 @@ from latentfm.web.reuse import DEFAULTS
 from latentfm.web.studio import Studio
 
 NO_LORA = "none"
+SESSIONS = 200  # whose state is kept: Gradio's 10,000 would be a gigabyte, for each call of a program is one
 CHOOSING = """
 element.addEventListener("click", (event) => {
   const picture = event.target.closest(".choose");
@@ -46,6 +47,7 @@ def page(studio: Studio, training: Callable[[], object] | None = None) -> gr.Blo
         endpoints.add(studio)
     for block in blocks.blocks.values():
         fetch_nothing(block)
+    blocks.state_session_capacity = SESSIONS
     return blocks.queue(default_concurrency_limit=None)
 
 
