@@ -20,7 +20,7 @@ def add(studio: Studio) -> None:
         negative: str = "",
         size: str = "",
         steps: str = "28",
-        guidance: str = "3",
+        guidance: str = "",
         guidance_rule: str = "cfg",
         solver: str = OWN,
         schedule: str = "model",
@@ -35,7 +35,8 @@ def add(studio: Studio) -> None:
     ) -> AsyncIterator[list[dict]]:
         """Draws pictures; gives {"name", "url", "settings"} of each that is finished, the last time of all of them.
 
-        steps, guidance and solver may be several, "4,8,16". seed: a new one unless given. image, mask: gradio_client.handle_file of the
+        steps, guidance and solver may be several, "4,8,16". guidance: 3 unless given, or 1 of weights that have it in them. seed: a new
+        one unless given. image, mask: gradio_client.handle_file of the
         picture to begin from, and of one that is white where it is drawn anew. A url is below the page's own.
         """
         values: dict[str, Any] = {
