@@ -314,11 +314,14 @@ def wait_for(true, seconds=240):
 
 
 @pytest.fixture
-def nothing_left_running(known):
+def nothing_left_running(known, monkeypatch):
+    """Whatever was started is ended with the test, whether or not it has come to claim its folder."""
+    begun, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: begun.append(popen(*words, **more)) or begun[-1])
     yield
-    for name in known.names():
-        if (number := holder(known.folder / name)) > 0:
-            os.kill(number, signal.SIGKILL)
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
