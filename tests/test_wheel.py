@@ -21,6 +21,7 @@ def test_generate_from_the_wheel(tmp_path: Path) -> None:
         names = archive.namelist()
     assert any(name.startswith("latentfm/assets/emoji/transformer/") for name in names)
     assert {"latentfm/configs/quickstart.yaml", "latentfm/configs/accelerate/ddp-8.yaml"} <= set(names)
+    assert {"latentfm/assets/detector/model.safetensors", "latentfm/assets/detector/prompts.jsonl"} <= set(names)
     assert not any(name.startswith(("tests/", "scripts/")) for name in names)
     empty = tmp_path / "empty"
     empty.mkdir()
