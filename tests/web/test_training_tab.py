@@ -172,7 +172,9 @@ def test_the_check_says_what_the_dry_run_of_the_command_line_says(known, monkeyp
     monkeypatch.setenv("COLUMNS", "160")
     words, found, text = known.check(Wanted("cats", "tiny.yaml", "a", steps=4))
     done = CliRunner().invoke(app, ["train", *words, "--dry-run"])
-    assert done.exit_code == 0 and text == done.stdout and found["steps"]["steps"] == 4
+    assert done.exit_code == 0 and found["steps"]["steps"] == 4
+    steady, told = ([line for line in lines.splitlines() if " GiB" not in line] for lines in (text, done.stdout))  # what is free changes
+    assert steady == told and len(told) > 30
     assert not known.folder.exists()
     with pytest.raises(InputError) as refused:
         known.check(Wanted("cats", "tiny.yaml", "a", trains=ADAPTER, rank=0))
