@@ -89,6 +89,22 @@ class SourceOptions(Section):
         return self.name or re.split(r"[/\\]", self.place.rstrip("/\\"))[-1]
 
 
+class PairOptions(Section):
+    """Pairs of noise and the latents that a teacher draws from it, its guidance folded in (reflow, Liu et al. 2022)."""
+
+    prompts: str = Field(description="a file of prompts, one a line, or .csv or .jsonl; the pairs take them in turn")
+    count: int = Field(10_000, ge=1, le=10_000_000, description="pairs; more of them go on where fewer ended")
+    teacher: str | None = Field(None, description="its pipeline folder; model.pipeline if not given")
+    steps: int = Field(28, ge=1, le=MOST_STEPS, description="of the teacher; its solver's error is learned too")
+    guidance: float | None = Field(
+        None, ge=0, le=MOST_GUIDANCE, description="what the student will draw at guidance 1; 3 if not given, of a teacher made so itself 1"
+    )
+    solver: Solver | None = Field(None, description="of the teacher; its scheduler's if not given")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="what the teacher computes in")
+    at_once: int = Field(16, ge=1, le=MOST_AT_ONCE, description="pairs drawn together: memory against speed")
+    seed: int = Field(0, ge=0, le=LAST_SEED, description="each pair's noise is a function of it and of the pair's number alone")
+
+
 class PictureOptions(Section):
     """Which pictures there are, and the shapes they are brought to."""
 
@@ -125,6 +141,10 @@ class PictureOptions(Section):
 class DataOptions(PictureOptions):
     """The pictures and captions."""
 
+    pairs: PairOptions | None = Field(
+        None,
+        description="instead of pictures, of `latentfm reflow`: {prompts, count, teacher, steps, guidance, solver, dtype, at_once, seed}",
+    )
     caption: str | None = Field(
         None, description="one caption for every picture, as \"a photo of sks dog\", whatever captions there are; a source's own goes first"
     )
@@ -135,6 +155,13 @@ class DataOptions(PictureOptions):
     cache_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the VAE's moments in the cache")
     verify: bool = Field(True, description="check every cached byte at the start; what is damaged later is found when it is read")
     online: bool = Field(False, description="no cache: encode pictures and captions at every step, VAE and encoders staying on the device")
+
+    def check_pairs(self) -> None:
+        """Raises ValueError where options are given that only pictures have, for which pairs stand."""
+        given = {"folder": self.folder, "sources": self.sources, "caption": self.caption, "flip": self.flip, "online": self.online,
+                 "buckets": self.buckets > 1}  # fmt: skip
+        if wrong := [f"data.{name}" for name, value in given.items() if value]:
+            raise ValueError(f"data.pairs stand for pictures: leave them or {', '.join(wrong)} out")
 
     @field_validator("t5_lengths")
     @classmethod
@@ -247,6 +274,9 @@ class TrainOptions(OptimisationOptions):
         default_factory=dict, description="of t_density: {mean: 0, std: 1} of logit_normal, {scale: 1.29} of mode"
     )
     t_shift: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1 trains more at the noisy end (SD3 paper: 3 at 1024 px)")
+    one_step: bool = Field(
+        False, description="train at t = 0 alone, on data.pairs: a single Euler step from the noise to its latents (distillation)"
+    )
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
 
@@ -311,7 +341,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def data_is_given_once_and_divides(self) -> "RunConfig":
-        self.data.check_given_once()
+        if self.data.pairs is not None:
+            self.data.check_pairs()
+        elif self.train.one_step:
+            raise ValueError("train.one_step distils pairs of noise and latents: give data.pairs, or leave it out")
+        else:
+            self.data.check_given_once()
         self.train.check_batch_divides()
         return self
 

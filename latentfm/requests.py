@@ -142,7 +142,7 @@ def values(option: str, text: str, kind: type) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def read_prompts(file: Path) -> list[Prompt]:
+def read_prompts(file: Path, option: str = "--prompts-file") -> list[Prompt]:
     """The prompts of a file, with what they say of their own settings: text (one a line), .csv with a prompt column, or .jsonl.
 
     "-" is standard input: JSON lines where its first line is an object, text otherwise. Raises InputError naming the line that is wrong.
@@ -152,7 +152,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is no UTF-8 text: byte {error.start}") from None
     except InputError as error:
-        raise InputError(f"--prompts-file {error}; it is a UTF-8 file: text with one prompt a line, .csv or .jsonl") from None
+        raise InputError(f"{option} {error}; it is a UTF-8 file: text with one prompt a line, .csv or .jsonl") from None
     kind = file.suffix.lower() if str(file) != "-" else ".jsonl" if text.lstrip().startswith("{") else ".txt"
     if kind == ".csv":
         rows = list(enumerate(csv.DictReader(io.StringIO(text)), start=2))
@@ -162,7 +162,7 @@ def read_prompts(file: Path) -> list[Prompt]:
         rows = [(n, parsed(file, n, line) if kind in (".jsonl", ".ndjson") else {"prompt": line}) for n, line in numbered]
     found = [own_prompt(file, number, row) for number, row in rows]
     if not found:
-        raise InputError(f"--prompts-file {shown(file)} has no prompt in it; write one a line")
+        raise InputError(f"{option} {shown(file)} has no prompt in it; write one a line")
     return found
 
 

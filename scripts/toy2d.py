@@ -3,6 +3,7 @@
     python scripts/toy2d.py                               # the checkerboard; under a minute on two CPU cores
     python scripts/toy2d.py 8gaussians moons --steps 8000
     python scripts/toy2d.py --coupling optimal_transport --schedule cosine
+    python scripts/toy2d.py --reflow 2                    # and what reflow does to few steps, twice: a table besides
 
 For each data set one picture, OUT/toy2d-NAME.png, and four numbers. The picture's rows:
     1  the conditional path p_t(x|z) of one datum z, in time                          (notes, figure 5, top)
@@ -12,6 +13,10 @@ For each data set one picture, OUT/toy2d-NAME.png, and four numbers. The picture
     5  the same for the marginal path and the trained network                         (figures 6 and 9, bottom)
 The numbers: W2, the Wasserstein distance of samples to fresh data, beside that of data to data, which is what chance leaves;
 the path energy and its excess over the least possible one; and log p of fresh data under the model.
+
+--reflow K (Liu et al. 2022): a network of the linear path is trained anew on pairs of noise and what the one before carries it to, K times;
+and, from each of them all, one on the single step from the noise to the end of its pair. The table: how much of the paths' energy is
+bending, and W2 of samples in 1, 2, 4 and 8 steps of Euler's method.
 """
 
 import argparse
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 
 from latentfm import flow
 
+FEW = (1, 2, 4, 8)  # steps
 SHOWN_TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Draw = Callable[[int, torch.Generator], Tensor]  # count points of a data set
 LEFT_OUT = 1e-3  # of the conditional path, whose velocity is singular at t = 1
@@ -99,10 +105,13 @@ def fit(
     steps: int,
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    start: Velocity | None = None,
 ) -> Velocity:
-    """A network fitted to batches of x_t, t and the velocity to predict there."""
+    """A network fitted to batches of x_t, t and the velocity to predict there; it begins as `start` is, or anew."""
     torch.manual_seed(seed)
     network = Velocity()
+    if start is not None:
+        network.load_state_dict(start.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
@@ -129,6 +138,49 @@ def walk(field: flow.Field, x: Tensor, grid: Tensor, diffusion: flow.Diffusion |
     else:
         flow.integrate_sde(field, x, grid, diffusion, generator=torch.Generator().manual_seed(9), on_step=remember)
     return torch.stack(states)
+
+
+PAIRS, CARRIED = 100_000, 50  # of a round, and the steps of the midpoint method that make them
+
+
+def reflowed(teacher: Velocity, steps: int, batch: int, seed: int, one_step: bool = False) -> Velocity:
+    """A network trained on pairs of noise and what the teacher's flow carries it to; of one step at t = 0 alone."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(PAIRS, 2, generator=generator)
+    pairs = flow.reflow_pairs(teacher, noise, flow.uniform_grid(CARRIED), flow.Midpoint())
+
+    def draw_batch() -> tuple[Tensor, Tensor, Tensor]:
+        chosen = torch.randint(PAIRS, (batch,), generator=generator)
+        t = torch.zeros(batch) if one_step else torch.rand(batch, generator=generator)
+        x_t, velocity = flow.sample_path(pairs.z[chosen], pairs.eps[chosen], t)
+        return x_t, t, velocity
+
+    return fit(draw_batch, steps, seed, start=teacher)
+
+
+def few_steps(network: Velocity, data: Draw, points: int = 2048, seed: int = 1) -> tuple[float, list[float]]:
+    """(The share of the path energy that is bending, W2 of samples in 1, 2, 4 and 8 steps of Euler's method to fresh data.)"""
+    generator = torch.Generator().manual_seed(seed)
+    fresh, start = data(points, generator), torch.randn(points, 2, generator=generator)
+    paths = flow.measure_paths(network, start, flow.uniform_grid(100), flow.Midpoint())
+    found = [flow.wasserstein2(flow.integrate(network, start, flow.uniform_grid(steps)), fresh).item() for steps in FEW]
+    return (paths.straightness.mean() / paths.energy.mean()).item(), found
+
+
+def tell_few_steps(network: Velocity, data: Draw, rounds: int, steps: int, batch: int, seed: int) -> None:
+    """Prints the table of --reflow."""
+
+    def row(name: str, network: Velocity) -> None:
+        bending, found = few_steps(network, data)
+        print(f"{name:22}{bending:>9.2%}" + "".join(f"{w2:>9.3f}" for w2 in found), flush=True)
+
+    print(f"{'':22}{'bending':>9}" + "".join(f"{f'W2 in {count}':>9}" for count in FEW))
+    row("flow matching", network)
+    row("  one step of it", reflowed(network, steps, batch, seed + 100, one_step=True))
+    for number in range(1, rounds + 1):
+        network = reflowed(network, steps, batch, seed + number)
+        row(f"reflow {number}", network)
+        row("  one step of it", reflowed(network, steps, batch, seed + 100 + number, one_step=True))
 
 
 def measure(network: Velocity, data: Draw, points: int = 2048, seed: int = 1) -> dict[str, float]:
@@ -211,6 +263,7 @@ def main() -> None:
     parser.add_argument("data", nargs="*", metavar="DATA", default=["checkerboard"], help=f"{', '.join(DATA)}; the first if none is named")
     parser.add_argument("--schedule", choices=flow.SCHEDULES, default="condot")
     parser.add_argument("--coupling", choices=flow.COUPLINGS, default="independent", help="which noise goes with which datum")
+    parser.add_argument("--reflow", type=int, default=0, metavar="K", help="rounds of reflow after it; with --schedule condot")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -222,6 +275,8 @@ def main() -> None:
     for name in ("steps", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.reflow < 0 or (options.reflow and options.schedule != "condot"):
+        parser.error("--reflow takes 0 rounds or more, and straight lines: --schedule condot")
     options.out.mkdir(parents=True, exist_ok=True)
     schedule = flow.SCHEDULES[options.schedule]()
     for name in options.data:
@@ -240,6 +295,8 @@ def main() -> None:
             f"(excess over the least {found['npe']:.1%}), log p {found['log_p']:.3f} nats; "
             f"trained in {trained:.0f} s, all in {time.monotonic() - began:.0f} s; {path}"
         )
+        if options.reflow:
+            tell_few_steps(network, DATA[name], options.reflow, options.steps, options.batch, options.seed)
 
 
 if __name__ == "__main__":

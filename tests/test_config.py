@@ -98,6 +98,7 @@ OUT_OF_RANGE = [
     "train.mixed_precision=yes", "train.weights=fp8", "train.master_weights=perhaps", "train.moments=float16",
     "train.gradient_checkpointing=1.01", "train.gradient_checkpointing=-0.1", "train.token_routing=0.5", "train.token_routing={keep: 0}",
     "train.token_routing={keep: 1.1}", "train.token_routing={first: 1.5}", "train.compile=perhaps", "train.deterministic=perhaps",
+    "train.one_step=perhaps", "data.pairs={prompts: a, count: 0}", "data.pairs={prompts: a, guidance: -1}",
     "train.ema_decay=1", "train.ema_decay=-0.1",
     "train.t_density=normal", "train.t_shift=0", "train.t_shift=.inf", "train.dropout=1.1", "train.dropout=-0.1", "train.dropout_each=2",
     "train.seed=-1", "data.size=big", "data.size=[1, 2, 3]", "data.flip=7", "data.t5_lengths={}", "data.t5_lengths={0: 1}",

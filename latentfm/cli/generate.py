@@ -24,11 +24,12 @@ from latentfm.cli.checks import (
 )
 from latentfm.cli.completion import names
 from latentfm.cli.drawing import Teller
-from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show
+from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say, show
 from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
+from latentfm.models.folder import distilled_guidance, read_info
 from latentfm.requests import Prompt, Request, Settings, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.series import Series
@@ -65,7 +66,11 @@ def generate(
     ] = None,
     steps: Annotated[str, typer.Option(help=f"Steps of the sampler: more is slower and finer. {SWEPT}")] = "28",
     guidance: Annotated[
-        str, typer.Option(help=f"How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal. {SWEPT}")
+        str,
+        typer.Option(
+            help=f"How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal. {SWEPT} Of a model with "
+            "guidance in its weights, as `latentfm reflow` makes them, 1 unless given."
+        ),
     ] = "3",
     solver: Annotated[
         str | None,
@@ -192,7 +197,17 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         given.prompts = [before["prompt"]]
     if given.size is None and "width" in before and "height" in before:
         given.size = f"{before['width']}x{before['height']}"
+    if ctx.get_parameter_source("guidance").name == "DEFAULT" and "guidance" not in before and has_guidance(given.model):
+        given.guidance = "1"
     return given
+
+
+def has_guidance(model: Path | None) -> bool:
+    """Whether a model's weights have guidance in them, so that 1 is their own."""
+    try:
+        return distilled_guidance(read_info(model_folder(model))) is not None
+    except InputError:  # which is told when all options are checked
+        return False
 
 
 @dataclass(frozen=True)
@@ -272,7 +287,8 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         if processes() > 1 and given.device == "auto" and chosen.type == "cuda":
             chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         kind = given.dtype if given.dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
+        with lasting():
+            pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
         add_adapters(pipe, adapters, strengths, given.verify)
         choose_attention(pipe, given.attention, chosen)
         shared = {}

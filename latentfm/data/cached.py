@@ -54,13 +54,17 @@ class CachedData(PreparedData):
         pictures = [(sample, flip) for sample in ordered for flip in self.inventory.flips]
         images = {self.image_key(*picture): picture for picture in pictures}
         masks = {self.mask_key(*picture): picture for picture in pictures if picture[0].mask}
-        texts = sorted({caption for sample in self.samples for caption in sample.captions})
-        prompts = [{self.caption_key(text, length): (text, length) for text in texts} for length in self.lengths]
         return [
-            *(Job("prompts", list(entries.items()), self.encode_captions, CAPTIONS_AT_ONCE) for entries in prompts),
+            *self.caption_jobs(),
             Job("moments", list(images.items()), self.encode_images, IMAGES_AT_ONCE, self.load_image),
             Job("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask),
         ]
+
+    def caption_jobs(self) -> list[Job]:
+        """A job for each T5 length: every caption, each once."""
+        texts = sorted({caption for sample in self.samples for caption in sample.captions})
+        prompts = [{self.caption_key(text, length): (text, length) for text in texts} for length in self.lengths]
+        return [Job("prompts", list(entries.items()), self.encode_captions, CAPTIONS_AT_ONCE) for entries in prompts]
 
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         return [job.wanted[number][1] for job in jobs if job.kind == "prompts" for number in job.missing(self.cache)]
@@ -141,10 +145,14 @@ class CachedData(PreparedData):
             masks = self.entries(self.keys(self.mask_key, [self.samples[index] for index in masked]))
             mask_of = np.full((len(self.samples), len(self.inventory.flips)), -1, np.int32)
             mask_of[masked] = np.arange(len(masks), dtype=np.int32).reshape(len(masked), -1)
-        texts = [table.texts[number] for number in range(len(table.texts))]
-        prompts = {length: self.entries([self.caption_key(text, length) for text in texts]) for length in self.lengths}
         draws = Draws(seed, dropout, self.options.flip, routing)
-        return CachedReader(table, draws, self.entries(self.keys(self.image_key, self.samples)), prompts, masks, mask_of)
+        moments = self.entries(self.keys(self.image_key, self.samples))
+        return CachedReader(table, draws, moments, self.caption_entries(table), masks, mask_of)
+
+    def caption_entries(self, table: SampleTable) -> dict[int, Entries]:
+        """The entries of the table's texts, in its order, for each T5 length."""
+        texts = [table.texts[number] for number in range(len(table.texts))]
+        return {length: self.entries([self.caption_key(text, length) for text in texts]) for length in self.lengths}
 
     def complete(self, batch: Batch, device: torch.device) -> Batch:
         return batch.to(device)
@@ -166,7 +174,7 @@ class CachedData(PreparedData):
         Made are those whose keys were not there, and what this process `made` again.
         """
         self.cache.refresh()
-        found = {kind: (0, 0, 0) for kind in ("moments", "prompts", "masks")}
+        found = {kind: (0, 0, 0) for kind in ("moments", "pairs", "prompts", "masks")}
         for job in self.jobs():
             places = self.cache.find(job.keys)
             there, keys = places[places >= 0], job.keys[places >= 0]

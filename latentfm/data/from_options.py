@@ -9,6 +9,7 @@ from latentfm.data.inventory import Inventory
 from latentfm.data.online import OnlineData
 from latentfm.data.prepared import PreparedData
 from latentfm.data.sources import Columns, Dataset, read_folder, read_sources
+from latentfm.errors import InputError
 from latentfm.files import expanded
 from latentfm.interchange.frozen import FrozenModels
 
@@ -18,6 +19,8 @@ def open_dataset(options: DataOptions, kept: StatCache = NOTHING_KEPT, processes
 
     Raises InputError when there is nothing to train on.
     """
+    if options.pairs is not None:
+        raise InputError("data.pairs hold no pictures to look at; give data.folder or data.sources instead")
     if options.folder:
         columns = Columns(caption=options.caption and options.caption.strip())
         return processes.first(lambda: read_folder(expanded(options.folder), columns, kept), "sources")

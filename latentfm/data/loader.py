@@ -63,7 +63,7 @@ class Routing:
 class Batch:
     """What one forward pass needs. moments [B, 2C, h, w] float32; draws as named, one row a sample; ids for error messages.
 
-    A batch that is not encoded yet has pixels and captions instead of moments and parts.
+    A batch that is not encoded yet has pixels and captions instead of moments and parts; one of pairs has latents instead of moments.
     """
 
     moments: Tensor | None
@@ -79,6 +79,7 @@ class Batch:
     prior: Tensor | None = None  # bool [B]: which samples are a regularisation set; None when none is
     pixels: Tensor | None = None  # uint8 [B, 3, H, W]
     captions: list[str] | None = None
+    latents: Tensor | None = None  # [B, C, h, w] float32, the network's own: what eps was carried to
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `function` applied to each of its tensors."""

@@ -88,7 +88,7 @@ from latentfm.flow.schedules import (
     log_snr,
 )
 from latentfm.flow.sde import SCHEMES, Diffusion, EulerMaruyama, Memoryless, PowerOfBeta, Scheme, StochasticHeun, integrate_sde, sde_drift
-from latentfm.flow.straightness import PathMeasures, measure_paths, normalized_path_energy, wasserstein2
+from latentfm.flow.straightness import PathMeasures, measure_paths, measure_states, normalized_path_energy, wasserstein2
 from latentfm.flow.timesteps import (
     DENSITIES,
     CosMap,

@@ -52,11 +52,22 @@ def measure_paths(field: Field, x_0: Tensor, grid: Tensor, solver: Solver = _RK4
         raise ValueError(f"grid must run from 0 to 1, got {grid.tolist()}")
     states: list[Tensor] = []
     x_1 = integrate(field, x_0, grid, solver, on_step=lambda i, t, x: states.append(x))
-    path = torch.stack([x_0.to(x_1.dtype), *states]).reshape(len(grid), len(x_0), -1)
+    return measure_states(torch.stack([x_0.to(x_1.dtype), *states]), grid)
+
+
+def measure_states(states: Tensor, grid: Tensor) -> PathMeasures:
+    """Returns what `measure_paths` does of paths that were walked already: states [n + 1, B, ...] at the grid's times [n + 1].
+
+    Raises:
+        ValueError: there is not one state for each time.
+    """
+    if len(states) != len(grid):
+        raise ValueError(f"there must be a state for each time of the grid, got {len(states)} for {len(grid)}")
+    path = states.reshape(*states.shape[:2], -1)
     h = grid.diff().to(path)
     chords = path.diff(dim=0) / h[:, None, None]
     bends = (chords - (path[-1] - path[0])).square().sum(2)
-    return PathMeasures(x_1=x_1, straightness=h @ bends, energy=h @ chords.square().sum(2))
+    return PathMeasures(x_1=states[-1], straightness=h @ bends, energy=h @ chords.square().sum(2))
 
 
 def normalized_path_energy(energy: Tensor, w2: Tensor | float) -> Tensor:

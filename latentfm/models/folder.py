@@ -109,7 +109,15 @@ def wrong_info(info: Mapping[str, Any]) -> str:
     length = info.get("max_sequence_length", 1)
     if type(length) is not int or not 1 <= length <= MOST_T5_TOKENS:
         return f"max_sequence_length {shown(json.dumps(length), 80)}, which is no number of tokens from 1 to {MOST_T5_TOKENS:,}"
+    guidance = info.get("distilled_guidance", 1.0)
+    if type(guidance) not in (int, float) or not 0 <= guidance < float("inf"):
+        return f"distilled_guidance {shown(json.dumps(guidance), 80)}, which is no strength"
     return ""
+
+
+def distilled_guidance(info: Mapping[str, Any]) -> float | None:
+    """The guidance that a model's weights were trained to draw with by themselves, so that its own is 1; None of other weights."""
+    return info.get("distilled_guidance")
 
 
 def t5_length(info: dict[str, Any]) -> int:

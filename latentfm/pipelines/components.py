@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SD3IPAdapterMixin
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from latentfm.errors import InputError
 from latentfm.interchange.loading.pipelines import COMPONENTS, PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
-from latentfm.models.folder import t5_length
+from latentfm.models.folder import distilled_guidance, t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.preview import colours_of, latent_rgb
 from latentfm.models.text import NullCondition, PromptEncoder
@@ -35,7 +34,7 @@ class Said:
     null: NullCondition = field(default_factory=NullCondition)
 
 
-class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline):
+class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
     """The components of StableDiffusion3Pipeline, by its names. Any may be None: what needs an absent one says so when it is asked.
 
     LoRA and IP-Adapters load, mix, fuse and unload as there: load_lora_weights, set_adapters, fuse_lora, load_ip_adapter and so on.
@@ -53,7 +52,7 @@ class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline
 
     def __init__(
         self,
-        transformer: MMDiT | SD3Transformer2DModel | None,
+        transformer: MMDiT | None,  # or diffusers' own, see registered.py
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: torch.nn.Module | None = None,
@@ -114,6 +113,11 @@ class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline
     @info.setter
     def info(self, value: dict[str, Any]) -> None:
         self.say(Said(value, self._said.null))
+
+    @property
+    def distilled_guidance(self) -> float | None:
+        """The guidance that the weights were trained to draw with by themselves, so that 1 is their own; None of other weights."""
+        return distilled_guidance(self.info)
 
     @property
     def null(self) -> NullCondition:

@@ -11,7 +11,7 @@ from latentfm.errors import InputError
 from latentfm.pipelines.denoising import StepCallback
 from latentfm.pipelines.prompts import Texts
 from latentfm.pipelines.starting import Generators, Noise, at_level, clean_latents, mask_for_latents
-from latentfm.pipelines.text_to_image import STRENGTH, LatentFMPipeline, steps_left_out
+from latentfm.pipelines.text_to_image import STOCK_GUIDANCE, STRENGTH, LatentFMPipeline, steps_left_out
 
 
 class FromPicture(LatentFMPipeline):
@@ -86,7 +86,7 @@ class LatentFMImg2ImgPipeline(FromPicture):
         strength: float = STRENGTH,
         num_inference_steps: int = 50,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float = STOCK_GUIDANCE,
         negative_prompt: Texts = None,
         negative_prompt_2: Texts = None,
         negative_prompt_3: Texts = None,
@@ -176,7 +176,7 @@ class LatentFMInpaintPipeline(FromPicture):
         strength: float = STRENGTH,
         num_inference_steps: int = 50,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float = STOCK_GUIDANCE,
         negative_prompt: Texts = None,
         negative_prompt_2: Texts = None,
         negative_prompt_3: Texts = None,

@@ -5,6 +5,7 @@
     pipe("a slice of pizza", generator=torch.Generator().manual_seed(0)).images[0].save("pizza.png")
 """
 
+import logging
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +26,8 @@ from latentfm.pipelines.prompts import NOTHING_GIVEN, Prompts, Texts
 from latentfm.pipelines.starting import Canvas, Generators, Noise, clean_latents, prepared_picture
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 
+logger = logging.getLogger(__name__)
+STOCK_GUIDANCE = float("7")  # StableDiffusion3Pipeline's; this very object stands for none given, which a caller's own 7.0 is not
 STRENGTH = 0.6  # of a picture to begin from, StableDiffusion3Img2ImgPipeline's
 LongPrompts = Literal["cut", "chunks"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -42,7 +45,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
     ]  # fmt: skip
     _guidance_scale, _skip_layer_guidance_scale, _skip_guidance_layers = 7.0, 2.8, None
     _clip_skip, _joint_attention_kwargs = None, None
-    _num_timesteps, _evaluations, _interrupt = 0, 0, False
+    _num_timesteps, _evaluations, _interrupt, _told_of_guidance = 0, 0, False, False
 
     @property
     def guidance_scale(self) -> float:
@@ -81,6 +84,19 @@ class LatentFMPipeline(Prompts, ImagePrompts):
     def interrupt(self) -> bool:
         """Set pipe._interrupt = True in a step callback to keep the latents as they are from then on."""
         return self._interrupt
+
+    def guidance_of(self, given: Any) -> float:
+        """The scale of a call: 1 where none is given to weights that have guidance in them. More than that is told, once, and done."""
+        scale = real_number("guidance_scale", given, "to guide with; 1 is no guidance, 3 to 7 is usual")
+        inside = self.distilled_guidance
+        if inside is None:
+            return scale
+        if given is STOCK_GUIDANCE:
+            return 1.0
+        if scale > 1 and not self._told_of_guidance:
+            self._told_of_guidance = True
+            logger.warning("this model has guidance %g in its weights: guidance %g comes on top of it; 1 is its own", inside, scale)
+        return scale
 
     def check_inputs(
         self,
@@ -138,7 +154,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         width: int | None = None,
         num_inference_steps: int = 28,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float = STOCK_GUIDANCE,
         negative_prompt: Texts = None,
         negative_prompt_2: Texts = None,
         negative_prompt_3: Texts = None,
@@ -184,7 +200,8 @@ class LatentFMPipeline(Prompts, ImagePrompts):
     ) -> StableDiffusion3PipelineOutput | tuple[list[Image.Image] | Tensor]:
         """Generates pictures; the arguments up to mu are StableDiffusion3Pipeline's, with its picture.
 
-        height, width: pixels, multiples of `size_multiple`. guidance_scale w: v_u + w (v_c - v_u); 1 or less is no guidance.
+        height, width: pixels, multiples of `size_multiple`. guidance_scale w: v_u + w (v_c - v_u); 1 or less is no guidance,
+        and what weights with guidance in them (`distilled_guidance`) draw with unless it is given.
         negative_prompt: what the guidance moves away from, the null condition unless given. generator: one, or a list with one a picture.
         latents: the starting noise [B, C, height / f, width / f]. max_sequence_length: T5 tokens, padding included; the model's own unless
         given (stock diffusers' default is 256). output_type: "pil", "np", "pt" or "latent", in the pipeline's dtype.
@@ -213,7 +230,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         sigmas = None if sigmas is None else numbers("sigmas", sigmas)
         steps = whole_number("num_inference_steps", num_inference_steps if sigmas is None else len(sigmas), most=MOST_STEPS)
         images_each = whole_number("num_images_per_prompt", num_images_per_prompt)
-        scale = real_number("guidance_scale", guidance_scale, "to guide with; 1 is no guidance, 3 to 7 is usual")
+        scale = self.guidance_of(guidance_scale)
         sampler = Sampler(
             steps, scale, solver, schedule, None if shift is None else real_number("shift", shift, "to shift the times by"), guidance,
             real_number("guidance_rescale", guidance_rescale, "from 0 to 1"),

@@ -105,6 +105,8 @@ def given_places(config: RunConfig) -> list[tuple[str, str]]:
     """(option, place) of the local sources."""
     if config.data.folder is not None:
         return [("data.folder", config.data.folder)]
+    if config.data.pairs is not None:
+        return [("data.pairs.prompts", config.data.pairs.prompts)]
     paths = [(f"data.sources.{number}.path", source.path) for number, source in enumerate(config.data.sources)]
     return [(option, path) for option, path in paths if path and "://" not in path]
 

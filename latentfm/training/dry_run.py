@@ -29,6 +29,7 @@ from latentfm.planning.summary import training_summary
 from latentfm.planning.training import cache_bytes, checkpoint_bytes, model_bytes
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import cautions, check
+from latentfm.training.pairs import pairs_of
 from latentfm.training.precision import has_bfloat16
 from latentfm.training.validation import split_held_out
 
@@ -57,7 +58,7 @@ def dry_run(
         if resume:
             check_goes_on(config)
     with problems.collected():
-        dataset = open_dataset(config.data)
+        dataset = open_dataset(config.data) if config.data.pairs is None else pairs_of(config)
     if plan and dataset:
         with problems.collected():
             placed, unreadable = read_pictures(dataset, plan, on_picture)
@@ -84,8 +85,8 @@ def read_pictures(dataset: Dataset, plan: RunPlan, on_picture: Callable[[int, in
     Raises InputError when no picture is left to train on.
     """
     samples, unreadable = dataset.samples, []
-    sizes, readable = np.zeros((len(samples), 2), np.int64), np.ones(len(samples), bool)
-    for number, sample in enumerate(samples):
+    sizes, readable = np.full((len(samples), 2), plan.size, np.int64), np.ones(len(samples), bool)  # pairs are of the run's size
+    for number, sample in enumerate(samples if plan.config.data.pairs is None else ()):
         try:
             sizes[number] = upright_size(sample.path)
         except UnreadableImage as error:

@@ -158,8 +158,11 @@ class TrainingLoop(ABC):
 
     # The training
 
-    def train(self) -> Path:
-        """Trains to the last step and returns the folder of the finished model. Raises Stopped when asked to stop by a signal."""
+    def train(self, last: bool = True) -> Path:
+        """Trains to the last step and returns the folder of the finished model. Raises Stopped when asked to stop by a signal.
+
+        last: whether the processes part afterwards.
+        """
         with self.resources, self.its_end_recorded(), self.stop.listening():
             batches, steps = iter(self.micro_batches()), self.config.train.steps
             self.validate_and_sample()
@@ -176,7 +179,10 @@ class TrainingLoop(ABC):
             target = self.finish()
             self.run_log.event(self.step, "finished")
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if last:
+            self.accelerator.state.destroy_process_group()
         return target
 
     def finish(self) -> Path:

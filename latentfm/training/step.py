@@ -26,12 +26,17 @@ class Objective:
     latent_shift: float
     latent_scale: float
     routing: TokenRouting | None = None
+    one_step: bool = False  # trained at t = 0 alone
 
     @classmethod
     def of(cls, options: TrainOptions, vae: Any) -> "Objective":
         """The objective of `options` for latents of `vae`. Raises InputError for a parameter of the density out of its range."""
         weighting = flow.WEIGHTINGS[options.loss_weighting]
-        return cls(density(options), options.t_shift, weighting, *vae_room.shift_and_scale(vae), options.token_routing)
+        return cls(density(options), options.t_shift, weighting, *vae_room.shift_and_scale(vae), options.token_routing, options.one_step)
+
+    def times(self, u: Tensor) -> Tensor:
+        """The times t that uniform draws u come to, of u's shape."""
+        return torch.zeros_like(u) if self.one_step else flow.draw_t(u, self.density, self.t_shift)
 
 
 def density(options: TrainOptions) -> flow.Density:
@@ -48,7 +53,7 @@ def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, objective:
     Times are drawn by the objective's density; dropped encoders read the null condition (notes, Algorithm 5, with the target
     alpha' z + beta' eps).
     """
-    t = flow.draw_t(batch.u, objective.density, objective.t_shift)
+    t = objective.times(batch.u)
     absent = null.parts(batch.t5_length).map(lambda value: value.to(batch.u.device))
     return losses_at(network, batch, t, batch.parts.drop(batch.dropped, absent), objective), t
 
@@ -56,9 +61,12 @@ def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, objective:
 def losses_at(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, objective: Objective) -> Tensor:
     """The conditional flow-matching loss of each sample at times t [B], [B] float32: the one place where latents are noised.
 
-    z is a draw from the VAE's posterior, scaled; x_t and the target come from the CondOT path.
+    z is a draw from the VAE's posterior, scaled, or of a pair what its eps was carried to; x_t and the target come from the CondOT path.
+    At t = 0 the loss is |(eps + u) - z|^2: that of one Euler step (reflow's distillation, Liu et al. 2022).
     """
-    z = vae_room.sample_latents(batch.moments, batch.vae_noise, objective.latent_shift, objective.latent_scale)
+    z = batch.latents
+    if z is None:
+        z = vae_room.sample_latents(batch.moments, batch.vae_noise, objective.latent_shift, objective.latent_scale)
     path = flow.sample_path(z, batch.eps, t)
     condition = assemble(parts.map(Tensor.float), *condition_widths(network))
     route = None

@@ -16,15 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from latentfm.config import RunConfig
-from latentfm.data.cache.stat_cache import StatCache
-from latentfm.data.from_options import open_dataset, prepared_data
 from latentfm.data.loader import Batch, Dropout
 from latentfm.data.mixture import Mixture
 from latentfm.data.prepared import PreparedData
 from latentfm.data.sources import summary
 from latentfm.data.stream import Stream
 from latentfm.errors import InputError
-from latentfm.files import expanded
 from latentfm.models.backends import check_backend
 from latentfm.planning.run import with_precision
 from latentfm.training.adapters import seed_dropout
@@ -34,6 +31,7 @@ from latentfm.training.distributed.shards import is_split
 from latentfm.training.figures import StepSums
 from latentfm.training.loop import TrainingLoop
 from latentfm.training.models import load_models
+from latentfm.training.pairs import listed_data
 from latentfm.training.precision import compute_dtype, computing_device, has_bfloat16
 from latentfm.training.samples import SamplePictures
 from latentfm.training.step import Objective, cfm_losses, weights_of
@@ -74,10 +72,9 @@ class Trainer(TrainingLoop):
 
     def listed_data(self) -> PreparedData:
         """The run's data, listed by all processes together; its cache is not filled yet."""
-        options = self.config.data
-        dataset = open_dataset(options, StatCache(expanded(options.cache)), self.processes)
+        dataset, data = listed_data(self.config, self.plan, self.models, self.processes)
         self.accelerator.print(summary(dataset))
-        return prepared_data(dataset, self.plan.data, self.models, options, self.processes)
+        return data
 
     def divide_data(self) -> None:
         """What of the data is drawn, in which order, what is held out, and what is drawn with it: stream, reader, validation, pictures."""
@@ -174,10 +171,13 @@ class Trainer(TrainingLoop):
             self.run_log.event(self.step, f"no pictures: {problem}")
 
 
-def train(config: RunConfig, resume: bool = False) -> Path:
-    """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved."""
+def train(config: RunConfig, resume: bool = False, last: bool = True) -> Path:
+    """Runs a training from its options; returns the folder of the finished pipeline. Raises Stopped when a signal ended it, saved.
+
+    last: whether its processes part afterwards.
+    """
     model = finished(with_precision(config, has_bfloat16(computing_device()))) if resume else None
     if model is not None:
         print(f"{shown(model.parent)} is finished already")
         return model
-    return Trainer(config, resume).train()
+    return Trainer(config, resume).train(last)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentfm import flow
 from latentfm.data.loader import Batch, Reader
 from latentfm.data.sources import Sample
 from latentfm.errors import Failure, InputError
@@ -70,7 +69,7 @@ class Validation:
     def grid(self) -> Tensor:
         """The times, ascending, float32 [times]."""
         middles = (torch.arange(self.times, dtype=torch.float64) + 0.5) / self.times
-        return flow.draw_t(middles, self.objective.density, self.objective.t_shift).flip(0)  # t falls as u rises
+        return self.objective.times(middles).float().flip(0)  # t falls as u rises
 
     def passes(self, rank: int, world: int) -> list[tuple[list[int], int]]:
         """The forward passes of one process: (places in `indices`, how many of them count), the rest repeating one of the same bucket.

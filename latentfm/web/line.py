@@ -150,6 +150,8 @@ class Line:
         job.notes += pipe.prompt_warnings(list(dict.fromkeys([wish.prompt, wish.base.negative or ""])))
         if wish.base.negative and max(wish.sweeps["guidance"]) <= 1:
             job.notes.append("the negative prompt does nothing without guidance; it needs more than 1")
+        if pipe.distilled_guidance is not None and max(wish.sweeps["guidance"]) > 1:
+            job.notes.append(f"this model has guidance {pipe.distilled_guidance:g} in its weights already: 1 is its own")
         job.tell(steps=sum(each.settings.sampler.num_inference_steps for each in asked))
         batch = 1 if "dormand_prince" in wish.sweeps["solver"] else self.limits.at_once
         Series(pipe, {}, common, self.out, bool(wish.swept), wish.swept, job).draw(asked, batch, wish.count)

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from captions import named
 from english import article
-from judge import Judge, features, interval
+from judge import Judge, features
 from PIL import Image
 from scenes import scene_from, vocabulary
 from sets import PLAIN, Icon, read_catalogue
 
 from latentfm.data.images import open_rgb
+from latentfm.evaluation.intervals import wilson
 from latentfm.pictures import grid
 
 PARTS = ("vae", "plain", "styled", "pairs", "wordings", "composed")
@@ -36,7 +37,7 @@ SHOWN = 24  # pictures of a sheet
 
 def share(right: list[bool]) -> dict[str, float]:
     """A share with its interval, as results.json has it."""
-    low, high = interval(sum(right), len(right))
+    low, high = wilson(sum(right) / len(right), len(right))
     return {"share": sum(right) / len(right), "low": low, "high": high, "of": len(right)}
 
 

@@ -82,3 +82,29 @@ def test_what_sliders_and_programs_give_is_taken():
 def test_what_cannot_be_is_refused_by_its_name(values, said):
     with pytest.raises(InputError, match=said):
         wish(**values)
+
+
+def test_a_model_with_guidance_in_its_weights_is_drawn_at_1_unless_more_is_asked(saved, tmp_path):
+    import json
+    import shutil
+
+    from latentfm.web.line import Line
+    from latentfm.web.models import Models
+    from latentfm.web.studio import Studio
+
+    folder = tmp_path / "fast"
+    shutil.copytree(saved, folder)
+    (folder / "latentfm_manifest.txt").unlink()
+    info = json.loads((folder / "latentfm.json").read_text())
+    (folder / "latentfm.json").write_text(json.dumps(info | {"distilled_guidance": 3.0}))
+    models = Models([folder, saved], None, "cpu", "float32")
+    assert [models.guidance(name) for name in (*models.names()[:2], "nothing")] == [1.0, 3.0, 3.0]
+    studio = Studio(models, LIMITS, None, line := Line(models, LIMITS, tmp_path / "out"))
+    asked = [studio.ask({"prompt": "a cat", "steps": 1, "guidance": each}) for each in ("", 2)]
+    assert [job.wish.sweeps["guidance"] for job in asked] == [[1.0], [2.0]]
+    with line.lock:
+        line.lock.wait_for(lambda: not line.jobs, timeout=1)  # which nobody tells
+    while line.jobs:
+        line.worker.join(0.1)
+    assert [job.state for job in asked] == ["done", "done"]
+    assert not asked[0].notes and "guidance 3 in its weights" in asked[1].notes[0]

@@ -28,7 +28,7 @@ from latentfm.errors import InputError
 from latentfm.words import count, listed, shown
 
 logger = logging.getLogger(__name__)
-KINDS = ("moments", "prompts", "masks", "checks", "conditions")
+KINDS = ("moments", "pairs", "prompts", "masks", "checks", "conditions")
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 INDEX = np.dtype([
     ("key", "S32"), ("crc", "<u4"), ("layout", "<u4"), ("shard", "<u4"), ("length", "<u4"), ("offset", "<u8"), ("rank", "u1"),

@@ -27,6 +27,7 @@ from latentfm.models.stored import is_pickle
 from latentfm.models.text import NULL_FILE
 from latentfm.training.checkpoint.storage import LARGEST_FILE
 from latentfm.training.models import Models
+from latentfm.training.pairs import folded_guidance
 
 ADAPTER_FOLDER = "lora"  # beside the pipeline
 NETWORK_FILE = "diffusion_pytorch_model"
@@ -76,7 +77,9 @@ def write_around(folder: Path, models: Models, config: RunConfig, lengths: list[
     train = config.train
     trained: dict[str, Any] = {"steps": train.steps, "batch_size": train.batch_size, "seed": train.seed, "t5_lengths": lengths}
     trained |= {"adapter": train.adapter.model_dump(mode="json")} if train.adapter else {}
-    (folder / INFO_FILE).write_text(json.dumps({"format": 1, **models.info, "trained": trained}, indent=2) + "\n", "utf-8")
+    guidance = None if config.data.pairs is None else folded_guidance(config)[1]
+    distilled = {} if guidance is None else {"distilled_guidance": guidance}
+    (folder / INFO_FILE).write_text(json.dumps({"format": 1, **models.info, **distilled, "trained": trained}, indent=2) + "\n", "utf-8")
     write_stock_names(folder)
 
 
