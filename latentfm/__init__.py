@@ -6,7 +6,7 @@ Public names are imported when first used, so that `import latentfm` is instant.
 import importlib
 from typing import Any
 
-from latentfm import quantised
+from latentfm import lazy_imports
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOMES = {
 }
 __all__ = ["__version__", *_HOMES]
 
-quantised.install()
+lazy_imports.install()
 
 
 def __getattr__(name: str) -> Any:

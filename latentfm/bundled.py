@@ -15,6 +15,14 @@ def bundled_model() -> Path:
     raise InputError("the bundled model is missing from this installation; give a pipeline folder with --model, or reinstall latentfm")
 
 
+def detector_folder() -> Path:
+    """The folder of the detector for the bundled model's art, and of its prompts. Raises InputError when the installation lacks it."""
+    folder = bundled_model().parent / "detector"
+    if not (folder / "config.json").is_file():
+        raise InputError("the emoji detector is missing from this installation; name another with --detector, or reinstall latentfm")
+    return folder
+
+
 def bundled_configurations() -> dict[str, Path]:
     """The commented configurations of runs by name, as "quickstart.yaml"; none where the installation lacks them."""
     package = Path(__file__).resolve().parent

@@ -135,7 +135,7 @@ class Series:
         """The values of the swept options that a request is drawn with, by the option's name."""
         names = ("steps", "guidance", "solver")
         found = {name: "own" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-                 for name, value in zip(names, request.swept, strict=True)}  # fmt: skip
+                 for name, value in zip(names, request.swept, strict=False)}  # fmt: skip
         return {name: found[name] for name in self.swept}
 
     def save_sheet(self, asked: list[Request], made: list[tuple[Request, Path]], thumbnails: "list[Image.Image]", number: int) -> None:

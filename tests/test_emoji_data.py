@@ -269,3 +269,16 @@ def test_a_set_whose_licence_changed_is_refused(packages: Path, monkeypatch) -> 
     (packages / "blob" / "info.json").write_text('{"license": {"spdx": "CC-BY-SA-4.0"}}')
     with pytest.raises(SystemExit, match="noto-v1.* is CC-BY-SA-4.0, not Apache-2.0"):
         sets.fetch(packages)
+
+
+def test_the_vae_is_trained_by_options_that_there_are(tmp_path):
+    import build
+
+    from latentfm.config import load_config
+    from latentfm.training.vae.checks import data_plan
+    from latentfm.training.vae.options import VAEConfig
+
+    config = load_config(None, [*build.VAE, f"data.folder={tmp_path}", f"output.folder={tmp_path / 'vae'}"], VAEConfig)
+    size, plan = data_plan(config)
+    assert size == (64, 64) and plan.factor == 8 and config.model.latent_channels == 16 and config.output.dtype == "float16"
+    assert build.resumed(tmp_path / "vae") == []

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "emoji"))
 import scenes
-from judge import Judge, interval
+from judge import Judge
 from scenes import EXAMINED, Scene, Thing, draw
 
 NOUNS = ("fox", "apple", "drum", "owl", "kite", "lemon")
@@ -63,9 +63,3 @@ def test_scenes_of_another_style_are_not_judged(judge) -> None:
     scene = Scene("one", "flat", (THINGS[0],), "one", None)
     with pytest.raises(ValueError, match="noto style at 128 pixels, not flat"):
         judge.verdict(drawn(judge, scene), scene)
-
-
-def test_the_interval_of_a_share() -> None:
-    """Newcombe 1998, table I: Wilson's interval of 81 in 263 is 0.2553 to 0.3662; none of 20 has an upper end of 0.1611."""
-    assert interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)

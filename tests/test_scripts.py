@@ -1,5 +1,6 @@
-"""The scripts that draw and compare in the plane, run small."""
+"""The scripts that draw and compare in the plane, and the pipelines' speed, run small."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,43 @@ def test_the_frechet_distance_of_classes_is_that_of_gaussians(classes):
     assert abs(classes.frechet_distance(a, a)) < 1e-9
     # of N(0, I) and N(m, s^2 I): |m|^2 + 3 (1 - s)^2
     assert abs(classes.frechet_distance(a, 2 * b + 1) - 6) < 0.2
+
+
+@pytest.fixture
+def bench_pipeline(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import bench_pipeline
+
+    return bench_pipeline
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of the tables' rows, headings left out."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| ")]
+
+
+def test_warm_pipelines_are_compared(bench_pipeline, capsys, monkeypatch):
+    small = ["--parts", "warm", "--steps", "1", "--repeats", "1", "--pictures", "1", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["bench_pipeline.py", *small])
+    bench_pipeline.main()
+    printed = capsys.readouterr().out
+    _, defaults, own = rows(printed)
+    assert defaults[:3] == ["stock's defaults", "float32", "1"] and own[0] == "16 tokens" and "median of 1" in printed
+    assert all(float(cell) > 0 for row in (defaults, own) for cell in row[3:])
+
+
+def test_a_whole_process_is_measured_and_its_failure_told(bench_pipeline, tmp_path):
+    wall, used, memory = bench_pipeline.whole_process([sys.executable, "-c", "kept = bytes(50_000_000); sum(range(10**6))"], tmp_path)
+    assert wall > 0.01 and used > 0.01 and memory > 50
+    with pytest.raises(RuntimeError, match="told so"):
+        bench_pipeline.whole_process([sys.executable, "-c", "raise SystemExit('told so')"], tmp_path)
+
+
+@pytest.mark.slow
+def test_whole_processes_are_compared(bench_pipeline, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_pipeline.py", "--parts", "cold", "--steps", "1", "--repeats", "1"])
+    bench_pipeline.main()
+    _, *found = rows(capsys.readouterr().out)
+    others = ["latentfm train --dry-run", "latentfm data check"]
+    assert [row[0].split(",")[0] for row in found] == ["stock", "latentfm generate"] * 2 + others
+    assert all(float(cell.replace(",", "")) > 0 for row in found for cell in row[1:4])

@@ -1,4 +1,4 @@
-"""The built wheel carries the bundled model: `latentfm generate` works from it in an empty folder."""
+"""The built wheel carries the bundled model and the configurations: `latentfm generate` works from it in an empty folder."""
 
 import os
 import subprocess
@@ -20,6 +20,8 @@ def test_generate_from_the_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
         names = archive.namelist()
     assert any(name.startswith("latentfm/assets/emoji/transformer/") for name in names)
+    assert {"latentfm/configs/quickstart.yaml", "latentfm/configs/accelerate/ddp-8.yaml"} <= set(names)
+    assert {"latentfm/assets/detector/model.safetensors", "latentfm/assets/detector/prompts.jsonl"} <= set(names)
     assert not any(name.startswith(("tests/", "scripts/")) for name in names)
     empty = tmp_path / "empty"
     empty.mkdir()

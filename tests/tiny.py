@@ -111,6 +111,47 @@ def tiny_pipeline(
     return folder
 
 
+def full_vocabulary(place: Path, with_t5: bool = True) -> Path:
+    """A foreign single file whose CLIPs are 64 wide and have CLIP's whole vocabulary, and whose VAE has 16 channels as SD3's."""
+    import diffusers
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from latentfm.interchange.tensors import read_folder
+    from latentfm.interchange.weights import Part, Weights
+    from latentfm.interchange.writers import write_single
+
+    torch.manual_seed(0)
+    clip = transformers.CLIPTextConfig(
+        vocab_size=49408, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, max_position_embeddings=16,
+        projection_dim=64,
+    )  # fmt: skip
+    models = {
+        "transformer": diffusers.SD3Transformer2DModel(
+            sample_size=8, num_layers=2, num_attention_heads=1, joint_attention_dim=160, caption_projection_dim=64,
+            pooled_projection_dim=128, pos_embed_max_size=8,
+        ),
+        "vae": diffusers.AutoencoderKL(
+            latent_channels=16, block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        "text_encoder": transformers.CLIPTextModelWithProjection(clip),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(clip),
+        "text_encoder_3": transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=50, d_model=160, d_kv=16, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+        ),
+    }  # fmt: skip
+    parts = {}
+    for name, model in models.items():
+        if name == "text_encoder_3" and not with_t5:
+            continue
+        model.save_pretrained(place / name)
+        parts[name] = Part(json.loads((place / name / "config.json").read_text()), read_folder(place / name)[0])
+    write_single(place / "own.safetensors", Weights(place, "", parts), "original", None)
+    save_file(load_file(place / "own.safetensors"), place / "full.safetensors")
+    return place / "full.safetensors"
+
+
 def data_plan(options, folder: Path, lengths=(8,)):
     """What these options of a run's data come to with a pipeline folder's model; prompts of these lengths."""
     from latentfm.planning.model import read_model

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,15 @@ def app(
         Path | None, typer.Option(help="A folder of LoRAs to offer: files of safetensors, and folders of trainings.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures, made when missing; what is in it is the gallery.")] = Path("outputs"),
+    runs: Annotated[
+        Path | None, typer.Option(help="A folder of runs of `latentfm train` to follow in a second tab, live.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder below which pictures lie that may be trained on: --runs are started and stopped there, too.",
+                     show_default=False),
+    ] = None,
+    trainings: Annotated[int, typer.Option(help="How many may train at a time in --runs.")] = 1,
     host: Annotated[
         str, typer.Option(help="The address to listen on. 0.0.0.0 is every one of this machine's, and needs a password.")
     ] = "127.0.0.1",
@@ -52,7 +62,7 @@ def app(
     It is on this machine alone unless --host says otherwise. Whoever asks while others do waits in a queue.
     """
     limits = {"--max-size": max_size, "--max-steps": max_steps, "--max-batch": max_batch, "--max-prompt": max_prompt,
-              "--max-waiting": max_waiting, "--batch": batch}  # fmt: skip
+              "--max-waiting": max_waiting, "--batch": batch, "--trainings": trainings}  # fmt: skip
     check_at_least_one(limits)
     check_name("--device", device.split(":")[0], DEVICES)
     check_name("--dtype", dtype, DTYPES)
@@ -61,6 +71,7 @@ def app(
         model_folder(folder)
     if loras is not None and not loras.is_dir():
         raise InputError(f"--loras {loras} is no folder")
+    check_training_folders(runs, data)
     secret = asked_password() if password else os.environ.get(PASSWORD) or None
     local = host in LOOPBACK
     if not local and secret is None and not without_password:
@@ -71,7 +82,20 @@ def app(
         import gradio  # noqa: F401
     except ImportError:
         raise InputError('the page needs Gradio: pip install "latentfm[app]"') from None
-    run(Limits(max_size, max_steps, max_batch, max_prompt, max_waiting, batch), model or [], loras, out, host, port, secret, device, dtype)
+    limited = Limits(max_size, max_steps, max_batch, max_prompt, max_waiting, batch)
+    run(limited, model or [], loras, out, host, port, secret, device, dtype, None if runs is None else (runs, data, trainings))
+
+
+def check_training_folders(runs: Path | None, data: Path | None) -> None:
+    """Raises InputError for folders of trainings that are not there, or cannot be made."""
+    if data is not None and runs is None:
+        raise InputError(f"--data {data} goes with --runs: give the folder that runs are written to")
+    if data is not None and not data.is_dir():
+        raise InputError(f"--data {data} is no folder; give the one below which the folders of pictures lie")
+    if data is not None:
+        check_can_be_written(runs, "--runs")
+    elif runs is not None and not runs.is_dir():
+        raise InputError(f"--runs {runs} is no folder; give the one in which the folders of runs are")
 
 
 def asked_password() -> str:
@@ -88,7 +112,7 @@ def asked_password() -> str:
 
 def run(
     limits: Limits, models: list[Path], loras: Path | None, out: Path, host: str, port: int | None, secret: str | None, device: str,
-    dtype: str,
+    dtype: str, trainings: tuple[Path, Path | None, int] | None = None,
 ) -> None:  # fmt: skip
     """Serves the page until Ctrl-C."""
     from latentfm.web.serve import application, harmless_errors, listening, private_uploads, server
@@ -101,7 +125,12 @@ def run(
         found = listening(host, port)
         studio = Studio.of(Models(models, loras, device, dtype), limits, out)
         local = host in LOOPBACK
-        served = application(studio, uploads, secret, local)
+        second_tab = None
+        if trainings is not None:
+            from latentfm.web.training.tab import training_tab
+
+            second_tab = partial(training_tab, *trainings)
+        served = application(studio, uploads, secret, local, second_tab)
         name = f"[{host}]" if ":" in host else host
         if not local:
             who = "with the password" if secret else "WITHOUT A PASSWORD"

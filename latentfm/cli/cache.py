@@ -54,15 +54,11 @@ def cache(
 def fill(run: "RunConfig") -> None:
     """Fills the cache of a run and prints what is in it. Raises InputError for what is wrong with the run's data."""
     import os
-    from functools import partial
 
-    import torch
-
-    from latentfm.data.cache.processes import Processes
     from latentfm.data.sources import summary
     from latentfm.errors import InputError
     from latentfm.planning.run import plan_run
-    from latentfm.training.distributed.processes import find_by_all
+    from latentfm.training.distributed.processes import launched
     from latentfm.training.models import load_models
     from latentfm.training.pairs import listed_data
     from latentfm.training.precision import computing_device
@@ -71,29 +67,22 @@ def fill(run: "RunConfig") -> None:
 
     if run.data.online:
         raise InputError("data.online=true is a run without a cache; leave it out to fill one")
-    # told by torchrun and accelerate launch; what they read they tell each other in their store, what they make lies in the folder
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    processes = Processes(rank, world)
-    if world > 1 and "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group("gloo")
-        processes = Processes(rank, world, partial(find_by_all, rank, world))
-    models = load_models(run.model, weights=False, device=computing_device(int(os.environ.get("LOCAL_RANK", 0))))
-    plan = plan_run(run)
-    dataset, data = listed_data(run, plan, models, processes)
-    if processes.rank == 0:
-        print(summary(dataset), flush=True)
-    before, began = data.existing_keys(), time.monotonic()
-    with Progress(processes.rank == 0) as progress:
-        made = data.prepare(progress)
-        data.encode(prompts_of(run.sample, data.samples), plan.model.t5_tokens)
-        data.null({*plan.data.t5_lengths, plan.model.t5_tokens}, models.device)
-    seconds = time.monotonic() - began
-    if processes.rank == 0:
-        captions = len({caption for sample in data.samples for caption in sample.captions})
-        show(data.cache.folder, data.contents(before, made), seconds)
-        print(f"{count(len(data.samples), 'picture')}, {count(captions, 'caption')}", flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # or its threads are still there when the process ends
+    with launched() as processes:
+        models = load_models(run.model, weights=False, device=computing_device(int(os.environ.get("LOCAL_RANK", 0))))
+        plan = plan_run(run)
+        dataset, data = listed_data(run, plan, models, processes)
+        if processes.rank == 0:
+            print(summary(dataset), flush=True)
+        before, began = data.existing_keys(), time.monotonic()
+        with Progress(processes.rank == 0) as progress:
+            made = data.prepare(progress)
+            data.encode(prompts_of(run.sample, data.samples), plan.model.t5_tokens)
+            data.null({*plan.data.t5_lengths, plan.model.t5_tokens}, models.device)
+        seconds = time.monotonic() - began
+        if processes.rank == 0:
+            captions = len({caption for sample in data.samples for caption in sample.captions})
+            show(data.cache.folder, data.contents(before, made), seconds)
+            print(f"{count(len(data.samples), 'picture')}, {count(captions, 'caption')}", flush=True)
 
 
 def show(folder: Path, found: dict[str, tuple[int, int, int]], seconds: float) -> None:

@@ -24,7 +24,7 @@ from latentfm.cli.checks import (
 )
 from latentfm.cli.completion import names
 from latentfm.cli.drawing import Teller
-from latentfm.cli.terminal import progress_bar, quiet_libraries, say, show
+from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say, show
 from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
@@ -287,7 +287,8 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         if processes() > 1 and given.device == "auto" and chosen.type == "cuda":
             chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         kind = given.dtype if given.dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
-        pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
+        with lasting():
+            pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
         add_adapters(pipe, adapters, strengths, given.verify)
         choose_attention(pipe, given.attention, chosen)
         shared = {}

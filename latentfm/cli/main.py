@@ -15,12 +15,14 @@ from latentfm.cli.app import app as page
 from latentfm.cli.cache import cache
 from latentfm.cli.convert import convert
 from latentfm.cli.data import app as data
+from latentfm.cli.evaluate import evaluate
 from latentfm.cli.generate import generate
 from latentfm.cli.info import info
 from latentfm.cli.plan import plan
 from latentfm.cli.reflow import reflow
 from latentfm.cli.terminal import steady_streams
 from latentfm.cli.train import train
+from latentfm.cli.train_vae import train_vae
 from latentfm.cli.verify import verify
 from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
@@ -100,13 +102,38 @@ app.command(
     'latentfm generate "a slice of cake" --image pizza.png --strength 0.7  (from a picture; --mask for a part of it)\n\n'
     'latentfm generate ""  (the empty prompt: an unconditional picture)'
 )(with_homes(generate))
-app.command()(with_homes(train))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine --dry-run  (what it will take)\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine --resume  (after a stop)\n\n"
+    "latentfm train --config configs/quickstart.yaml data.folder=my_pictures output.folder=runs/mine train.adapter.rank=8  (a LoRA)\n\n"
+    "accelerate launch --config_file configs/accelerate/ddp-8.yaml -m latentfm train --config configs/quickstart.yaml  (eight GPUs)"
+)(with_homes(train))
+app.command(
+    "train-vae",
+    epilog="Examples\n\n"
+    "latentfm train-vae --config configs/vae.yaml data.folder=my_pictures output.folder=runs/vae --dry-run\n\n"
+    "latentfm train-vae --config configs/vae.yaml data.folder=my_pictures output.folder=runs/vae\n\n"
+    "latentfm train-vae model.vae=path/to/sd3-medium model.part=decoder data.folder=my_pictures data.size=512 output.folder=runs/decoder"
+    " loss.edges=0.5 validation.held_out=64\n\n"
+    "torchrun --nproc_per_node 8 -m latentfm train-vae --config configs/vae.yaml  (the same run on eight GPUs)",
+)(with_homes(train_vae))
 app.command(
     epilog="Examples\n\n"
     "latentfm reflow --prompts-file prompts.txt --out runs/fast\n\n"
     "latentfm reflow --prompts-file prompts.txt --model sd3 --out runs/fast --pairs 50000 --rounds 2 --one-step train.steps=2000\n\n"
     "torchrun --nproc_per_node 8 -m latentfm reflow --prompts-file prompts.txt --model sd3 --out runs/fast data.pairs.at_once=4"
 )(with_homes(reflow))
+app.command(
+    epilog="Examples\n\n"
+    "latentfm evaluate --out evaluation  (the bundled model, on the prompts and by the detector of its own art)\n\n"
+    "latentfm evaluate runs/mine/model --out evaluation --detector emoji --against runs/before/model\n\n"
+    "latentfm evaluate an/sd3/folder --prompts evaluation_metadata.jsonl --detector models/owlv2 --clip models/clip --out evaluation\n\n"
+    "latentfm evaluate an/sd3/folder --prompts prompts.jsonl --clip models/clip --real photos --sweep steps=4,8,28 --sweep guidance=1..7 "
+    "--out evaluation\n\n"
+    "accelerate launch -m latentfm evaluate runs/mine/model --prompts prompts.jsonl --out evaluation  (a share for each GPU)"
+)(with_homes(evaluate))
 app.command(
     epilog="Examples\n\n"
     "latentfm cache --config configs/quickstart.yaml data.folder=my_pictures\n\n"
@@ -140,6 +167,7 @@ app.command(
     epilog="Examples\n\n"
     "latentfm app  (the bundled model, on this machine)\n\n"
     "latentfm app --model runs/mine/model --loras loras\n\n"
+    "latentfm app --runs runs --data my_pictures  (trainings are followed and started there too)\n\n"
     "latentfm app --host 0.0.0.0 --password  (for others too)",
 )(with_homes(page))
 app.command()(with_homes(info))

@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import gc
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from latentfm.lazy_imports import without_collecting
 from latentfm.words import shown
 
 if TYPE_CHECKING:
@@ -83,13 +85,26 @@ def escaped(error: UnicodeError) -> tuple[bytes, int]:
     return b"".join(parts), error.end
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """A context for what lasts as long as the process, as libraries and a model do: no garbage is looked for in it.
+
+    In what is there after the first, none is looked for later either.
+    """
+    with without_collecting():
+        yield
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
 def quiet_libraries() -> None:
     """Silences diffusers' and transformers' bars and warnings for this process, so that the output is ours; not when debugging."""
     if os.environ.get("LATENTFM_DEBUG") == "1":
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where a base is quantised: it tells of kernels it lacks
-    import diffusers
-    import transformers
+    with lasting():
+        import diffusers
+        import transformers
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()

@@ -9,6 +9,10 @@ import typer
 from latentfm.cli.completion import Overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic.fields import FieldInfo
+
     from latentfm.config import RunConfig
 
 
@@ -44,11 +48,11 @@ def train(
 
     SIGTERM and SIGUSR1 end it after the step under way, saved, with exit code 0 and no path printed; --resume goes on.
     """
-    from latentfm.config import load_config
+    from latentfm.config import OPTIONS, load_config
     from latentfm.errors import Failure, InputError
 
     if options:
-        print(option_table())
+        print(option_table(OPTIONS))
         return
     for option, given in (("--gpu", gpu), ("--gpus", gpus), ("--shard", shard), ("--json", as_json)):
         if given and not dry_run:
@@ -104,12 +108,12 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
         show_dry_run(found)
 
 
-def option_table() -> str:
+def option_table(options: "Mapping[str, FieldInfo]") -> str:
     """Every option as "section.key = default   meaning", one a line."""
-    from latentfm.config import OPTIONS, default_of
+    from latentfm.config import default_of
 
     lines = []
-    for name, option in OPTIONS.items():
-        default = "(required)" if option.is_required() else default_of(name)
+    for name, option in options.items():
+        default = "(required)" if option.is_required() else default_of(name, options)
         lines.append(f"{name} = {default}" + (f"    {option.description}" if option.description else ""))
     return "\n".join(lines)

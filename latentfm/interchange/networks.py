@@ -8,6 +8,7 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, T5Config
 
 from latentfm.models.encoders import BY_NAME
@@ -16,9 +17,21 @@ from latentfm.models.mmdit import MMDiT
 VAES = (AutoencoderKL.__name__, AutoencoderTiny.__name__)
 
 
+class Plain(TorchFunctionMode):
+    """Leaves out of the meta device's work what is done in Python there, and imports torch's compiler: counting, and drawing noise."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.arange and "device" not in kwargs:
+            return function(*args, device="cpu", **kwargs).to("meta")
+        if function in (nn.init.normal_, Tensor.normal_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def empty(name: str, config: dict[str, Any]) -> nn.Module:
     """The network of component `name` without memory: parameters and buffers on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), Plain():
         if name == "transformer":
             return MMDiT.from_config(config)
         if name == "vae":

@@ -1,15 +1,19 @@
 """What diffusers' own features ask of the network: how its tokens are spread over processes, where its blocks have their two streams."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.utils.peft_utils import apply_lora_scale
 
 from latentfm.models.block import Block
 
-# enable_cache: what of a block's results is the image, what the text
-TransformerBlockRegistry.register(
-    Block, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
+# enable_cache: what of a block's results is the image, what the text; as the registry's own register(), which first imports every network
+# that diffusers has
+TransformerBlockRegistry._registry[Block] = TransformerBlockMetadata(
+    return_hidden_states_index=0, return_encoder_hidden_states_index=1, _cls=Block
 )
 
 # enable_parallelism: a picture's tokens over several processes
@@ -39,3 +43,14 @@ def check_parallel(parallel_config: Any, heads: int, image_tokens: int, text_tok
             f"{image_tokens} image tokens, {text_tokens} text tokens and {heads} heads do not divide over "
             f"{processes} processes; ContextParallelConfig(ulysses_anything=True), or ring_anything=True, takes any number"
         )
+
+
+def lora_scaled(forward: Callable) -> Callable:
+    """`forward` with LoRAs at the "scale" of joint_attention_kwargs, as diffusers' apply_lora_scale, which imports peft without one too."""
+    scaled = apply_lora_scale("joint_attention_kwargs")(forward)
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (scaled if "scale" in (kwargs.get("joint_attention_kwargs") or ()) else forward)(self, *args, **kwargs)
+
+    return run

@@ -13,14 +13,13 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentfm.errors import InputError, nearest
 from latentfm.models.backends import ChosenAttention
 from latentfm.models.block import Block, Modulation
-from latentfm.models.diffusers_hooks import CONTEXT_PARALLEL, check_parallel
+from latentfm.models.diffusers_hooks import CONTEXT_PARALLEL, check_parallel, lora_scaled
 from latentfm.models.embeddings import PatchEmbed, TimeTextEmbed
 from latentfm.models.kernels import modulated_norm
 from latentfm.models.packing import pack
@@ -91,6 +90,12 @@ class MMDiT(
         model.initialize()
         return model
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As ConfigMixin, which looks up the class that a stock folder names, and would import every network of diffusers for it."""
+        named = {"_class_name": cls.__name__} if config_dict.get("_class_name") == "SD3Transformer2DModel" else {}
+        return super().extract_init_dict(config_dict | named, **kwargs)
+
     def to_json_string(self) -> str:
         """The configuration as it is saved: under diffusers' class name, so that a saved folder is a stock one."""
         return super().to_json_string().replace('"_class_name": "MMDiT"', '"_class_name": "SD3Transformer2DModel"')
@@ -112,7 +117,7 @@ class MMDiT(
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    @apply_lora_scale("joint_attention_kwargs")
+    @lora_scaled
     def forward(
         self,
         hidden_states: Tensor,

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SD3IPAdapterMixin
 from PIL import Image
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class Said:
     null: NullCondition = field(default_factory=NullCondition)
 
 
-class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline):
+class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
     """The components of StableDiffusion3Pipeline, by its names. Any may be None: what needs an absent one says so when it is asked.
 
     LoRA and IP-Adapters load, mix, fuse and unload as there: load_lora_weights, set_adapters, fuse_lora, load_ip_adapter and so on.
@@ -53,7 +52,7 @@ class Components(PipelineFiles, LoraLoader, SD3IPAdapterMixin, DiffusionPipeline
 
     def __init__(
         self,
-        transformer: MMDiT | SD3Transformer2DModel | None,
+        transformer: MMDiT | None,  # or diffusers' own, see registered.py
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: torch.nn.Module | None = None,

@@ -13,8 +13,28 @@ from latentfm.pipelines.components import Components
 from latentfm.words import shown
 
 
+def mixin() -> type:
+    """SD3IPAdapterMixin, whose methods these are; no base, since its module prepares pictures for transformers, with torchvision."""
+    from diffusers.loaders import SD3IPAdapterMixin
+
+    return SD3IPAdapterMixin
+
+
 class ImagePrompts(Components):
     """A pipeline that can look at pictures through a loaded IP-Adapter."""
+
+    @property
+    def is_ip_adapter_active(self) -> bool:
+        """Whether an IP-Adapter is loaded whose scale is not 0."""
+        return mixin().is_ip_adapter_active.fget(self)
+
+    def set_ip_adapter_scale(self, scale: float) -> None:
+        """Sets how strongly the pictures are looked at: 0 is not at all."""
+        mixin().set_ip_adapter_scale(self, scale)
+
+    def unload_ip_adapter(self) -> None:
+        """Takes the IP-Adapter and its image encoder out again."""
+        mixin().unload_ip_adapter(self)
 
     def load_ip_adapter(
         self,
@@ -45,7 +65,7 @@ class ImagePrompts(Components):
                         feature_extractor=SiglipImageProcessor.from_pretrained(encoder),
                     )
         with reading("the IP-Adapter", "it does not fit this model", also=(KeyError,)):
-            super().load_ip_adapter(source, weight_name, subfolder, None, **kwargs)
+            mixin().load_ip_adapter(self, source, weight_name, subfolder, None, **kwargs)
 
     def encode_image(self, image: Any, device: torch.device) -> Tensor:
         """What the image encoder sees in pictures: its second-to-last hidden states [N, tokens, width]."""

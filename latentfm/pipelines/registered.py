@@ -24,9 +24,12 @@ def register() -> None:
 
 
 def with_our_network(cls: type[DiffusionPipeline]) -> dict[str, tuple[type, ...]]:
-    """The classes that a pipeline's components may have, MMDiT among them wherever SD3Transformer2DModel is."""
+    """The classes that a pipeline's components may have: wherever one of MMDiT and SD3Transformer2DModel is, both."""
+    from diffusers import SD3Transformer2DModel
+
+    both = (MMDiT, SD3Transformer2DModel)
     found = signature_types(cls)
-    return {name: (*kinds, MMDiT) if any(k.__name__ == "SD3Transformer2DModel" for k in kinds) else kinds for name, kinds in found.items()}
+    return {name: (*kinds, *(one for one in both if one not in kinds)) if set(both) & {*kinds} else kinds for name, kinds in found.items()}
 
 
 DiffusionPipeline._get_signature_types = classmethod(with_our_network)

@@ -59,8 +59,8 @@ def cautions(config: RunConfig) -> list[str]:
 # the checks, each raising InputError
 
 
-def check_output(config: RunConfig, resume: bool) -> None:
-    """The output folder can be written, and holds a run if and only if one is to be resumed."""
+def check_output(config: RunConfig, resume: bool, start: str = "model.pipeline") -> None:
+    """The output folder can be written, and holds a run if and only if one is to be resumed. start: the option that trains a result on."""
     out = expanded(config.output.folder)
     if out.exists() and not out.is_dir():
         raise InputError(f"output.folder {out} is a file; choose another")
@@ -69,7 +69,7 @@ def check_output(config: RunConfig, resume: bool) -> None:
     if resume and not saved:
         way_out = "leave --resume out to start from the first step"
         if (out / "model").exists():
-            way_out = f"to train its result on, start a new run with model.pipeline={shown(out / 'model')} and another output.folder"
+            way_out = f"to train its result on, start a new run with {start}={shown(out / 'model')} and another output.folder"
         raise InputError(f"nothing to resume: {shown(out)} holds no checkpoint; {way_out}")
     if (saved or (out / "model").exists()) and not resume:
         raise InputError(f"{out} already holds a run; go on with --resume, or choose another output.folder")

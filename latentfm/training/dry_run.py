@@ -161,6 +161,11 @@ def disk_needs(plan: RunPlan, placed: Placement) -> list[dict[str, Any]]:
         each = np.bincount(placed.bucket_of[placed.trained], minlength=len(plan.data.buckets.shapes)).tolist()
         size = cache_bytes(plan, each, captions)
         needs.insert(0, ("cache", expanded(config.data.cache), size, "VAE moments and prompt embeddings"))
+    return placed_on_disks(needs)
+
+
+def placed_on_disks(needs: list[tuple[str, Path, int, str]]) -> list[dict[str, Any]]:
+    """A row for each (what, where, bytes, in words): what of it may be there already, and the room on its disk."""
     found = []
     for what, place, size, words in needs:
         parent = existing_parent(place)

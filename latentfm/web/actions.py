@@ -35,13 +35,21 @@ class Seen:
     many: gr.State
     draw: gr.Button
     cancel: gr.Button
+    folded: gr.Accordion
 
 
 def connect(studio: Studio, seen: Seen, use: gr.Button, begin: gr.Button, dice: gr.Button, dropped: gr.File) -> None:
     """Has the page's parts do what they are for."""
-    controls, jobs = seen.controls, Jobs(studio, seen)
+    controls = seen.controls
     shown = [seen.stage, seen.gallery, seen.details, seen.part, seen.chosen, seen.draw, seen.cancel, controls["seed"]]
-    seen.draw.click(jobs.draw, {*controls.values(), seen.many}, shown, concurrency_limit=None, **QUIET)
+    # In the browser a part that was ever told of an event's progress is asked for its value at each step of every event: the canvas would
+    # send its pictures in again and again. So none tells it, and what is on it is taken once, by the browser alone.
+    canvas, taken = controls["canvas"], gr.JSON(visible=False)
+    alone = QUIET | {"show_progress_on": seen.stage}
+    first = seen.draw.click(None, canvas, taken, js="(canvas) => canvas", **QUIET)
+    inputs = {*controls.values(), seen.many, taken} - {canvas}
+    jobs = Jobs(studio, seen, taken)
+    first.then(jobs.draw, inputs, shown, concurrency_limit=None, **QUIET)
     seen.cancel.click(jobs.cancel, None, None, queue=False, **QUIET)
     for place in (seen.stage, seen.gallery):
 
@@ -52,17 +60,17 @@ def connect(studio: Studio, seen: Seen, use: gr.Button, begin: gr.Button, dice: 
 
         place.choose(choose, None, [seen.details, seen.part, seen.chosen, seen.stage], **QUIET)
     seen.gallery.more(lambda many: (many + PAGE, studio.tiles(many + PAGE)), seen.many, [seen.many, seen.gallery], **QUIET)
-    use.click(lambda name: used(studio, seen, name), seen.chosen, [*controls.values(), seen.stage], **QUIET)
-    begin.click(lambda name: begun(studio, name), seen.chosen, controls["canvas"], **QUIET)
+    use.click(lambda name: used(studio, seen, name), seen.chosen, [*controls.values(), seen.stage], **alone)
+    begin.click(lambda name: begun(studio, name), seen.chosen, [controls["canvas"], seen.folded], **alone)
     dice.click(lambda: (str(secrets.randbelow(SEEDS)), True), None, [controls["seed"], controls["keep"]], **QUIET)
-    dropped.upload(lambda path: read_back(studio, seen, path), dropped, [*controls.values(), seen.stage, dropped], **QUIET)
+    dropped.upload(lambda path: read_back(studio, seen, path), dropped, [*controls.values(), seen.stage, dropped], **alone)
 
 
 class Jobs:
     """The jobs of those who have the page open, by their sessions."""
 
-    def __init__(self, studio: Studio, seen: Seen):
-        self.studio, self.seen = studio, seen
+    def __init__(self, studio: Studio, seen: Seen, taken: gr.JSON):
+        self.studio, self.seen, self.taken = studio, seen, taken
         self.of: dict[str, Job] = {}
 
     async def draw(self, given: dict, request: gr.Request) -> AsyncIterator[dict]:
@@ -70,11 +78,15 @@ class Jobs:
         seen, session, many = self.seen, request.session_hash, given[self.seen.many]
         at_rest = {seen.draw: gr.update(visible=True), seen.cancel: gr.update(visible=False)}
         try:
-            async for job in self.studio.drawn(values_of({name: given[part] for name, part in seen.controls.items()})):
+            values = values_of({name: given[part] for name, part in seen.controls.items() if part in given})
+            async for job in self.studio.drawn(values | {"canvas": given[self.taken]}):
+                news: dict[Any, Any] = {seen.stage: html.stage(job, self.studio.line.before(job))}
+                if session not in self.of:
+                    news |= {seen.controls["seed"]: str(job.wish.seed)}
+                    news |= {seen.draw: gr.update(visible=False), seen.cancel: gr.update(visible=True)}
                 self.of[session] = job
-                news = {seen.stage: html.stage(job, self.studio.line.before(job)), seen.controls["seed"]: str(job.wish.seed)}
                 if not job.over:
-                    yield news | {seen.draw: gr.update(visible=False), seen.cancel: gr.update(visible=True)}
+                    yield news
                     continue
                 news |= at_rest | {seen.gallery: self.studio.tiles(many)}
                 if job.made:
@@ -134,9 +146,9 @@ def read_back(studio: Studio, seen: Seen, path: str) -> list:
         return [*(gr.skip() for _ in seen.controls), html.problem(str(error).replace(str(path), "the picture")), None]
 
 
-def begun(studio: Studio, name: str | None) -> Any:
-    """A picture of the gallery on the canvas."""
+def begun(studio: Studio, name: str | None) -> tuple:
+    """A picture of the gallery on the canvas, which is unfolded."""
     try:
-        return to_paint_on(open_rgb(name or "", studio.gallery.read(name or "")))
+        return to_paint_on(open_rgb(name or "", studio.gallery.read(name or ""))), gr.update(open=True)
     except InputError:
-        return gr.skip()
+        return gr.skip(), gr.skip()

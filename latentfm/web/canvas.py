@@ -1,65 +1,48 @@
-"""What a picture is painted on for inpainting: Gradio's editor, with bounds on what it keeps, and nothing decoded before it is measured."""
+"""What a picture is painted on for inpainting: Gradio's editor, and its files made sources; none is decoded before it is measured."""
 
 import io
-from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components.image_editor import AcceptBlobs, EditorData, EditorDataBlobs
+from gradio.components.image_editor import AcceptBlobs
+from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image, ImageChops
 
 from latentfm.data.images import open_rgb, upright_size
+from latentfm.errors import InputError
 from latentfm.files import read_bytes, reading
 from latentfm.web.gallery import Gallery
 from latentfm.web.limits import Limits
 
-BLOBS, LAYERS = 64, 4  # what of unfinished transfers is kept, and layers of each
+LAYERS = 4  # of strokes that are read
 STROKE = ("#6366f1", 0.6)  # the brush's colour, and how opaque it is
 EASY = 512  # pixels of the longer side, below which a picture is enlarged to be painted on
 PAINTED = 8  # of 255: alpha from which a stroke counts
 
 
-class Blobs(OrderedDict):
-    """The last BLOBS transfers; older ones, which nobody has come for, go."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        while len(self) > BLOBS:
-            self.popitem(last=False)
-
-
 def canvas(**options: Any) -> gr.ImageEditor:
-    """An ImageEditor whose value is the files' bytes, {"background": bytes or None, "layers": [bytes]}, and whose transfers are bounded.
-
-    Not a class of its own: Gradio writes a file beside every module that has one.
-    """
+    """An ImageEditor, whose pictures come as files that are sent in; its other way, which keeps them in memory, is closed."""
     editor = gr.ImageEditor(**options)
-    kept = editor.blob_storage = Blobs()
-
-    def preprocess(payload: EditorData | None) -> dict[str, Any] | None:
-        found = payload if payload is None or payload.id is None else kept.pop(payload.id, None)
-        if found is None:
-            return None
-        return {"background": content(found.background), "layers": [content(each) for each in (found.layers or [])[:LAYERS]]}
 
     @gr.components.base.server
     def accept_blobs(data: AcceptBlobs) -> None:
-        kind, index, key = data.data["type"], str(data.data["index"]), str(data.data["id"])[:100]
-        current = kept.get(key) or EditorDataBlobs(background=None, layers=[], composite=None)
-        if kind == "layer" and index.isdecimal() and int(index) < LAYERS:
-            current.layers += [None] * (int(index) + 1 - len(current.layers))
-            current.layers[int(index)] = data.files[0][1]
-        elif kind == "background":
-            current.background = data.files[0][1]
-        kept[key] = current
+        raise gr.Error("pictures are sent in as files", print_exception=False)
 
-    editor.preprocess, editor.accept_blobs = preprocess, accept_blobs
+    editor.accept_blobs = accept_blobs
     return editor
 
 
-def content(part: Any) -> bytes | None:
-    """The bytes of a part of a picture, that came as a file or by itself."""
-    return part if part is None or isinstance(part, bytes) else read_bytes(part.path)
+def sent(what: str, value: Any) -> bytes | None:
+    """The bytes of a file that was sent in, as Gradio names it; None of None. Raises InputError for anything else."""
+    if value is None:
+        return None
+    path = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(path, str):
+        raise InputError(f"{what} is no file; send it by gradio_client's handle_file")
+    if not is_in_or_equal(path, get_upload_folder()) or not Path(path).is_file():
+        raise InputError(f"{what} is no file that was sent here")
+    return read_bytes(path)
 
 
 def measured(data: bytes, limits: Limits, what: str) -> Image.Image:
@@ -70,21 +53,27 @@ def measured(data: bytes, limits: Limits, what: str) -> Image.Image:
     return open_rgb(what, data)
 
 
-def sources(value: dict[str, Any] | None, limits: Limits, gallery: Gallery) -> dict[str, Any]:
+def sources(value: Any, limits: Limits, gallery: Gallery) -> dict[str, Path]:
     """The files `image` and `mask` of what is on the canvas, kept in the gallery's folder; the mask is white where it was painted on.
 
-    value: the bytes `background`, and `layers` with strokes, or a `mask`. Both files are missing of an empty canvas, the mask of one
+    value: the files `background`, and `layers` with strokes, or a `mask`. Both files are missing of an empty canvas, the mask of one
     without strokes. Raises InputError for what is no picture or too large.
     """
-    if not value or value["background"] is None:
+    if value is not None and not isinstance(value, dict):
+        raise InputError("the canvas is not laid out as it should be")
+    background, masked = (sent(what, (value or {}).get(key)) for what, key in (("image", "background"), ("mask", "mask")))
+    if background is None and masked is not None:
+        raise InputError("mask needs an image that it is laid on")
+    if background is None:
         return {}
-    image = measured(value["background"], limits, "the picture")
+    image = measured(background, limits, "the picture")
     mask = Image.new("L", image.size, 0)
-    if value.get("mask") is not None:
-        mask = measured(value["mask"], limits, "the mask").convert("L").resize(image.size)
-    for layer in value.get("layers", ()):
-        if layer is not None:
-            mask = ImageChops.lighter(mask, painted(layer, image.size, limits))
+    if masked is not None:
+        mask = measured(masked, limits, "the mask").convert("L").resize(image.size)
+    layers = value.get("layers") or []
+    for layer in layers[:LAYERS] if isinstance(layers, list) else []:
+        if (strokes := sent("a layer", layer)) is not None:
+            mask = ImageChops.lighter(mask, painted(strokes, image.size, limits))
     found = {"image": gallery.keep_source(png(image))}
     return found | ({"mask": gallery.keep_source(png(mask))} if mask.getbbox() else {})
 

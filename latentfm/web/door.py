@@ -12,10 +12,13 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from starlette.requests import ClientDisconnect
 
 Scope = MutableMapping[str, Any]
 App = Callable[..., Awaitable[None]]
@@ -87,7 +90,8 @@ class Door:
         new = [] if VISITOR in cookies or path != "/" else [cookie(VISITOR, visitor)]
         if path == "/gradio_api/upload":
             send = self.noting(send, visitor if VISITOR in cookies else "")
-        await self.app(scope, bounded(receive, self.most), with_headers(send, HEADERS + new))
+        with suppress(ClientDisconnect):  # whoever asked has gone
+            await self.app(scope, bounded(receive, self.most), with_headers(send, HEADERS + new))
 
     def is_own(self, path: str, visitor: str) -> bool:
         """Whether a file is one that the visitor has sent in, or that was made for the page: a regular one in the folder of uploads."""

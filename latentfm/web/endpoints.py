@@ -1,13 +1,11 @@
 """What programs call: the page's endpoints, by gradio_client or plain HTTP. They go the page's own way, through the same queue."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from latentfm.errors import InputError
-from latentfm.files import read_bytes
 from latentfm.web.form import OWN, RULES, SCHEDULES, SOLVERS
 from latentfm.web.html import address
 from latentfm.web.studio import Studio
@@ -44,12 +42,9 @@ def add(studio: Studio) -> None:
         values: dict[str, Any] = {
             "prompt": prompt, "negative": negative, "size": size, "steps": steps, "guidance": guidance, "guidance_rule": guidance_rule,
             "solver": solver, "schedule": schedule, "seed": seed, "count": count, "lora": lora, "lora_strength": lora_strength,
-            "strength": strength,
+            "strength": strength, "canvas": {"background": image, "mask": mask},
         }  # fmt: skip
         try:
-            values["canvas"] = {"background": sent("image", image), "mask": sent("mask", mask)}
-            if image is None and mask is not None:
-                raise InputError("mask needs an image that it is laid on")
             async for job in studio.drawn(values | ({} if model is None else {"model": model})):
                 if job.state == "failed" and not job.made:
                     raise InputError(job.error)
@@ -71,17 +66,3 @@ def add(studio: Studio) -> None:
     gr.api(generate, api_name="generate", concurrency_limit=None)
     gr.api(gallery, api_name="gallery", concurrency_limit=None)
     gr.api(choices, api_name="choices", concurrency_limit=None)
-
-
-def sent(what: str, value: Any) -> bytes | None:
-    """The bytes of a file that was sent along; Gradio has seen to it that it is one. Raises InputError for anything else."""
-    if value is None:
-        return None
-    path = value.get("path") if isinstance(value, dict) else None
-    if not isinstance(path, str):
-        raise InputError(f"{what} is no file; send it by gradio_client's handle_file")
-    from gradio.utils import get_upload_folder, is_in_or_equal
-
-    if not is_in_or_equal(path, get_upload_folder()) or not Path(path).is_file():
-        raise InputError(f"{what} is no file that was sent here")
-    return read_bytes(path)

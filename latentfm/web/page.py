@@ -78,10 +78,10 @@ def drawing(studio: Studio, blocks: gr.Blocks) -> None:
                     begin = gr.Button("Draw from it", elem_id="begin", size="sm")
         with gr.Column(elem_id="settings"):
             dice = numbers(studio, controls)
-            further(studio, controls)
+            folded = further(studio, controls)
             dropped = gr.File(label="Settings of a PNG that was drawn here", file_types=[".png"], elem_id="dropped", height=96)
     gallery = gr.HTML(elem_id="gallery", js_on_load=CHOOSING)
-    seen = actions.Seen(controls, stage, gallery, details, chosen_part, gr.State(None), gr.State(actions.PAGE), draw, cancel)
+    seen = actions.Seen(controls, stage, gallery, details, chosen_part, gr.State(None), gr.State(actions.PAGE), draw, cancel, folded)
     actions.connect(studio, seen, use, begin, dice, dropped)
     blocks.load(lambda: studio.tiles(actions.PAGE), None, gallery, **actions.QUIET)
 
@@ -112,8 +112,8 @@ def numbers(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.
     return dice
 
 
-def further(studio: Studio, controls: dict[str, gr.components.Component]) -> None:
-    """What is not needed every day, folded away."""
+def further(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.Accordion:
+    """What is not needed every day, folded away; the fold with the canvas."""
     models, loras = studio.models.names(), list(studio.models.lora_paths())
     with gr.Row(elem_classes="pair", visible=len(models) > 1):
         controls["model"] = gr.Dropdown(models, value=models[0], label="Model", elem_id="model")
@@ -121,7 +121,7 @@ def further(studio: Studio, controls: dict[str, gr.components.Component]) -> Non
     with gr.Row(elem_classes="pair", visible=studio.models.loras is not None):
         controls["lora"] = gr.Dropdown([NO_LORA, *loras], value=NO_LORA, label="LoRA", elem_id="lora")
         controls["lora_strength"] = gr.Slider(-2, 2, 1, step=0.05, label="LoRA strength", elem_id="lora-strength", buttons=[])
-    with gr.Accordion("From a picture", open=False, elem_id="from"):
+    with gr.Accordion("From a picture", open=False, elem_id="from") as folded:
         gr.HTML('<p class="note">Paint over what is to be drawn anew; unpainted, all of it is.</p>')
         controls["canvas"] = canvas(
             label="Picture", show_label=False, elem_id="canvas", type="pil", format="png", layers=False, sources=("upload", "clipboard"),
@@ -139,3 +139,4 @@ def further(studio: Studio, controls: dict[str, gr.components.Component]) -> Non
         controls["several_steps"] = gr.Textbox(label="Steps", placeholder="4,8,16", elem_id="several-steps")
         controls["several_guidance"] = gr.Textbox(label="Guidance", placeholder="1..4", elem_id="several-guidance")
         controls["several_solvers"] = gr.Dropdown(SOLVERS, value=[], multiselect=True, label="Solvers", elem_id="several-solvers")
+    return folded

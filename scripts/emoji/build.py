@@ -28,30 +28,22 @@ import sets
 import yaml
 from captions import write_captions, write_rows
 from pairs import Pairs
-from render import SIZE, write_pictures
+from render import write_pictures
 from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "long", "export")
-VAE = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64, 128, 192), "layers_per_block": 1, "latent_channels": 16,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": SIZE,
-    "mid_block_add_attention": False,  # convolutions alone see a 64-pixel crop and a 128-pixel picture alike
-}  # fmt: skip
+VAE = (  # options of `latentfm train-vae`
+    "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
+    "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
+    "train.steps=40000", "train.batch_size=16", "train.learning_rate=8e-4", "train.weight_decay=1e-4", "train.compile=true",
+    "loss.l1=1", "loss.l2=10", "loss.edges=0.5", "loss.kl=3.6e-3", "loss.kl_warmup=1000",
+    "validation.every=2000", "output.dtype=float16",
+)  # fmt: skip
 SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
 TEXT_STEPS = {"clip": 3000, "open_clip": 3000, "t5": 8000}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
-
-
-def pictures_of(folder: Path, every: int = 1):
-    """Every `every`-th PNG picture of a folder, float [N, 3, SIZE, SIZE] in [-1, 1], in name order."""
-    import torch
-
-    from latentfm.data.images import open_rgb, to_tensor
-
-    return torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted(folder.glob("*.png"))[::every]])
 
 
 def fetch(work: Path) -> None:
@@ -75,21 +67,19 @@ def scenes(work: Path) -> None:
 
 
 def vae(work: Path) -> None:
-    """Train the VAE (PSNR of some held-out renders is printed), find its shift and scale, save it in half precision."""
-    import torch
-    from autoencoder import VAETraining, latent_statistics, train_vae
-    from diffusers import AutoencoderKL
+    """Train the VAE with this package's own trainer; its held-out renders are those of the report."""
+    folders = {"data.folder": work / "pictures" / "vae", "validation.folder": work / "pictures" / "held_out"}
+    folders |= {"data.cache": work / "cache", "output.folder": work / "vae"}
+    if not (work / "vae" / "model" / "config.json").exists():
+        command = [sys.executable, "-m", "latentfm", "train-vae", *VAE, *(f"{option}={folder}" for option, folder in folders.items())]
+        subprocess.run(command + resumed(work / "vae"), check=True, cwd=ROOT)
 
-    if (work / "vae" / "model" / "config.json").exists():
-        return
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoencoderKL(**VAE).to(device, memory_format=torch.channels_last)
-    options = VAETraining(compile=True)
-    train_vae(model, work / "pictures" / "vae", work / "vae", options, pictures_of(work / "pictures" / "held_out", every=8))
-    shift, scale = latent_statistics(model, pictures_of(work / "pictures" / "icons", every=4))
-    model.register_to_config(shift_factor=shift, scaling_factor=scale)
-    model.half().cpu().save_pretrained(work / "vae" / "model")
+
+def resumed(run: Path) -> list[str]:
+    """["--resume"] where the run in a folder has begun."""
+    from latentfm.training.checkpoint.storage import checkpoints
+
+    return ["--resume"] if checkpoints(run / "checkpoints") else []
 
 
 def latents_of(paths: list[Path], folder: Path):
@@ -202,15 +192,13 @@ def long(work: Path) -> None:
 
 def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]:
     """The command that trains the MM-DiT in a folder of `work`, or goes on with it; `more` are further overrides."""
-    from latentfm.training.checkpoint.storage import checkpoints
-
     config = ROOT / "configs" / "emoji.yaml"
     sources = yaml.safe_load(config.read_text("utf-8"))["data"]["sources"]
     there = [source | {"path": str(work / Path(source["path"]).relative_to("build/emoji"))} for source in sources]
     folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / "mmdit"}
     command = [sys.executable, "-m", "latentfm", "train", "--config", str(config), f"data.sources={json.dumps(there)}"]
     command += [*(f"{option}={folder}" for option, folder in folders.items()), *more]
-    return [*command, "--resume"] if checkpoints(work / folder / "checkpoints") else command
+    return command + resumed(work / folder)
 
 
 def export(work: Path) -> None:

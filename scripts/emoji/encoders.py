@@ -92,7 +92,6 @@ def train(module: nn.Module, loss_at: Callable[[int], Tensor], steps: int, rate:
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.ema.update(run.shards.parameters, step + 1)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             pace = (step + 1 - run.start) / (time.monotonic() - began)
             print(f"{out.name} step {step + 1}/{steps} loss {loss.item():.4f} {pace:.2f} steps/s", flush=True)

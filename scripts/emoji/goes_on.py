@@ -1,6 +1,4 @@
-"""A training that goes on where it was interrupted: weights, their averages and the optimizer, saved every few minutes.
-Used by autoencoder.py and encoders.py.
-"""
+"""A training that goes on where it was interrupted: weights and the optimizer, saved every few minutes. Used by encoders.py."""
 
 import time
 from pathlib import Path
@@ -12,29 +10,28 @@ from accelerate import Accelerator
 from latentfm.training.checkpoint import storage
 from latentfm.training.checkpoint.state import pack, unpack
 from latentfm.training.distributed.shards import LocalShards
-from latentfm.training.optimizers.ema import EMA, copy_into
 
 
 class Run:
     """`module` and `optimizer` as `folder`'s last checkpoint has them, or as they are; `start` is the step to go on with.
 
-    Raises ValueError when the checkpoint was made with other `options`, but for those that `may_change`.
+    Raises ValueError when the checkpoint was made with other `options`.
     """
 
-    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, options: dict[str, Any],
-                 may_change: tuple[str, ...] = (), ema_decay: float = 0.0, every_seconds: float = 180):  # fmt: skip
+    def __init__(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, options: dict[str, Any], every_seconds: float = 180
+    ):
         self.folder, self.options, self.every_seconds = folder, options, every_seconds
         self.optimizer, self.accelerator = optimizer, Accelerator()
         self.shards = LocalShards(module)
-        self.ema = EMA(self.shards.parameters, ema_decay)
         self.start, self.saved_at = 0, time.monotonic()
         saved = storage.checkpoints(folder)
         if saved:
             tensors, info = storage.load(saved[-1])
-            if info["options"] | {name: options[name] for name in may_change} != options:
+            if info["options"] != options:
                 raise ValueError(f"{saved[-1]} was made with other options, {info['options']}; remove {folder} to start again")
             self.start = info["step"]
-            unpack(tensors, self.shards, self.ema, optimizer)
+            unpack(tensors, self.shards, None, optimizer)
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -42,9 +39,5 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`, whole or not at all; the two newest are kept."""
-        storage.save(self.folder, step, pack(self.shards, self.ema, self.optimizer), {"options": self.options}, self.accelerator, keep=2)
+        storage.save(self.folder, step, pack(self.shards, None, self.optimizer), {"options": self.options}, self.accelerator, keep=2)
         self.saved_at = time.monotonic()
-
-    def take_averages(self) -> None:
-        """Put the averages in the place of the weights."""
-        copy_into(self.shards.parameters, self.ema.shadow.items())

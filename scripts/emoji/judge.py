@@ -3,7 +3,6 @@
 Distances are Euclidean on pixels in [-1, 1] averaged down to 24 x 24, as in latentfm.evaluation.retrieval.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -25,13 +24,6 @@ PLACES_OF = {1: "one", 2: "across", 3: "three", 4: "four"}
 def features(images: Iterable[Image.Image]) -> Tensor:
     """[N, 3 x 24 x 24]: what pictures are compared by; RGB of any one size."""
     return torch.cat([shrink(to_tensor(np.asarray(image))[None]) for image in images]).double()
-
-
-def interval(right: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `right` in `number`."""
-    share, spread = right / number, z * z / number
-    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / number + spread / (4 * number))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
 
 
 class Judge:

@@ -18,15 +18,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from captions import named
 from english import article
-from judge import Judge, features, interval
+from judge import Judge, features
 from PIL import Image
 from scenes import scene_from, vocabulary
 from sets import PLAIN, Icon, read_catalogue
 
 from latentfm.data.images import open_rgb
+from latentfm.evaluation.intervals import wilson
 from latentfm.pictures import grid
 
 PARTS = ("vae", "plain", "styled", "pairs", "wordings", "composed")
@@ -35,7 +37,7 @@ SHOWN = 24  # pictures of a sheet
 
 def share(right: list[bool]) -> dict[str, float]:
     """A share with its interval, as results.json has it."""
-    low, high = interval(sum(right), len(right))
+    low, high = wilson(sum(right) / len(right), len(right))
     return {"share": sum(right) / len(right), "low": low, "high": high, "of": len(right)}
 
 
@@ -106,12 +108,20 @@ def spread(rows: list[dict], each: int) -> list[dict]:
 
 
 def measured_vae(folder: Path, pictures: Path) -> dict:
-    """PSNR, SSIM and edge strength of the VAE on the held-out renders."""
-    from autoencoder import quality
-    from build import pictures_of
+    """Means over the held-out renders: PSNR in dB and the worst, SSIM, and edges as a share of the renders' own."""
     from diffusers import AutoencoderKL
 
-    return quality(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), pictures_of(pictures / "held_out"))
+    from latentfm.data.images import to_tensor
+    from latentfm.training.vae.quality import measures, reconstructed
+
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    renders = torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in sorted((pictures / "held_out").glob("*.png"))])
+    parts = []
+    for part in renders.split(64):
+        output, mean, logvar = reconstructed(vae, part)
+        parts.append(measures(output, part, mean, logvar))
+    found = {name: torch.cat([part[name] for part in parts]) for name in ("psnr", "ssim", "edges")}
+    return {name: value.mean().item() for name, value in found.items()} | {"worst_psnr": found["psnr"].min().item(), "of": len(renders)}
 
 
 def main() -> None:

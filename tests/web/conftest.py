@@ -17,7 +17,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def serving(tiny_folder, tmp_path_factory):
-    """A function that serves a page with its own outputs folder, until the session ends: options are Limits', and password."""
+    """A function that serves a page with its own outputs folder, until the session ends: options are Limits', password, second tab."""
     from latentfm.web.serve import application, listening, private_uploads, server
 
     running = []
@@ -26,11 +26,11 @@ def serving(tiny_folder, tmp_path_factory):
         from latentfm.web.models import Models
         from latentfm.web.studio import Studio
 
-        def serve(password=None, loras=None, **limits) -> Served:
+        def serve(password=None, loras=None, training=None, **limits) -> Served:
             out = tmp_path_factory.mktemp("page") / "outputs"
             studio = Studio.of(Models([tiny_folder], loras, "cpu", "float32"), Limits(**limits), out)
             found = listening("127.0.0.1", 0)
-            uvicorn = server(application(studio, uploads, password, local=True))
+            uvicorn = server(application(studio, uploads, password, local=True, training=training))
             thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [found]}, daemon=True)
             thread.start()
             running.append((uvicorn, thread))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from latentfm.cli.main import app
 from latentfm.errors import InputError
 from latentfm.training.checkpoint.claim import claimed, holder
 from latentfm.training.records.run_page import RECORDS
-from latentfm.web import training_runs
-from latentfm.web.training_runs import ADAPTER, DEFAULTS, EVERY_WEIGHT, LOG, Runs, Wanted, command, configured
+from latentfm.web.training import runs
+from latentfm.web.training.runs import ADAPTER, DEFAULTS, EVERY_WEIGHT, LOG, Runs, Wanted, command, configured
 
 gradio = pytest.importorskip("gradio")
 
@@ -72,8 +73,9 @@ sample: {{every: 20, steps: 2}}
 output: {{folder: run, checkpoint_every: 1000, trackers: []}}
 """)  # fmt: skip
     write(tmp_path / "sources.yaml", "data: {sources: [{path: x}]}\noutput: {folder: run}\n")
+    write(tmp_path / "another.yaml", "loss: {l1: 1}\n")
     monkeypatch.setattr(
-        training_runs, "bundled_configurations", lambda: {name: tmp_path / name for name in ("sources.yaml", "tiny.yaml")}
+        runs, "bundled_configurations", lambda: {name: tmp_path / name for name in ("another.yaml", "sources.yaml", "tiny.yaml")}
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Runs(tmp_path / "runs", data)
@@ -130,6 +132,18 @@ def test_the_configurations_that_come_with_the_package_are_offered_quickstart_fi
     assert next(iter(found)) == "quickstart.yaml" and "sd3-medium-lora.yaml" in found and "scratch-256.yaml" not in found
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [("--data pictures", "--data pictures goes with --runs"), ("--runs nowhere", "--runs nowhere is no folder"),
+     ("--runs runs --data nowhere", "--data nowhere is no folder"), ("--runs tiny.yaml --data pictures", "tiny.yaml is a file"),
+     ("--runs runs --data pictures --trainings 0", "--trainings 0 must be at least 1")],
+)  # fmt: skip
+def test_the_command_says_which_folder_is_wrong(known, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(app, ["app", *words.split()])
+    assert answer.exit_code == 2 and said in answer.stderr and len(answer.stderr.splitlines()) == 1
+
+
 # What is asked for
 
 
@@ -155,7 +169,7 @@ def test_what_is_no_number_of_steps_is_refused(known, value):
 
 
 def test_the_check_says_what_the_dry_run_of_the_command_line_says(known, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "160")
     words, found, text = known.check(Wanted("cats", "tiny.yaml", "a", steps=4))
     done = CliRunner().invoke(app, ["train", *words, "--dry-run"])
     assert done.exit_code == 0 and text == done.stdout and found["steps"]["steps"] == 4
@@ -247,7 +261,7 @@ def test_what_cannot_go_on_says_so(known):
 
 def test_only_what_is_new_is_read_and_sent(known, monkeypatch):
     from latentfm.training.records.curves import Log
-    from latentfm.web.training import news
+    from latentfm.web.training.tab import news
 
     folder, reads, read = a_run(known.folder / "first"), [], Log.read
     monkeypatch.setattr(Log, "read", lambda log: reads.append(log) or read(log))
@@ -299,19 +313,6 @@ def wait_for(true, seconds=240):
     return found
 
 
-def served(known, **more):
-    """The address of a page with the tab, and the Blocks to close."""
-    from latentfm.web.training import training_tab
-
-    with gradio.Blocks(analytics_enabled=False) as blocks, gradio.Tabs():
-        with gradio.Tab("Draw"):
-            gradio.Markdown("here")
-        with gradio.Tab("Train"):
-            training_tab(known.folder, known.data)
-    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, **more)
-    return url, blocks
-
-
 @pytest.fixture
 def nothing_left_running(known):
     yield
@@ -320,88 +321,112 @@ def nothing_left_running(known):
             os.kill(number, signal.SIGKILL)
 
 
+@pytest.fixture
+def served_tab(serving, known):
+    """The page with the tab, served."""
+    from latentfm.web.training.tab import training_tab
+
+    return serving(training=partial(training_tab, known.folder, known.data))
+
+
 @pytest.mark.slow
-def test_a_training_through_the_functions_of_the_page(known, nothing_left_running):
+def test_a_training_through_the_endpoints_of_the_page(served_tab, known, nothing_left_running):
     client = pytest.importorskip("gradio_client")
-    url, blocks = served(known)
-    try:
-        page = client.Client(url, verbose=False)
-        form = ("cats", "tiny.yaml", "first", 100_000, 1e-3, EVERY_WEIGHT, 16)
-        assert "check it first" in page.predict(*form, api_name="/start_training")[1]
-        answer, line, *_ = page.predict(*form, api_name="/check_training")
-        assert "100,000 steps of 2 pictures" in answer
-        assert line["value"] == command(known.words(Wanted("cats", "tiny.yaml", "first", 100_000, 1e-3, EVERY_WEIGHT)))
-        assert "check it first" in page.predict(*form[:2], "second", *form[3:], api_name="/start_training")[1]
-        assert "has started" in page.predict(*form, api_name="/start_training")[1]
-        wait_for(lambda: known.look("first").run["state"]["step"] >= 5)
-        assert known.look("first").run["state"]["word"] == "training"
-        assert "may run here" in page.predict("first", api_name="/resume_training")
-        number = holder(known.folder / "first")
-        assert "Asked to stop" in page.predict("first", api_name="/stop_training")
-        look = wait_for(lambda: not (look := known.look("first")).running and look)
-        assert look.run["state"]["word"] == "stopped" and look.resumable and "saved; go on with --resume" in look.log
-        step = look.run["state"]["step"]
-        assert "Going on" in page.predict("first", api_name="/resume_training")
-        wait_for(lambda: known.look("first").run["state"]["step"] > step)
-        assert holder(known.folder / "first") not in (0, number)
-    finally:
-        blocks.close()
-    look = known.look("first")  # it outlives the server
+    program = client.Client(served_tab.url, verbose=False)
+
+    def ask(what, *words, **more):
+        return program.predict(*words, **more, api_name=f"/{what}")
+
+    def refused(*words, **more):
+        with pytest.raises(client.exceptions.AppError) as error:
+            ask(*words, **more)
+        return str(error.value)
+
+    assert ask("training_choices") == {"pictures": ["cats", "more/dogs"], "configurations": ["tiny.yaml", DEFAULTS]}
+    form = {"steps": 100_000, "learning_rate": 1e-3, "trains": EVERY_WEIGHT}
+    words = command(known.words(Wanted("cats", "tiny.yaml", "first", **form)))
+    answer = ask("check_training", "cats", "first", **form)
+    assert answer["command"] == words and "100,000 steps of 2 pictures" in answer["text"] and ask("trainings") == []
+    assert "should be a plain one" in refused("start_training", "cats", "../first", **form)
+    assert ask("start_training", "cats", "first", **form) == answer
+    wait_for(lambda: ask("training", "first")["state"]["step"] >= 5)
+    look = ask("training", "first")
+    assert look["state"]["word"] == "training" and look["running"] and f"$ {words}" in look["log"] and len(look["curves"]["step"]) >= 5
+    assert "may run here" in refused("start_training", "cats", "second", **form)
+    assert ask("trainings") == [{"name": "first", "running": True}]
+    ask("stop_training", "first")
+    look = wait_for(lambda: not (look := ask("training", "first"))["running"] and look)
+    assert look["state"]["word"] == "stopped" and look["resumable"] and "saved; go on with --resume" in look["log"]
+    step = look["state"]["step"]
+    ask("resume_training", "first")
+    wait_for(lambda: known.look("first").run["state"]["step"] > step)  # by a server that did not start it
+    look = known.look("first")
     assert look.run["state"]["word"] == "training" and f"resuming after step {step}" in look.log
-    known.stop("first")  # which this record of runs did not start
+    known.stop("first")
     wait_for(lambda: not known.look("first").running)
+
+
+def test_without_a_folder_of_pictures_runs_are_only_followed(serving, known, tmp_path):
+    from gradio_client import Client
+
+    from latentfm.web.training.tab import training_tab
+
+    a_run(known.folder / "first")
+    program = Client(serving(training=partial(training_tab, known.folder)).url, verbose=False)
+    assert program.predict("first", api_name="/training")["state"]["step"] == 4
+    named = program.view_api(return_format="dict")["named_endpoints"]
+    assert {"/trainings", "/training"} <= set(named) and not [name for name in named if name.endswith(("_training", "_choices"))]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-def test_a_training_in_a_browser(known, nothing_left_running, tmp_path):
+def test_a_training_in_a_browser(served_tab, known, nothing_left_running, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
-    url, blocks = served(known)
     complaints = []
-    try:
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.goto(url)
-            page.get_by_role("tab", name="Train").click()
-            page.get_by_label("Pictures").click()
-            page.get_by_role("option", name="more/dogs").click()
-            page.get_by_label("Name").fill("../first")
-            page.get_by_role("button", name="Check").click()
-            page.locator("#training-answer", has_text="should be a plain one").wait_for()
-            page.get_by_label("Name").fill("first")
-            page.get_by_label("Steps").fill("100000")
-            start = page.get_by_role("button", name="Start", exact=True)
-            page.get_by_role("button", name="Check").click()
-            page.locator("#training-answer pre", has_text="100,000 steps of 2 pictures").wait_for()
-            playwright.expect(start).to_be_enabled()
-            page.get_by_label("Steps").fill("90000")
-            playwright.expect(start).to_be_disabled()  # that was not checked
-            page.get_by_role("button", name="Check").click()
-            playwright.expect(page.get_by_label("The command line that does the same")).to_have_value(command(known.words(
-                Wanted("more/dogs", "tiny.yaml", "first", 90_000, 1e-4)
-            )))  # fmt: skip
-            start.click()
-            run = page.frame_locator("#training-frame iframe")
-            run.locator("#state", has_text="training").wait_for(timeout=240_000)
-            run.locator(".picture").first.wait_for()
-            curve = run.locator("section", has=page.get_by_role("heading", name="Loss", exact=True)).locator("svg path[stroke-width='2']")
-            drawn, seen = curve.get_attribute("d"), run.locator("#progress").text_content()
-            playwright.expect(run.locator("#progress")).not_to_have_text(seen, timeout=60_000)
-            playwright.expect(curve).not_to_have_attribute("d", drawn)
-            page.get_by_role("tab", name="Draw").click()
-            page.get_by_role("tab", name="Train").click()
-            run.locator(".picture").first.wait_for()  # what is not new is there again too
-            for scheme, width in SIZES:
-                look_at(page, scheme, width, tmp_path / f"{scheme}-{width}.png")
-            page.get_by_role("button", name="Stop").click()
-            run.locator("#state", has_text="stopped").wait_for(timeout=60_000)
-            playwright.expect(page.get_by_role("button", name="Resume")).to_be_enabled()
-            browser.close()
-    finally:
-        blocks.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(240_000)
+        playwright.expect.set_options(timeout=60_000)
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(served_tab.url)
+        page.get_by_role("tab", name="Train").click()
+        form = page.locator("#training-new")
+        form.get_by_label("Pictures").click()
+        page.get_by_role("option", name="more/dogs").click()
+        form.get_by_label("Name").fill("../first")
+        form.get_by_role("button", name="Check").click()
+        page.locator("#training-answer", has_text="should be a plain one").wait_for()
+        form.get_by_label("Name").fill("first")
+        form.get_by_label("Steps").fill("100000")
+        start = page.get_by_role("button", name="Start", exact=True)
+        form.get_by_role("button", name="Check").click()
+        page.locator("#training-answer pre", has_text="100,000 steps of 2 pictures").wait_for()
+        playwright.expect(start).to_be_enabled()
+        form.get_by_label("Steps").fill("90000")
+        playwright.expect(start).to_be_disabled()  # that was not checked
+        form.get_by_role("button", name="Check").click()
+        playwright.expect(page.locator("#training-command textarea")).to_have_value(command(known.words(
+            Wanted("more/dogs", "tiny.yaml", "first", 90_000, 1e-4)
+        )))  # fmt: skip
+        start.click()
+        run = page.frame_locator("#training-frame iframe")
+        run.locator("#state", has_text="training").wait_for()
+        run.locator(".picture").first.wait_for()
+        curve = run.locator("section", has=page.get_by_role("heading", name="Loss", exact=True)).locator("svg path[stroke-width='2']")
+        drawn, seen = curve.get_attribute("d"), run.locator("#progress").text_content()
+        playwright.expect(run.locator("#progress")).not_to_have_text(seen)
+        playwright.expect(curve).not_to_have_attribute("d", drawn)
+        page.get_by_role("tab", name="Draw").click()
+        page.get_by_role("tab", name="Train").click()
+        run.locator(".picture").first.wait_for()  # what is not new is there again too
+        for scheme, width in SIZES:
+            look_at(page, scheme, width, tmp_path / f"{scheme}-{width}.png")
+        page.get_by_role("button", name="Stop").click()
+        run.locator("#state", has_text="stopped").wait_for()
+        playwright.expect(page.get_by_role("button", name="Resume")).to_be_enabled()
+        browser.close()
     assert complaints == []
 
 

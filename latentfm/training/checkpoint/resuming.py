@@ -5,7 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentfm.config import RunConfig, SourceOptions, default_of
+from pydantic.fields import FieldInfo
+
+from latentfm.config import OPTIONS, Section, SourceOptions, default_of, options_of
 from latentfm.errors import InputError
 from latentfm.files import expanded, read_json
 from latentfm.models.folder import read_info
@@ -17,21 +19,22 @@ from latentfm.words import shown
 # among them: these are known by their content, and another content is refused
 FREE_ON_RESUME = {
     "output", "sample", "validation.every", "validation.times", "data.folder", "data.workers", "data.cache", "data.verify",
-    "model.pipeline", "train.compile", "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device",
+    "model.pipeline", "model.vae", "loss.lpips", "validation.folder", "validation.pictures", "train.compile",
+    "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device",
     "train.deterministic",
 }  # fmt: skip
 PLACES = ("path", "url", "dataset")  # of a source
 LONGEST = 120  # characters of a value
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of the options that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], options: Mapping[str, FieldInfo] = OPTIONS) -> list[str]:
+    """What of the `options` that matter differs, as "section.key was X, is Y"; an option that did not exist had its default."""
     found = []
-    for section, options in now.items():
+    for section, values in now.items():
         given = before.get(section)
-        for key, value in options.items():
+        for key, value in values.items():
             name = f"{section}.{key}"
-            was = (given if isinstance(given, dict) else {}).get(key, in_json(default_of(name)))
+            was = (given if isinstance(given, dict) else {}).get(key, in_json(default_of(name, options)))
             same = was == value or (name == "data.sources" and without_places(was) == without_places(value))
             if not ({section, name} & FREE_ON_RESUME or same):
                 found.append(f"{name} was {shown(repr(was), LONGEST)}, is {shown(repr(value), LONGEST)}")
@@ -51,13 +54,13 @@ def without_places(sources: Any) -> Any:
     return [{name: value for name, value in (defaults | source).items() if name not in PLACES} for source in sources]
 
 
-def check_options(path: Path, info: Mapping[str, Any], config: RunConfig) -> None:
+def check_options(path: Path, info: Mapping[str, Any], config: Section) -> None:
     """Raises InputError when the run of a checkpoint cannot go on with these options.
 
     Its number of steps may change where the learning rate of a step does not depend on it, and is not below what is done.
     """
     now, done = config.model_dump(mode="json"), number(info.get("step")) or 0
-    changed = differences(info.get("config") or {}, now)
+    changed = differences(info.get("config") or {}, now, options_of(type(config)))
     steps = [line for line in changed if line.startswith("train.steps was ")]
     if steps and config.train.decay == "constant" and config.train.steps >= done:
         changed.remove(steps[0])
@@ -71,10 +74,10 @@ def check_options(path: Path, info: Mapping[str, Any], config: RunConfig) -> Non
     raise InputError(f"{shown(path)} was made with other options: {'; '.join(changed)}{why}. Restore them, or {way_on(config)}")
 
 
-def check_same_run(path: Path, info: Mapping[str, Any], config: RunConfig, inputs: Mapping[str, str]) -> None:
+def check_same_run(path: Path, info: Mapping[str, Any], config: Section, inputs: Mapping[str, str]) -> None:
     """Raises InputError when a checkpoint was made with other options, or of other pictures, captions or models than `inputs` tell."""
     check_options(path, info, config)
-    before = {"T5 lengths": inputs["T5 lengths"], **info["inputs"]}  # earlier versions did not tell them
+    before = {"T5 lengths": inputs.get("T5 lengths"), **info["inputs"]}  # earlier versions did not tell them
     changed = ", ".join(what for what, value in inputs.items() if before.get(what) != value)
     if changed:
         named = " (pictures go by their source's name: give it where its folder has another)" if config.data.sources else ""
@@ -83,7 +86,7 @@ def check_same_run(path: Path, info: Mapping[str, Any], config: RunConfig, input
         )
 
 
-def check_goes_on(config: RunConfig) -> None:
+def check_goes_on(config: Section) -> None:
     """As `check_options` of the newest checkpoint there is, for a look before a run; one that cannot be read is left to the run."""
     saved = storage.checkpoints(expanded(config.output.folder) / "checkpoints")
     if saved:
@@ -91,18 +94,18 @@ def check_goes_on(config: RunConfig) -> None:
             check_options(saved[-1], storage.state_of(saved[-1]), config)
 
 
-def options_of_run(out: Path) -> dict[str, Any] | None:
+def options_of_run(out: Path, kind: type[Section]) -> dict[str, Any] | None:
     """The options that a run's newest checkpoint was made with, or its config.json; None where neither can be read."""
     saved = storage.checkpoints(out / "checkpoints")
     for read in (lambda: storage.state_of(saved[-1])["config"], lambda: read_json(out / "config.json")):
         with suppress(InputError, LookupError, OSError):
             found = read()
-            if isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in RunConfig.model_fields):
+            if isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in kind.model_fields):
                 return found
     return None
 
 
-def way_on(config: RunConfig) -> str:
+def way_on(config: Section) -> str:
     """How to train the result of a run further."""
     model = expanded(config.output.folder) / "model"
     if (model / "model_index.json").is_file():
@@ -110,14 +113,14 @@ def way_on(config: RunConfig) -> str:
     return "choose another output.folder"
 
 
-def finished(config: RunConfig) -> Path | None:
+def finished(config: Section) -> Path | None:
     """The model of a run that has been trained as far as these options ask; None where there is none, or it is not so far.
 
     Raises InputError where it was finished with other options: nothing of what is asked would be done.
     """
     out = expanded(config.output.folder)
     model = out / "model"
-    if not (model / "model_index.json").is_file():
+    if not any((model / name).is_file() for name in ("model_index.json", "config.json")):
         return None
     done = None
     with suppress(ValueError, OSError, AttributeError):  # what cannot be read of a finished run does not make it less so
@@ -125,11 +128,11 @@ def finished(config: RunConfig) -> Path | None:
         done = number(trained.get("steps")) if isinstance(trained, dict) else None
     if done is not None and config.train.steps > done:
         return None
-    before = options_of_run(out)
+    before = options_of_run(out, type(config))
     if before is None:
         return model
     now = config.model_dump(mode="json")
-    changed = [line for line in differences(before, now) if not line.startswith("train.steps was ")]
+    changed = [line for line in differences(before, now, options_of(type(config))) if not line.startswith("train.steps was ")]
     was = before["output"].get("dtype", config.output.dtype)
     if was != config.output.dtype:
         raise InputError(
@@ -138,7 +141,7 @@ def finished(config: RunConfig) -> Path | None:
         )
     if changed:
         raise InputError(f"{shown(out)} is finished, with other options: {'; '.join(changed)}. Restore them, or {way_on(config)}")
-    too_late = [f"{section}.{key}" for section in ("validation", "sample") for key, value in now[section].items()
+    too_late = [f"{section}.{key}" for section in {"validation", "sample"} & now.keys() for key, value in now[section].items()
             if before[section].get(key, value) != value]  # fmt: skip
     if too_late:
         print(f"warning: {', '.join(too_late)} came too late: nothing more is drawn or validated in {shown(out)}", flush=True)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +25,11 @@ from latentfm.errors import InputError
 from latentfm.files import JSON_BYTES, SpecialFile, TooLarge, could_not_write, open_file, read_bytes, reason, whole_or_nothing
 from latentfm.interchange.tensors import CHUNK, Held, Tensors, read_chunks, split, write_shards
 from latentfm.training.distributed.processes import raise_on_all_ranks
-from latentfm.training.distributed.shards import Chunk
 from latentfm.training.records.json_lines import name_aside, number
 from latentfm.words import shown
+
+if TYPE_CHECKING:  # it knows FSDP, which a dry run and a start do without
+    from latentfm.training.distributed.shards import Chunk
 
 NAME = re.compile(r"step-(\d{8})")
 CHECKSUM = "checksum"  # in state.json: of all else that it says
@@ -37,7 +39,7 @@ LARGEST_FILE = 5 * 10**9  # bytes, as diffusers splits its own
 def save(
     folder: Path,
     step: int,
-    chunks: Mapping[str, Chunk],
+    chunks: "Mapping[str, Chunk]",
     info: Mapping[str, Any],
     accelerator: Accelerator,
     keep: int = 2,
@@ -79,7 +81,7 @@ def writing(path: Path) -> Iterator[None]:
         raise could_not_write(path, error) from error
 
 
-def write_state(path: Path, folder: Path, chunks: Mapping[str, Chunk], accelerator: Accelerator) -> dict[str, int]:
+def write_state(path: Path, folder: Path, chunks: "Mapping[str, Chunk]", accelerator: Accelerator) -> dict[str, int]:
     """Writes the state of the checkpoint `path` into safetensors in `folder`, and returns their checksums by name. Raises as `save`."""
     sharded = any(chunk.value.shape != chunk.shape for chunk in chunks.values())
     if accelerator.num_processes > 1:
@@ -98,7 +100,7 @@ def write_state(path: Path, folder: Path, chunks: Mapping[str, Chunk], accelerat
     return dict(sorted(gather_object(sums) if sharded else sums))
 
 
-def write_chunks(folder: Path, chunks: Mapping[str, Chunk]) -> None:
+def write_chunks(folder: Path, chunks: "Mapping[str, Chunk]") -> None:
     """Writes this process's rows of every tensor into files of its own, all at once. Raises on every process what one of them meets."""
     from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, SavePlan
     from torch.distributed.checkpoint import save as save_distributed
@@ -106,7 +108,7 @@ def write_chunks(folder: Path, chunks: Mapping[str, Chunk]) -> None:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-    def item_of(name: str, chunk: Chunk) -> WriteItem:
+    def item_of(name: str, chunk: "Chunk") -> WriteItem:
         offsets = torch.Size([chunk.first, *[0] * (len(chunk.shape) - 1)][: len(chunk.shape)])
         rows = ChunkStorageMetadata(offsets=offsets, sizes=chunk.value.shape)
         data = TensorWriteData(chunk=rows, properties=TensorProperties.create_from_tensor(chunk.value), size=chunk.shape)

@@ -1,16 +1,18 @@
 """What the processes of a run do together: share work, fail, and hear what the main one says."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from latentfm.data.cache.processes import Find
+from latentfm.data.cache.processes import Find, Processes
 from latentfm.errors import Failure, InputError
 from latentfm.files import reason
 
@@ -60,6 +62,21 @@ def broadcast_from_main(accelerator: Accelerator, value: Any) -> Any:
     told = [value]
     torch.distributed.broadcast_object_list(told, src=0)
     return told[0]
+
+
+@contextmanager
+def launched() -> Iterator[Processes]:
+    """A context with the processes that torchrun or accelerate launch has started, for work in which no tensors meet.
+
+    What they read they tell each other in their store, what they make lies in a folder.
+    """
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    together = world > 1 and "MASTER_ADDR" in os.environ
+    if together:
+        torch.distributed.init_process_group("gloo")
+    yield Processes(rank, world, partial(find_by_all, rank, world)) if together else Processes(rank, world)
+    if together:
+        torch.distributed.destroy_process_group()  # or its threads are still there when the process ends
 
 
 def find_by_all(rank: int, world: int, find: Find, items: Sequence[Any], name: str) -> list[Any]:

@@ -63,6 +63,8 @@ def placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, 
         return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
     if key == "step" and not fused:  # torch counts on the CPU, but for a fused optimizer
         return value.to("cpu", copy=True)
+    if value.shape == parameter.shape:  # in its memory's order too, which a fused optimizer takes for the same
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return value.to(parameter.device, copy=True)
 
 

@@ -12,7 +12,10 @@ import numpy as np
 from latentfm.files import SpecialFile, open_file
 from latentfm.training.records.json_lines import LONGEST, MOST_STEP, number
 
-CURVES = ("loss", "prior_loss", "learning_rate", "gradient_norm", "images_per_second", "memory_gib")
+CURVES = (
+    "loss", "prior_loss", "learning_rate", "gradient_norm", "images_per_second", "memory_gib",
+    "pixels", "kl", "adaptive_weight", "discriminator",  # of an autoencoder
+)  # fmt: skip
 POINTS = 750  # of a curve; each shows the least and the most of its rows: 1,500 numbers
 BLOCK = 2**23  # bytes of the log that are parsed at once
 

@@ -25,6 +25,7 @@ from latentfm.files import TEXT_BYTES, read_bytes, read_json, whole_or_nothing
 from latentfm.training.records.curves import POINTS, Log, curves, parsed
 from latentfm.training.records.json_lines import MOST_STEP, number
 from latentfm.training.records.sample_files import COLUMNS, cells_of, has_cells, opened, settings_of, step_of, steps, thinned
+from latentfm.training.vae.options import VAE_OPTIONS
 from latentfm.words import count, shortened, shown
 
 LARGEST = 4 * 10**6  # bytes of pictures in the page
@@ -127,7 +128,7 @@ def page(name: str, data: str) -> str:
 
 
 def validation(rows: list[dict]) -> dict[str, Any]:
-    """The validation's curves: "step", "loss", "stderr" and "by_t", a list for each t."""
+    """The validation's curves: "step", "loss", "stderr", "by_t", a list for each t."""
     by_step = {step: row for row in rows if (step := number(row.get("step"))) is not None and abs(step) <= MOST_STEP}
     rows = thinned([by_step[step] for step in sorted(by_step)], 2 * POINTS)
     by_t = [values if isinstance(values := row.get("by_t"), dict) else {} for row in rows]
@@ -136,6 +137,7 @@ def validation(rows: list[dict]) -> dict[str, Any]:
         "step": [int(row["step"]) for row in rows],
         "loss": [number(row.get("validation_loss")) for row in rows],
         "stderr": [number(row.get("stderr")) for row in rows],
+        **({"psnr": [number(row.get("psnr")) for row in rows]} if any("psnr" in row for row in rows) else {}),  # of an autoencoder
         "by_t": {t: [number(values.get(t)) for values in by_t] for t in times},
     }
 
@@ -230,12 +232,13 @@ def source(kind: str, data: bytes) -> str:
 
 def options(config: dict, facts: dict) -> list[dict[str, Any]]:
     """Each option of a configuration: its name, value, default, meaning, and whether what was given is another value than the default."""
+    known = VAE_OPTIONS if "loss" in config else OPTIONS
     found, chosen = [], facts.get("chosen")
     chosen = chosen if isinstance(chosen, dict) else {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else ():
-            option = OPTIONS.get(name := f"{section}.{key}")
-            default = "" if option is None or option.is_required() else written(default_of(name))
+            option = known.get(name := f"{section}.{key}")
+            default = "" if option is None or option.is_required() else written(default_of(name, known))
             meaning = "an option of another version" if option is None else option.description
             given = written(chosen.get(name, value))
             value = written(value) + f" ({given})" * (name in chosen)

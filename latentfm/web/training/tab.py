@@ -14,7 +14,9 @@ from latentfm.cli.plan_tables import duration, size
 from latentfm.config import load_config
 from latentfm.errors import InputError
 from latentfm.training.records.run_page import page
-from latentfm.web.training_runs import ADAPTER, EVERY_WEIGHT, Runs, Wanted, command
+from latentfm.web.html import safe
+from latentfm.web.training import endpoints
+from latentfm.web.training.runs import ADAPTER, EVERY_WEIGHT, Runs, Wanted, command
 from latentfm.words import count, shown
 
 SECONDS = 2.0  # between two looks
@@ -44,22 +46,23 @@ element.replaceChildren(frame);
 STYLE = """
 pre { font-size: 12px; line-height: 1.35; max-height: 480px; overflow: auto; margin: 0; white-space: pre; }
 p { margin: 0; overflow-wrap: anywhere; }
-.problem { color: var(--error-text-color); }
 """
 CONFIGURED = "what the configuration says"
 
 
 def training_tab(runs: str | Path, data: str | Path | None = None, at_once: int = 1) -> None:
-    """Adds to the gr.Tab it is called in what follows the runs in the folder `runs`; with `data`, what starts one on pictures below it.
+    """Adds to the gr.Tab it is called in what follows the runs in the folder `runs`.
 
-    `at_once`: how many may train at a time.
+    With `data`, a folder, trainings on pictures below it are started there, stopped and gone on with, `at_once` at a time.
     """
     known, tab = Runs(runs, data, at_once), Context.block
-    with gr.Row(equal_height=True):
-        run = choice(choices=labelled(known), label="Run", scale=4, min_width=220, elem_id="training-run")
-        stop = gr.Button("Stop", interactive=False, min_width=90, elem_id="training-stop")
-        resume = gr.Button("Resume", interactive=False, min_width=90, elem_id="training-resume")
-    said = gr.HTML(css_template=STYLE, elem_id="training-said")
+    endpoints.add(known)
+    with gr.Row():
+        run = choice(choices=labelled(known), label="Run", scale=3, min_width=220, elem_id="training-run")
+        with gr.Column(scale=1, min_width=200, visible=known.data is not None), gr.Row():
+            stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="training-stop")
+            resume = gr.Button("Resume", interactive=False, min_width=80, elem_id="training-resume")
+    said = gr.HTML(elem_id="training-said")
     frame = gr.HTML(
         value=None, pictures=None, html_template="<div></div>", elem_id="training-frame", apply_default_css=False,
         js_on_load=FRAME.replace("PAGE", json.dumps(page("a run", "null")).replace("</", "<\\/")),
@@ -78,17 +81,16 @@ def training_tab(runs: str | Path, data: str | Path | None = None, at_once: int 
     tab.select(follow, [run, seen], shown_run, **QUIET)
 
     def stop_it(name: str) -> str:
-        """Asks a training to save after the step under way and end; what came of it, as HTML."""
         return told(known.stop, name, done="Asked to stop: it saves after the step under way.")
 
     def resume_it(name: str) -> str:
-        """Goes on with a training that was stopped or died, from its newest checkpoint; what came of it, as HTML."""
         return told(known.resume, name, done="Going on from the newest checkpoint.")
 
-    stop.click(stop_it, run, said, api_name="stop_training").then(follow, [run, seen], shown_run, **QUIET)
-    resume.click(resume_it, run, said, api_name="resume_training").then(follow, [run, seen], shown_run, **QUIET)
     if known.data is not None:
-        start_form(known, run, said).then(follow, [run, seen], shown_run, **QUIET)
+        for done in (
+            stop.click(stop_it, run, said, **QUIET), resume.click(resume_it, run, said, **QUIET), start_form(known, run, said)
+        ):  # fmt: skip
+            done.then(follow, [run, seen], shown_run, **QUIET)
 
 
 def news(known: Runs, name: str | None, seen: dict[str, Any]) -> list[Any]:
@@ -139,13 +141,18 @@ def told(act: Callable[[str], None], name: str, done: str) -> str:
         act(name)
     except (InputError, OSError) as error:
         return problem(error)
-    return f'<p class="note" role="status">{html.escape(done)}</p>'
+    return note(done)
+
+
+def note(text: str) -> str:
+    """A remark, as HTML."""
+    return f'<p class="note" role="status">{safe(text)}</p>'
 
 
 def problem(error: Exception) -> str:
     """What is wrong, as HTML: each of several things by itself."""
     messages = getattr(error, "messages", [str(error)])
-    return "".join(f'<p class="problem" role="alert">{html.escape(shown(message, 2000))}</p>' for message in messages)
+    return "".join(f'<p class="problem" role="alert">{safe(message, 2000)}</p>' for message in messages)
 
 
 # The start of one
@@ -170,7 +177,7 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
             start = gr.Button("Start", variant="primary", interactive=False, elem_id="training-start")
         answer = gr.HTML(css_template=STYLE, elem_id="training-answer")
         line = gr.Textbox(
-            label="The command line that does the same", lines=1, max_lines=6, interactive=False, visible=False, buttons=["copy"],
+            label="The command line that does the same", lines=3, max_lines=6, interactive=False, visible=False, buttons=["copy"],
             elem_id="training-command",
         )  # fmt: skip
     checked = gr.State(None)
@@ -189,7 +196,7 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
             words, found, text = known.check(asked := wanted(*given))
         except InputError as error:
             return [problem(error), gr.Textbox(visible=False), gr.Button(interactive=False), None]
-        answer = f"<p><b>{html.escape(in_short(found))}</b></p><pre>{html.escape(text)}</pre>"
+        answer = f"<p><b>{safe(in_short(found))}</b></p><pre>{html.escape(text)}</pre>"
         return [answer, gr.Textbox(command(words), visible=True), gr.Button(interactive=True), astuple(asked)]
 
     def start_it(checked: tuple | None, *given: Any) -> list[Any]:
@@ -201,14 +208,14 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
             known.start(asked)
         except (InputError, OSError) as error:
             return [gr.skip(), problem(error), gr.skip(), gr.skip()]
-        note = f'<p class="note" role="status">{html.escape(asked.name)} has started; it goes on when this page is closed.</p>'
-        return [gr.Dropdown(choices=labelled(known), value=asked.name), note, gr.Button(interactive=False), None]
+        said = note(f"{asked.name} has started; it goes on when this page is closed.")
+        return [gr.Dropdown(choices=labelled(known), value=asked.name), said, gr.Button(interactive=False), None]
 
     def changed() -> list[Any]:
         """Nothing is checked any more."""
         return [gr.Button(interactive=False), None]
 
-    check.click(check_it, inputs, [answer, line, start, checked], api_name="check_training", concurrency_limit=1)
+    check.click(check_it, inputs, [answer, line, start, checked], api_visibility="private", concurrency_limit=1)
     for each in inputs:
         each.change(changed, None, [start, checked], **QUIET)
     configuration.input(
@@ -216,7 +223,7 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
     )
     trains.change(lambda what: gr.Slider(visible=what == ADAPTER), trains, rank, **QUIET)
     pictures.focus(lambda: gr.Dropdown(choices=folders(known)), None, pictures, **QUIET)
-    return start.click(start_it, [checked, *inputs], [run, said, start, checked], api_name="start_training")
+    return start.click(start_it, [checked, *inputs], [run, said, start, checked], **QUIET)
 
 
 def in_short(found: dict[str, Any]) -> str:

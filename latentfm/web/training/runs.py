@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfm.bundled import bundled_configurations
-from latentfm.config import RunConfig, load_config, read_options
+from latentfm.config import RunConfig, load_config
 from latentfm.data.sources.base import is_image
 from latentfm.data.sources.listing import METADATA_NAMES
 from latentfm.errors import InputError
@@ -134,9 +134,9 @@ class Runs:
         """The configurations that a folder of pictures can be given to, by name, quickstart.yaml first; DEFAULTS is none."""
         found: dict[str, Path | None] = {}
         for name, path in sorted(bundled_configurations().items(), key=lambda item: item[0] != "quickstart.yaml"):
-            with suppress(InputError, AttributeError):
-                if not read_options(path).get("data", {}).get("sources"):
-                    found[name] = path
+            with suppress(InputError):  # of another command, or with sources of its own
+                load_config(path, ["data.folder=pictures", "output.folder=run"])
+                found[name] = path
         return found | {DEFAULTS: None}
 
     # What is done
@@ -164,7 +164,7 @@ class Runs:
             found = dry_run(configured(words))
         except OSError as error:
             raise InputError(" ".join(str(error).split())) from error
-        show_dry_run(found, plain_console(text, 120))
+        show_dry_run(found, plain_console(text, 160))
         return words, found, text.getvalue()
 
     def start(self, wanted: Wanted) -> None:
@@ -184,13 +184,13 @@ class Runs:
 
         folder = self.folder / name
         with self.starting:
-            check_output(configured(words), "--resume" in words)
             busy = [other for other in self.names() if self.running(other)]
             if len(busy) >= self.at_once or name in busy:
                 raise InputError(
                     f"{listed(busy)} {'is' if len(busy) == 1 else 'are'} training; {count(self.at_once, 'training')} at a time may run "
                     "here: wait for the end, or stop it"
                 )
+            check_output(configured(words), "--resume" in words)
             if folder.is_symlink():
                 raise InputError(f"'{shown(name)}' is a link to elsewhere; choose another name")
             folder.mkdir(parents=True, exist_ok=True)

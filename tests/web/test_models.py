@@ -1,0 +1,79 @@
+"""The models and LoRAs of the page: by name alone; a LoRA in part, taken off again to the bit."""
+
+import pytest
+import torch
+
+from latentfm.errors import InputError
+from latentfm.web.models import BUNDLED, Models, free_name
+
+
+@pytest.fixture
+def loras(tiny_folder, tmp_path):
+    """A folder with a LoRA of the tiny model, `style`, and what is none."""
+    from peft import LoraConfig
+
+    from latentfm import LatentFMPipeline
+
+    pipe = LatentFMPipeline.from_pretrained(tiny_folder)
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    from peft.utils import get_peft_model_state_dict
+
+    folder = tmp_path / "loras"
+    pipe.save_lora_weights(folder / "style", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").write_text("x")
+    return folder
+
+
+def drawn(models, lora=None, strength=1.0):
+    pipe, common = models.ready(models.names()[0], lora, strength)
+    image = pipe("a cat", num_inference_steps=2, guidance_scale=1, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    return image, common
+
+
+def test_a_lora_is_taken_in_part_and_off_again_to_the_bit(tiny_folder, loras):
+    models = Models([tiny_folder], loras, "cpu", "float32")
+    assert list(models.lora_paths()) == ["style"]
+    plain, common = drawn(models)
+    whole, said = drawn(models, "style")
+    half, half_said = drawn(models, "style", 0.5)
+    none, _ = drawn(models, "style", 0.0)
+    again, _ = drawn(models)
+    assert torch.equal(plain, again) and torch.allclose(none, plain, atol=1e-6)
+    assert not torch.allclose(whole, plain, atol=1e-3) and not torch.allclose(whole, half, atol=1e-3)
+    assert said == common | {"lora": [str(loras / "style")]} and half_said["lora_strength"] == [0.5]
+    assert models.lora_of(str(loras / "style")) == "style" and models.lora_of("/elsewhere") is None
+
+
+def test_the_command_line_draws_the_same_with_so_much_of_it(tiny_folder, loras):
+    from latentfm.drawing import add_adapters, load
+
+    fused = load(tiny_folder, "float32")
+    add_adapters(fused, [loras / "style"], [0.5])
+    there = fused("a cat", num_inference_steps=2, guidance_scale=1, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    here, _ = drawn(Models([tiny_folder], loras, "cpu", "float32"), "style", 0.5)
+    assert torch.allclose(there, here, atol=1e-5)
+
+
+def test_names_are_looked_up_and_nothing_else(tiny_folder, loras):
+    models = Models([tiny_folder, tiny_folder], loras, "cpu", "float32")
+    assert models.names() == [tiny_folder.name, f"{tiny_folder.name} 2", BUNDLED]
+    for model, lora in (("/etc", None), (str(tiny_folder), None), (BUNDLED, "../loras/style"), (BUNDLED, str(loras / "style"))):
+        with pytest.raises(InputError, match="no (model|LoRA)"):
+            models.check(model, lora)
+    assert models.name_of("bundled") == BUNDLED and models.name_of(str(tiny_folder)) == tiny_folder.name and models.name_of("/x") is None
+
+
+def test_a_folder_called_model_has_its_runs_name(tmp_path):
+    assert free_name(tmp_path / "runs" / "mine" / "model", {}) == "mine"
+    assert free_name(tmp_path / BUNDLED, {}) == f"{BUNDLED} 2"
+
+
+def test_what_cannot_be_loaded_is_told_without_its_path(tmp_path):
+    broken = tmp_path / "secret" / "broken"
+    broken.mkdir(parents=True)
+    (broken / "model_index.json").write_text("{}")
+    with pytest.raises(InputError) as refused:
+        Models([broken], None, "cpu", "float32").ready("broken", None, 1.0)
+    assert "secret" not in str(refused.value)
