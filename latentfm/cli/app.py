@@ -79,7 +79,7 @@ def app(
             f"--host {host} can be reached from other machines: protect it by --password or ${PASSWORD}, or say --without-password"
         )
     if not local and secret is None and runs is not None:
-        raise InputError("--runs lets visitors stop and start trainings: that needs a password where others can reach the page")
+        raise InputError("--runs shows trainings, and with --data starts and stops them: where others reach the page that needs a password")
     try:
         import gradio  # noqa: F401
     except ImportError:

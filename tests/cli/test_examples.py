@@ -90,7 +90,7 @@ def made(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for place in ("path/to/sd3-medium", "path/to/sd3", "an/sd3/folder"):
+        for place in ("path/to/sd3-medium", "path/to/sd3", "an/sd3/folder", "runs/fast/round-1/model"):
             shutil.copytree(tiny_folder, place)
         full_vocabulary(tmp_path_factory.mktemp("full"), with_t5=False).rename("sd3_medium_incl_clips.safetensors")
         for place in ("my_pictures", "pictures"):
