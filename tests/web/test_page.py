@@ -168,8 +168,8 @@ def test_a_part_is_painted_over_and_drawn_anew(opened, site):
     page.wait_for_selector("#canvas canvas", timeout=SOON)
     page.wait_for_function("document.querySelector('#canvas [aria-label=\"Brush\"]') !== null", timeout=SOON)
     page.wait_for_timeout(1000)  # the canvas moves into its place
-    page.locator("#canvas canvas").scroll_into_view_if_needed()
-    box = page.locator("#canvas canvas").bounding_box()
+    page.locator("#canvas canvas").first.scroll_into_view_if_needed()
+    box = page.locator("#canvas canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 20, y)
     page.mouse.down()
