@@ -83,7 +83,7 @@ FILES = (SourceFileLoader, SourcelessFileLoader, ExtensionFileLoader)  # the loa
 Execute = Callable[[ModuleType], None]
 
 
-class Late:
+class LazyName:
     """A function or class of a library that is imported when it is called or looked into, and from then on is there in the importer.
 
     Nothing is an instance of a class whose library nobody has imported.
@@ -137,7 +137,7 @@ class StandIn(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if threading.get_ident() == self._thread and self._stands and (self._names is None or name in self._names):
-            value = KNOWN.get((self.__name__, name)) or Late(self.__name__, name, self._importer)
+            value = KNOWN.get((self.__name__, name)) or LazyName(self.__name__, name, self._importer)
             setattr(self, name, value)
             return value
         return getattr(imported(self.__name__), name)
@@ -290,7 +290,7 @@ for each in ("__getitem__", "__contains__", "__iter__", "__len__", "get", "keys"
     setattr(Filled, each, looking(each))
 
 
-def enter_styles_late(module: ModuleType) -> None:
+def register_styles_lazily(module: ModuleType) -> None:
     """Has transformers' ways of spreading a layer over processes be entered into their table when somebody looks for one."""
     module.ParallelInterface._global_mapping = Filled(lambda table: [imported(name) for name in PARALLEL])
 
@@ -303,7 +303,7 @@ def remember_structure(module: ModuleType) -> None:
 
 
 @contextmanager
-def packages_late() -> Iterator[None]:
+def lazy_packages() -> Iterator[None]:
     """A context in which every installed file is asked for its distribution only when somebody looks for one, as diffusers seldom does."""
     from importlib import metadata
 
@@ -326,10 +326,10 @@ AFTER = {  # done when a module has run
     "peft.import_utils": ask_by_import,
     "diffusers.pipelines.pipeline_loading_utils": unwrap_by_import,
     "diffusers.utils.torch_utils": compiled_by_import,
-    "transformers.distributed.parallel_utils": enter_styles_late,
+    "transformers.distributed.parallel_utils": register_styles_lazily,
     "transformers.utils.import_utils": remember_structure,
 }
-WHILE = {"diffusers.utils.import_utils": packages_late}
+WHILE = {"diffusers.utils.import_utils": lazy_packages}
 STAND_IN = StandIn("", (), "")
 
 

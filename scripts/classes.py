@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from latentfm import flow
+from latentfm.evaluation.distances import frechet, gaussian
 
 CLASSES, NULL = 10, 10  # the label after the last stands for none (notes, section 5.2)
 LABEL_DROPOUT = 0.1
@@ -195,20 +196,11 @@ def sample(field: flow.Field, schedule: flow.Schedule, count: int, steps: int, s
 
 
 @torch.no_grad()
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features [N, D], A and B their covariances (FID's formula)."""
-    a, b = a.double(), b.double()
-    first, second = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()  # the trace of the root of a product of covariances
-    return ((a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * root).item()
-
-
-@torch.no_grad()
 def judge(classifier: Classifier, samples: Tensor, y: Tensor, real: Tensor) -> tuple[float, float]:
     """(The share of samples taken for the digit they should be, the Fréchet distance of their features to real digits'.)"""
     clean = torch.ones(())
     right = (classifier(samples, clean).argmax(1) == y).double().mean().item()
-    return right, frechet_distance(classifier.embed(samples, clean), classifier.embed(real, clean))
+    return right, frechet(*(gaussian(classifier.embed(each, clean)) for each in (samples, real)))
 
 
 def draw(sheets: dict[str, dict[str, Tensor]], path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import latentfm
 from latentfm import lazy_imports
-from latentfm.lazy_imports import Late, Lazy, StandIn
+from latentfm.lazy_imports import Lazy, LazyName, StandIn
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
@@ -258,7 +258,7 @@ def packages(tmp_path, monkeypatch):
 
 def test_names_wait_for_their_library(packages):
     names = importlib.import_module("lazyfolk.names")
-    assert packages == [] and "heavylib" not in sys.modules and isinstance(names.twice, Late)
+    assert packages == [] and "heavylib" not in sys.modules and isinstance(names.twice, LazyName)
     assert not names.is_kind(3) and packages == []  # nothing is of a class that nobody has imported
     assert "heavylib" in repr(names.Kind) and not hasattr(names.twice, "__wrapped__") and packages == []
     twice = names.twice

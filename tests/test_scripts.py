@@ -100,13 +100,6 @@ def test_classes_are_sampled_by_ode_and_sde_judged_and_drawn(classes, tmp_path, 
         assert picture.width > 500 and len(picture.getcolors(2**24)) > 100
 
 
-def test_the_frechet_distance_of_classes_is_that_of_gaussians(classes):
-    a, b = (torch.randn(20_000, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert abs(classes.frechet_distance(a, a)) < 1e-9
-    # of N(0, I) and N(m, s^2 I): |m|^2 + 3 (1 - s)^2
-    assert abs(classes.frechet_distance(a, 2 * b + 1) - 6) < 0.2
-
-
 @pytest.fixture
 def bench_pipeline(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))

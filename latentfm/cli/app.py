@@ -78,6 +78,8 @@ def app(
         raise InputError(
             f"--host {host} can be reached from other machines: protect it by --password or ${PASSWORD}, or say --without-password"
         )
+    if not local and secret is None and runs is not None:
+        raise InputError("--runs lets visitors stop and start trainings: that needs a password where others can reach the page")
     try:
         import gradio  # noqa: F401
     except ImportError:

@@ -23,7 +23,7 @@ from latentfm.evaluation.emoji import EmojiDetector
 from latentfm.evaluation.features import Clip, Inception, VisionModel
 from latentfm.evaluation.losses import losses_by_t
 from latentfm.evaluation.measuring import Instruments, Known, Measured, compare, figures, unpacked
-from latentfm.evaluation.report import FIGURES, difference, page, said
+from latentfm.evaluation.report import FIGURES, chance, difference, page, said
 from latentfm.files import whole_or_nothing
 from latentfm.requests import Prompt, requests
 from latentfm.series import Listener, Series
@@ -231,7 +231,7 @@ class Evaluation:
             line = f"{FIGURES[name][0]}: {value} ({interval})"
             if name in compared:
                 apart, interval, word = difference(name, compared[name])
-                line += f"; {shown(report['models'][1]['name'], 60)} {apart} ({interval}), p {compared[name]['p']:.4f}: {word}"
+                line += f"; {shown(report['models'][1]['name'], 60)} {apart} ({interval}), p {chance(compared[name]['p'])}: {word}"
             say(line)
         result(out / "report.html")
 

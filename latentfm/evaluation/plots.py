@@ -8,7 +8,7 @@ HEIGHT, LEFT, BELOW, ABOVE = 210, 48, 34, 26
 NARROWEST, LETTER = 440, 6.5  # pixels of a plot, and of a letter of its labels
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, about so many."""
     step = 10 ** math.floor(math.log10((high - low) / about))
     step *= next(times for times in (1, 2, 5, 10) if (high - low) / (step * times) <= about + 0.5)

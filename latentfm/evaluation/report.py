@@ -15,7 +15,7 @@ from latentfm.words import count, shown
 
 SHOWN, PAIRS, SIDE = 24, 16, 160  # pictures of a task, pairs of a drawn and a known picture, pixels of each
 CONFUSED = 60  # of a detector's confusions, the most frequent
-SURE = 0.05  # p below which a difference is called one
+SURE, LEAST = 0.05, 0.0001  # p below which a difference is called one, and below which it is not told
 
 # each figure's label, whether more of it is better (None: neither), its format, and what it is
 FIGURES = {
@@ -105,6 +105,11 @@ def difference(name: str, figure: dict[str, float]) -> tuple[str, str, str]:
     return value, interval, "differs" if better is None else "better" if more == better else "worse"
 
 
+def chance(p: float) -> str:
+    """A p in words."""
+    return f"{p:.4f}" if not p < LEAST else f"< {LEAST}"
+
+
 def table(report: dict[str, Any]) -> str:
     """Every figure of every model, and the differences of two."""
     models, compared = report["models"], report["comparison"]
@@ -121,7 +126,7 @@ def table(report: dict[str, Any]) -> str:
         if compared and name in compared:
             value, interval, word = difference(name, compared[name])
             colour = {"better": "good", "worse": "bad"}.get(word, "quiet")
-            cells += [f'<td class="n">{each}</td>' for each in (value, interval, f"{compared[name]['p']:.4f}")]
+            cells += [f'<td class="n">{escape(each)}</td>' for each in (value, interval, chance(compared[name]["p"]))]
             cells.append(f'<td class="{colour}">{word}</td>')
         elif compared:
             cells += ["<td></td>"] * 4

@@ -12,7 +12,7 @@ from latentfm.errors import InputError
 from latentfm.pictures import read_settings
 from latentfm.requests import own_settings
 from latentfm.web import html
-from latentfm.web.canvas import to_paint_on
+from latentfm.web.canvas import sent, to_paint_on
 from latentfm.web.form import SEEDS
 from latentfm.web.line import Job
 from latentfm.web.reuse import again
@@ -141,6 +141,7 @@ def used(studio: Studio, seen: Seen, name: str | None) -> list:
 def read_back(studio: Studio, seen: Seen, path: str) -> list:
     """The controls with the settings of a PNG that was dropped."""
     try:
+        sent("the picture", {"path": path})
         return [*filled(studio, seen, own_settings("the picture", read_settings(path))), None]
     except InputError as error:
         return [*(gr.skip() for _ in seen.controls), html.problem(str(error).replace(str(path), "the picture")), None]

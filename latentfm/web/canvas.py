@@ -1,6 +1,7 @@
 """What a picture is painted on for inpainting: Gradio's editor, and its files made sources; none is decoded before it is measured."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def sent(what: str, value: Any) -> bytes | None:
     path = value.get("path") if isinstance(value, dict) else None
     if not isinstance(path, str):
         raise InputError(f"{what} is no file; send it by gradio_client's handle_file")
-    if not is_in_or_equal(path, get_upload_folder()) or not Path(path).is_file():
+    if not is_in_or_equal(os.path.realpath(path), os.path.realpath(get_upload_folder())) or not Path(path).is_file():
         raise InputError(f"{what} is no file that was sent here")
     return read_bytes(path)
 

@@ -1,9 +1,10 @@
 """The page's layout. What its parts do is in `actions`; what is drawn goes through `form`, `line` and `gallery`."""
 
+import os
 from collections.abc import Callable
 
 import gradio as gr
-from gradio_client import utils as client_utils
+from gradio.utils import get_upload_folder, is_in_or_equal
 
 from latentfm.web import actions, endpoints, html
 from latentfm.web.canvas import STROKE, canvas
@@ -12,6 +13,7 @@ from latentfm.web.reuse import DEFAULTS
 from latentfm.web.studio import Studio
 
 NO_LORA = "none"
+SESSIONS = 200  # whose state is kept: Gradio's 10,000 would be a gigabyte, for each call of a program is one
 CHOOSING = """
 element.addEventListener("click", (event) => {
   const picture = event.target.closest(".choose");
@@ -45,20 +47,33 @@ def page(studio: Studio, training: Callable[[], object] | None = None) -> gr.Blo
                     training()
         endpoints.add(studio)
     for block in blocks.blocks.values():
-        fetch_nothing(block)
+        take_what_was_sent(block)
+    blocks.state_session_capacity = SESSIONS
     return blocks.queue(default_concurrency_limit=None)
 
 
-def fetch_nothing(block: gr.blocks.Block) -> None:
-    """Has a part of the page take files that were sent in alone: Gradio would fetch what a request names by an address."""
-    kept = block.async_move_resource_to_block_cache
+def take_what_was_sent(block: gr.blocks.Block) -> None:
+    """Has a part of the page take files in the folder of uploads alone.
 
-    async def move(path: object) -> str | None:
-        if client_utils.is_http_url_like(str(path)):
-            raise gr.Error("files are sent in, not fetched from an address", print_exception=False)
-        return await kept(path)
+    Of a page that is mounted, as this one is, Gradio would copy there, and hand to us, whatever path of the server a request names,
+    and fetch what is behind an address.
+    """
+    move, move_later = block.move_resource_to_block_cache, block.async_move_resource_to_block_cache
 
-    block.async_move_resource_to_block_cache = move
+    def check(path: object) -> None:
+        given, uploads = str(path), os.path.realpath(get_upload_folder())
+        if "://" in given or not is_in_or_equal(os.path.realpath(given), uploads) or not os.path.isfile(given):
+            raise gr.Error("this is no file that was sent here", print_exception=False)
+
+    def moved(path: object) -> str | None:
+        check(path)
+        return move(path)
+
+    async def moved_later(path: object) -> str | None:
+        check(path)
+        return await move_later(path)
+
+    block.move_resource_to_block_cache, block.async_move_resource_to_block_cache = moved, moved_later
 
 
 def drawing(studio: Studio, blocks: gr.Blocks) -> None:

@@ -16,7 +16,7 @@ import random
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from latentfm.evaluation import intervals
+from latentfm.evaluation.detection import Detection
 from latentfm.evaluation.emoji import CELLS, SIZE, CenterNet, EmojiDetector, tensors
 from latentfm.evaluation.geneval import Asked, Thing, read_asked, verdict
 
@@ -292,50 +293,58 @@ def spoiled(asked: Asked, rng: random.Random, labels: list[tuple[str, str | None
     return things
 
 
-@torch.no_grad()
-def validate(art: Art, held_out: Art, out: Path, each: int = 1) -> dict:
+def looks(pictures: list[Image.Image], wear: bool) -> list[Image.Image]:
+    """The pictures as they are, or `worn`, BATCH at a time."""
+    if not wear:
+        return pictures
+    made = []
+    for start in range(0, len(pictures), BATCH):
+        as_drawn = worn(tensors(pictures[start : start + BATCH]), torch.Generator().manual_seed(start))
+        made += [Image.fromarray(((each.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for each in as_drawn]
+    return made
+
+
+def validate(art: Art, held_out: Art, out: Path) -> dict:
     """How often verdicts on composed pictures are as they should be, by task, style and wear; which labels are taken for which others."""
     detector = EmojiDetector.load(out)
     verdicts: dict[str, list[bool]] = defaultdict(list)
-    mistakes: list[str] = []
+    confusion, totals, mistakes = Counter(), Counter(), []
 
-    def look(pictures: list[Image.Image], seed: int, wear: bool) -> list[Image.Image]:
-        if not wear:
-            return pictures
-        as_drawn = worn(tensors(pictures), torch.Generator().manual_seed(seed))
-        return [Image.fromarray(((each.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for each in as_drawn]
+    def found(pictures: list[Image.Image]) -> Iterator[list[Detection]]:
+        for start in range(0, len(pictures), BATCH):
+            yield from detector.detect(pictures[start : start + BATCH], detector.classes)
 
     for style in STYLES:
-        for number, asked in enumerate(read_asked(out / "prompts.jsonl") * each):
+        cases = []
+        for number, asked in enumerate(read_asked(out / "prompts.jsonl")):
             rng = random.Random(f"validation/{style}/{number}")
             ground = (255, 255, 255) if rng.random() < 0.7 else rng.choice(list(COLOURS.values()))
             for right, things in ((True, list(asked.include)), (False, spoiled(asked, rng, art.labels))):
                 picture = shown(art, style, things, rng, ground)
-                if picture is None:
-                    continue
-                for wear in (False, True):
-                    (found,) = detector.detect(look([picture], number, wear), detector.classes)
-                    good = verdict(asked, found)[0] == right
-                    wearing = "worn" if wear else "clean"
-                    for name in ("all", asked.task, f"style {style}", "shown" if right else "not shown"):
-                        verdicts[f"{name}, {wearing}"].append(good)
-                    if not good and not wear:
-                        said = verdict(asked, found)[1] or "right"
-                        mistakes.append(f"{style}: '{asked.prompt}' {'is' if right else 'is not'} shown: {said}")
-    confusion, totals = Counter(), Counter()
-    for name, drawings in (("", art), ("held-out drawing: ", held_out)):
-        for style in STYLES:
-            for label, image in drawings.known[style]:
-                for wear in (False, True):
-                    canvas = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 255))
-                    paste(canvas, image, 64, 64, 110)
-                    (found,) = detector.detect(look([canvas.convert("RGB")], label, wear), detector.classes)
-                    seen = " + ".join(" ".join(filter(None, (thing.colour, thing.label))) for thing in found) or "nothing"
-                    truth = " ".join(filter(None, reversed(art.labels[label])))
-                    verdicts[f"{name or 'known drawing: '}one alone, {'worn' if wear else 'clean'}"].append(seen == truth)
-                    totals[name + truth] += 1
-                    if seen != truth:
-                        confusion[f"{name}{truth} -> {seen}"] += 1
+                cases += [(asked, right, picture)] if picture is not None else []
+        for wear in (False, True):
+            for (asked, right, _), things in zip(cases, found(looks([picture for *_, picture in cases], wear)), strict=True):
+                said, wrong = verdict(asked, things)
+                wearing = "worn" if wear else "clean"
+                for name in ("all", asked.task, f"style {style}", "shown" if right else "not shown"):
+                    verdicts[f"{name}, {wearing}"].append(said == right)
+                if said != right and not wear:
+                    mistakes.append(f"{style}: '{asked.prompt}' {'is' if right else 'is not'} shown: {wrong or 'right'}")
+    for name, drawings in (("known drawing", art), ("held-out drawing", held_out)):
+        alone = [each for style in STYLES for each in drawings.known[style]]
+        pictures = []
+        for _, image in alone:
+            canvas = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 255))
+            paste(canvas, image, 64, 64, 110)
+            pictures.append(canvas.convert("RGB"))
+        for wear in (False, True):
+            for (label, _), things in zip(alone, found(looks(pictures, wear)), strict=True):
+                seen = " + ".join(" ".join(filter(None, (thing.colour, thing.label))) for thing in things) or "nothing"
+                truth = " ".join(filter(None, reversed(art.labels[label])))
+                verdicts[f"{name} alone, {'worn' if wear else 'clean'}"].append(seen == truth)
+                totals[truth] += 1
+                if seen != truth:
+                    confusion[f"{name}: {truth} -> {seen}"] += 1
     return {
         "verdicts": {name: intervals.share(good, range(len(good))) for name, good in sorted(verdicts.items())},
         "confusion": dict(confusion.most_common()), "looked at": sum(totals.values()), "mistakes": mistakes[:60],

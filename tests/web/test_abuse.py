@@ -80,8 +80,8 @@ REFUSED = {
     "a mask alone": ({"mask": {"path": "/etc/passwd"}}, "mask"),
     "a path for a picture": ({"image": {"path": "/etc/passwd"}}, "image is no file that was sent here"),
     "a text for a picture": ({"image": "/etc/passwd"}, "image is no file"),
-    "a file of Gradio's kind": ({"image": {"path": "/etc/passwd"} | FILE}, "not uploaded|no file that was sent"),
-    "an address for a picture": ({"image": {"path": "http://localhost/"} | FILE}, "."),
+    "a file of Gradio's kind": ({"image": {"path": "/etc/passwd"} | FILE}, "no file that was sent here"),
+    "an address for a picture": ({"image": {"path": "http://localhost/"} | FILE}, "no file that was sent here"),
     "a folder for a picture": ({"image": {"path": "."}}, "image is no file that was sent here"),
 }  # fmt: skip
 
@@ -133,6 +133,19 @@ def test_a_picture_that_is_none_or_too_large_is_refused_before_it_is_decoded(ser
     kind, answer = generate(served.url, image=sent(served.url, data))
     assert kind == "error" and re.search(said, answer["error"])
     assert generate(served.url)[0] == "complete"
+
+
+@pytest.mark.parametrize("spelling", ["{}", "/{}", "{uploads}/../{name}", "{uploads}/link.png", "file://{}"])
+def test_no_picture_of_the_server_can_be_drawn_from(served, tmp_path, spelling):
+    secret = served.uploads.parent / f"{tmp_path.name}.png"
+    secret.write_bytes(png())
+    (served.uploads / "link.png").unlink(missing_ok=True)
+    (served.uploads / "link.png").symlink_to(secret)
+    path = spelling.format(secret, uploads=served.uploads, name=secret.name)
+    for image in ({"path": path}, {"path": path} | FILE, {"path": path, "url": path} | FILE):
+        kind, answer = generate(served.url, image=image)
+        assert kind == "error" and "no file that was sent here" in answer["error"]
+    secret.unlink()
 
 
 def test_what_is_sent_in_is_bounded(serving):

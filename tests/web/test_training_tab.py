@@ -172,7 +172,9 @@ def test_the_check_says_what_the_dry_run_of_the_command_line_says(known, monkeyp
     monkeypatch.setenv("COLUMNS", "160")
     words, found, text = known.check(Wanted("cats", "tiny.yaml", "a", steps=4))
     done = CliRunner().invoke(app, ["train", *words, "--dry-run"])
-    assert done.exit_code == 0 and text == done.stdout and found["steps"]["steps"] == 4
+    assert done.exit_code == 0 and found["steps"]["steps"] == 4
+    steady, told = ([line for line in lines.splitlines() if " GiB" not in line] for lines in (text, done.stdout))  # what is free changes
+    assert steady == told and len(told) > 30
     assert not known.folder.exists()
     with pytest.raises(InputError) as refused:
         known.check(Wanted("cats", "tiny.yaml", "a", trains=ADAPTER, rank=0))
@@ -314,11 +316,14 @@ def wait_for(true, seconds=240):
 
 
 @pytest.fixture
-def nothing_left_running(known):
+def nothing_left_running(known, monkeypatch):
+    """Whatever was started is ended with the test, whether or not it has come to claim its folder."""
+    begun, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: begun.append(popen(*words, **more)) or begun[-1])
     yield
-    for name in known.names():
-        if (number := holder(known.folder / name)) > 0:
-            os.kill(number, signal.SIGKILL)
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -348,7 +353,7 @@ def test_a_training_through_the_endpoints_of_the_page(served_tab, known, nothing
     answer = ask("check_training", "cats", "first", **form)
     assert answer["command"] == words and "100,000 steps of 2 pictures" in answer["text"] and ask("trainings") == []
     assert "should be a plain one" in refused("start_training", "cats", "../first", **form)
-    assert ask("start_training", "cats", "first", **form) == answer
+    assert ask("start_training", "cats", "first", **form)["command"] == words
     wait_for(lambda: ask("training", "first")["state"]["step"] >= 5)
     look = ask("training", "first")
     assert look["state"]["word"] == "training" and look["running"] and f"$ {words}" in look["log"] and len(look["curves"]["step"]) >= 5

@@ -24,7 +24,7 @@ class Log:
     """The rows of a metrics.jsonl as columns; each `read` goes on where the last one ended."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.file = path, None
         self.start()
 
     def start(self) -> None:
@@ -38,14 +38,17 @@ class Log:
         Lines that are no rows are counted in `damaged`; a last line without an end is still being written and waits. Of several rows of
         one step the last one counts.
         """
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < self.offset:  # rows were taken away
+        size, file = 0, None
+        with suppress(OSError):
+            size, file = (status := self.path.stat()).st_size, status.st_ino
+        if size < self.offset or file != self.file:  # rows were taken away: what goes on after a checkpoint writes the file anew
             self.start()
+            self.file = file
         if size > self.offset:
-            with suppress(OSError, SpecialFile), open_file(self.path) as file:  # what cannot be read now has no rows now
-                file.seek(self.offset)
-                while block := file.read(BLOCK):
-                    block += file.readline(LONGEST)
+            with suppress(OSError, SpecialFile), open_file(self.path) as opened:  # what cannot be read now has no rows now
+                opened.seek(self.offset)
+                while block := opened.read(BLOCK):
+                    block += opened.readline(LONGEST)
                     whole, end, _ = block.rpartition(b"\n")
                     self.offset += len(whole) + len(end)
                     if whole:

@@ -43,6 +43,7 @@ class VAEDataOptions(PictureOptions):
     """The pictures; captions, masks and regularisation are not read."""
 
     caption: ClassVar[str] = ""  # stands for all captions, so that none is asked for
+    pairs: ClassVar[None] = None  # there are pictures always
     crop: Literal["centre", "random"] = Field(
         "random", description="random: any stretch of the picture's own pixels; centre: scaled to cover the size, the middle, as the "
         "training of a network sees it, and validation and report always do"

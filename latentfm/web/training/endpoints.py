@@ -10,6 +10,8 @@ from latentfm.errors import InputError
 from latentfm.web.training.runs import DEFAULTS, Runs, Wanted, command
 from latentfm.words import shown
 
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "trainings"}  # a dry run reads all pictures' headers
+
 
 def add(known: Runs) -> None:
     """Adds the endpoints to the page; those that do something where trainings may be started."""
@@ -66,9 +68,9 @@ def add(known: Runs) -> None:
     def wanted(pictures: str, name: str, configuration: str | None, *numbers: Any) -> Wanted:
         return Wanted(pictures, configuration or next(iter(known.configurations()), DEFAULTS), name, *numbers)
 
-    acting = (check_training, start_training, stop_training, resume_training, training_choices)
-    for each in (trainings, training, *(acting if known.data is not None else ())):
-        gr.api(each, api_name=each.__name__)
+    acting = (check_training, start_training, stop_training, resume_training, training_choices) if known.data is not None else ()
+    for each in (trainings, training, *acting):
+        gr.api(each, api_name=each.__name__, **(ONE_AT_A_TIME if each in acting else {"concurrency_limit": None}))
 
 
 @contextmanager

@@ -180,8 +180,10 @@ class Runs:
 
     def launch(self, name: str, words: list[str]) -> None:
         """Starts `latentfm train` with these arguments on the run `name`, as a process of its own that writes its log there."""
+        from latentfm.cli.app import PASSWORD
         from latentfm.training.checks import check_output
 
+        environment = {name: value for name, value in os.environ.items() if name != PASSWORD} | {"PYTHONUNBUFFERED": "1"}
         folder = self.folder / name
         with self.starting:
             busy = [other for other in self.names() if self.running(other)]
@@ -201,7 +203,7 @@ class Runs:
                 os.write(log, f"# {datetime.now().astimezone().isoformat(' ', 'seconds')}\n$ {command(words)}\n".encode())
                 self.processes[name] = subprocess.Popen(
                     [sys.executable, "-m", "latentfm", "train", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                    start_new_session=True, env=environment,
                 )  # fmt: skip
             finally:
                 os.close(log)

@@ -215,7 +215,7 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
         """Nothing is checked any more."""
         return [gr.Button(interactive=False), None]
 
-    check.click(check_it, inputs, [answer, line, start, checked], api_visibility="private", concurrency_limit=1)
+    check.click(check_it, inputs, [answer, line, start, checked], api_visibility="private", **endpoints.ONE_AT_A_TIME)
     for each in inputs:
         each.change(changed, None, [start, checked], **QUIET)
     configuration.input(
@@ -229,9 +229,10 @@ def start_form(known: Runs, run: gr.Dropdown, said: gr.HTML) -> Any:
 def in_short(found: dict[str, Any]) -> str:
     """A dry run in one line."""
     steps, batch, memory, time = found["steps"], found["batch"], found["memory"], found["time"]
+    epochs = f"{steps['epochs']:,.0f}" if steps["epochs"] >= 100 else f"{steps['epochs']:.3g}"
     room = "" if memory["fits"] else ", which does not fit"
     return (
-        f"{count(steps['steps'], 'step')} of {count(batch['pictures a step'], 'picture')}, {steps['epochs']:.3g} epochs of "
+        f"{count(steps['steps'], 'step')} of {count(batch['pictures a step'], 'picture')}, {epochs} epochs of "
         f"{count(found['data']['pictures'], 'picture')}; {size(memory['total'])} of {size(memory['bytes'])} of memory{room}; "
         f"{size(sum(need['bytes'] for need in found['disk']))} on the disk"
         + (f"; {duration(time['hours'])}" if time.get("hours") else "")

@@ -195,6 +195,9 @@ def test_the_log_is_read_on_where_it_ended(tmp_path):
     assert log.read()["loss_by_t"].shape == (60, 8)
     path.write_text("".join(lines[:20]), "utf-8")  # a run that went back to a checkpoint
     assert log.read()["step"].tolist() == list(range(1, 21))
+    (tmp_path / "new").write_text("".join(lines[:10] + [json.dumps(row(step, loss=7.0)) + "\n" for step in range(11, 31)]), "utf-8")
+    (tmp_path / "new").rename(path)  # and has gone on since
+    assert log.read()["step"].tolist() == list(range(1, 31)) and log.read()["loss"][10:].tolist() == [7.0] * 20 and log.damaged == 0
     path.write_text("".join(lines[:20]) + '{"step": 21, "loss_by_t": [1, 2, 3, 4, 5, 6, 7, 8, 9]}\n', "utf-8")
     assert log.read()["loss_by_t"].shape == (21, 9) and np.isnan(log.read()["loss_by_t"][:20, 8]).all()
 

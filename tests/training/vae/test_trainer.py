@@ -225,3 +225,12 @@ def test_unreadable_pictures_are_left_out_and_others_validated_on(tmp_path, trai
     said = capfd.readouterr().out
     assert "broken.png" in said and "1 of 13 pictures cannot be read and is left out" in said
     assert rows_of(out / "validation.jsonl")[-1]["pictures"] == 12
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_training(tmp_path, train_vae):
+    plain = train_vae(tmp_path / "plain", "train.steps=3")
+    compiled = train_vae(tmp_path / "compiled", "train.steps=3", "train.compile=true")
+    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), rel=1e-4)
+    for name, value in weights_of(plain / "model").items():
+        torch.testing.assert_close(weights_of(compiled / "model")[name], value, rtol=1e-2, atol=1e-3)
