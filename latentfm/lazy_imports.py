@@ -14,7 +14,7 @@ import sys
 import threading
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder, SourceFileLoader, SourcelessFileLoader
@@ -367,7 +367,8 @@ def changed(name: str, lazy: bool, execute: Execute) -> Execute:
     def run(module: ModuleType) -> None:
         with without_collecting(), WHILE.get(name, nullcontext)(), with_stand_ins(name) if lazy else without_stand_ins():
             execute(module)
-            AFTER.get(name, lambda module: None)(module)
+            with suppress(AttributeError):  # another version's module may lack what is put off; it is then done at once, as without us
+                AFTER.get(name, lambda module: None)(module)
 
     return run
 
