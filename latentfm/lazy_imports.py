@@ -25,12 +25,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Lazy:
-    """A library whose import waits. importers: modules that import it at their top, with those below them.
+    """A module of a library whose import waits. importers: modules that import it at their top, with those below them.
 
     names: of its functions and classes, which may wait as well; all of them are None. Anything else that is asked for imports it.
     """
 
-    library: str
+    module: str
     importers: tuple[str, ...]
     names: Collection[str] | None = ()
 
@@ -76,7 +76,7 @@ LAZY = (
     # fetching from the hub: 0.1 s
     Lazy("requests", ("diffusers",)),
 )  # fmt: skip
-LIBRARIES = {row.library for row in LAZY}
+LIBRARIES = {row.module for row in LAZY}
 IMPORTERS = {name for row in LAZY for name in row.importers}
 STANDING: list["StandIn"] = []  # the stand-ins that are in sys.modules
 FILES = (SourceFileLoader, SourcelessFileLoader, ExtensionFileLoader)  # the loaders that are one module's own
@@ -89,17 +89,17 @@ class LazyName:
     Nothing is an instance of a class whose library nobody has imported.
     """
 
-    def __init__(self, library: str, name: str, importer: str):
-        self.library, self.name, self.importer = library, name, importer
+    def __init__(self, module: str, name: str, importer: str):
+        self.module, self.name, self.importer = module, name, importer
 
     def real(self) -> Any:
-        value = getattr(imported(self.library), self.name)
+        value = getattr(imported(self.module), self.name)
         names = vars(sys.modules.get(self.importer, STAND_IN))
         names.update({name: value for name, held in list(names.items()) if held is self})
         return value
 
     def __repr__(self) -> str:
-        return f"{self.library}.{self.name}, imported when used"
+        return f"{self.module}.{self.name}, imported when used"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.real()(*args, **kwargs)
@@ -110,10 +110,10 @@ class LazyName:
         return getattr(self.real(), name)
 
     def __instancecheck__(self, value: Any) -> bool:
-        return is_imported(self.library) and isinstance(value, self.real())
+        return is_imported(self.module) and isinstance(value, self.real())
 
     def __subclasscheck__(self, kind: type) -> bool:
-        return is_imported(self.library) and issubclass(kind, self.real())
+        return is_imported(self.module) and issubclass(kind, self.real())
 
     def __mro_entries__(self, bases: tuple) -> tuple:
         return (self.real(),)
@@ -177,11 +177,11 @@ def with_stand_ins(importer: str) -> Iterator[None]:
     """
     with without_stand_ins():
         for row in LAZY:
-            if row.library in sys.modules or row.library == importer or not any(is_below(importer, name) for name in row.importers):
+            if row.module in sys.modules or row.module == importer or not any(is_below(importer, name) for name in row.importers):
                 continue
-            if is_installed(row.library.split(".")[0]):
-                sys.modules[row.library] = StandIn(row.library, row.names, importer)
-                STANDING.append(sys.modules[row.library])
+            if is_installed(row.module.split(".")[0]):
+                sys.modules[row.module] = StandIn(row.module, row.names, importer)
+                STANDING.append(sys.modules[row.module])
         ours = [each for each in STANDING if each._importer == importer]
         try:
             yield

@@ -369,7 +369,7 @@ def test_a_table_is_filled_when_it_is_looked_into():
 def test_every_row_names_what_there_is():
     """An importer that a library has dropped, or a name that a library has, is a row to look at again."""
     for row in lazy_imports.LAZY:
-        assert importlib.util.find_spec(row.library) is not None or row.library == "bitsandbytes", row.library
+        assert importlib.util.find_spec(row.module) is not None or row.module == "bitsandbytes", row.module
         assert all(importlib.util.find_spec(name) is not None for name in row.importers if name != "bitsandbytes"), row.importers
 
 
