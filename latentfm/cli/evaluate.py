@@ -13,6 +13,7 @@ from latentfm.cli.checks import check_at_least_one, check_at_most, check_name, m
 from latentfm.cli.generate import DEVICES, DTYPES
 from latentfm.errors import InputError, nearest
 from latentfm.files import check_can_be_written
+from latentfm.models.folder import usual_guidance
 from latentfm.requests import Settings, values
 from latentfm.sampling import SOLVERS, Guidance, Sampler, Schedule, Solver
 from latentfm.words import shown
@@ -45,7 +46,13 @@ def evaluate(
     seeds: Annotated[int, typer.Option("--seeds", "-n", help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; each next picture has the next one.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 28,
-    guidance: Annotated[float, typer.Option(help="How strongly the prompt pulls; 1 is no guidance.")] = 3.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="How strongly the prompt pulls; 1 is no guidance. Default: 3, and 1 of a model with guidance in its weights.",
+            show_default=False,
+        ),
+    ] = None,
     solver: Annotated[
         Solver | None, typer.Option(metavar="NAME", show_default=False, help=f"{', '.join(SOLVERS)}. Default: the model's own scheduler.")
     ] = None,
@@ -141,7 +148,8 @@ def checked(given: SimpleNamespace) -> Wanted:
         given.detector = given.detector or "emoji"
     file = given.prompts or detector_folder() / "prompts.jsonl"
     asked = read_asked(file)
-    sampler = Sampler(given.steps, given.guidance, given.solver, given.schedule, given.shift, given.guidance_rule)
+    guidance = usual_guidance(folder) if given.guidance is None else given.guidance
+    sampler = Sampler(given.steps, guidance, given.solver, given.schedule, given.shift, given.guidance_rule)
     if sampler.guidance == "autoguidance":
         raise InputError("--guidance-rule autoguidance needs a weaker model beside this one, which evaluate does not take")
     width, height = (None, None) if given.size is None else parse_size(given.size)
@@ -176,7 +184,9 @@ def checked(given: SimpleNamespace) -> Wanted:
     if given.against is not None and (given.against / "report.json").is_file():
         evaluated = given.against
     elif given.against is not None:
-        other = Variant(str(given.against), model_folder(given.against, "--against"), base)
+        folder_of_other = model_folder(given.against, "--against")
+        own = base.changed({"guidance": usual_guidance(folder_of_other)}) if given.guidance is None else base
+        other = Variant(str(given.against), folder_of_other, own)
     return Wanted(asked, file, Variant(str(given.model or "bundled"), folder, base), sweeps, other, evaluated)
 
 

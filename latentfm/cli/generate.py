@@ -29,7 +29,7 @@ from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
-from latentfm.models.folder import distilled_guidance, read_info
+from latentfm.models.folder import usual_guidance
 from latentfm.requests import Prompt, Request, Settings, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.series import Series
@@ -205,7 +205,7 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
 def has_guidance(model: Path | None) -> bool:
     """Whether a model's weights have guidance in them, so that 1 is their own."""
     try:
-        return distilled_guidance(read_info(model_folder(model))) is not None
+        return usual_guidance(model_folder(model)) == 1
     except InputError:  # which is told when all options are checked
         return False
 

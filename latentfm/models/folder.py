@@ -120,6 +120,11 @@ def distilled_guidance(info: Mapping[str, Any]) -> float | None:
     return info.get("distilled_guidance")
 
 
+def usual_guidance(folder: Path) -> float:
+    """What a model's folder is drawn with where nothing else is asked for: 1 where its weights have guidance in them, else 3."""
+    return 3.0 if distilled_guidance(read_info(folder)) is None else 1.0
+
+
 def t5_length(info: dict[str, Any]) -> int:
     """The number of T5 tokens, padding included, a model is meant for, by its own `info`; SD3's 256 where it says nothing."""
     return info.get("max_sequence_length", 256)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from latentfm.cli.checks import chosen_device, model_folder
 from latentfm.drawing import choose_attention, described, load, load_adapters, move
 from latentfm.errors import InputError, nearest
-from latentfm.models.folder import distilled_guidance, read_info
+from latentfm.models.folder import usual_guidance
 from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class Models:
             raise InputError(f"no LoRA {shown(repr(lora), 60)}{nearest(lora, there)}; there are: {listed(there, 20) or 'none'}")
 
     def guidance(self, model: str) -> float:
-        """The guidance that a model is drawn with where none is asked for: 1 of weights that have it in them, else 3."""
-        folder = model_folder(self.folders[model]) if model in self.folders else None
-        return 3.0 if folder is None or distilled_guidance(read_info(folder)) is None else 1.0
+        """The guidance that a model is drawn with where none is asked for."""
+        return usual_guidance(model_folder(self.folders[model])) if model in self.folders else 3.0
 
     def name_of(self, model: object) -> str | None:
         """The name on the page of a model as a picture's settings name it; None where it is not offered."""

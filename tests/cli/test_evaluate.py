@@ -48,6 +48,13 @@ def evaluate(run, prompts):
     return report
 
 
+def test_each_model_is_drawn_at_its_own_guidance(evaluate, tiny_folder, tmp_path):
+    fast = tiny_pipeline(tmp_path / "fast", seed=5)
+    (fast / "latentfm.json").write_text(json.dumps({"format": 1, "distilled_guidance": 4.0}))
+    assert [model["told"]["guidance"] for model in evaluate(tiny_folder, "--against", fast)["models"]] == [3, 1]
+    assert [model["told"]["guidance"] for model in evaluate(fast, "--guidance", 2, out="other")["models"]] == [2]
+
+
 def test_a_report_of_everything(evaluate, tiny_folder, real, tmp_path):
     other = tiny_pipeline(tmp_path / "other", seed=5)
     report = evaluate(
