@@ -35,20 +35,16 @@ def cache(
     run = load_config(config, overrides)
     from latentfm.cli.terminal import quiet_libraries
     from latentfm.data.cache.store import Cache
-    from latentfm.errors import Failure
     from latentfm.files import expanded
 
     folder = expanded(run.data.cache)
     quiet_libraries()
-    try:
-        if prune:
-            remove_leftovers(Cache(folder))
-        if verify:
-            check(Cache(folder))
-        if not (verify or prune):
-            fill(run)
-    except OSError as error:  # a folder that may not be written: the message names it
-        raise Failure(" ".join(str(error).split())) from error
+    if prune:
+        remove_leftovers(Cache(folder))
+    if verify:
+        check(Cache(folder))
+    if not (verify or prune):
+        fill(run)
 
 
 def fill(run: "RunConfig") -> None:

@@ -40,7 +40,7 @@ def one_way_to_fail() -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, UsageError, KeyboardInterrupt, MemoryError) as error:
+    except (InputError, UsageError, KeyboardInterrupt, MemoryError, OSError) as error:
         if os.environ.get("LATENTFM_DEBUG") == "1":
             raise
         if isinstance(error, KeyboardInterrupt):
@@ -48,6 +48,8 @@ def one_way_to_fail() -> Iterator[None]:
             raise typer.Exit(130) from None
         if isinstance(error, MemoryError):
             error = Failure(f"out of memory ({str(error) or 'nothing is left'}); ask for less at once, or close other programs")
+        elif isinstance(error, OSError):  # a full disk, a folder that may not be written: the message names it
+            error = Failure(str(error))
         message = error.format_message() if isinstance(error, UsageError) else str(error)
         print("error:", shown(" ".join(message.splitlines()), MOST_SAID), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None

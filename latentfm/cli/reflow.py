@@ -57,9 +57,9 @@ def reflow(
 
     Pairs lie in data.cache; any number of processes share them. The same command goes on where it was stopped.
     """
-    from latentfm.cli.terminal import quiet_libraries, result, say
+    from latentfm.cli.terminal import quiet_libraries, tell_result
     from latentfm.config import load_config
-    from latentfm.errors import Failure, InputError
+    from latentfm.errors import InputError
 
     asked = {
         "data.pairs.prompts": prompts_file, "data.pairs.count": pairs, "data.pairs.steps": steps, "data.pairs.guidance": guidance,
@@ -78,17 +78,8 @@ def reflow(
 
     quiet_libraries()
     from latentfm.training.reflow import reflow as run_stages
-    from latentfm.training.stop import Stopped
 
-    try:
-        target = run_stages(run, rounds, one_step, tell_stage, tell_paths)
-    except OSError as error:
-        raise Failure(" ".join(str(error).split())) from error
-    except Stopped as stopped:  # code 0, as of train
-        say(str(stopped).replace("--resume", "the same command"))
-        return
-    say(f"finished: {target}")
-    result(target)
+    tell_result(lambda: run_stages(run, rounds, one_step, tell_stage, tell_paths), goes_on_by="the same command")
 
 
 def tell_stage(stage: "RunConfig") -> None:

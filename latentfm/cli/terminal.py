@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -175,6 +175,22 @@ def show(path: Path, bar: "Progress") -> None:
 def result(path: Path) -> None:
     """Prints `path` on stdout: as it is for a program, safe to look at on a terminal."""
     print(shown(path) if sys.stdout.isatty() else path, flush=True)
+
+
+def tell_result(train: Callable[[], Path], goes_on_by: str = "--resume") -> None:
+    """Prints the path of what a training has made; where it was stopped that, on stderr.
+
+    Then the exit code is 0: a launcher would take another for a failure, and end the other processes.
+    """
+    from latentfm.training.stop import Stopped
+
+    try:
+        made = train()
+    except Stopped as stopped:
+        say(str(stopped).replace("--resume", goes_on_by))
+        return
+    say(f"finished: {made}")
+    result(made)
 
 
 def say(line: str, bar: "Progress | None" = None) -> None:

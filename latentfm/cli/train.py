@@ -49,7 +49,7 @@ def train(
     SIGTERM and SIGUSR1 end it after the step under way, saved, with exit code 0 and no path printed; --resume goes on.
     """
     from latentfm.config import OPTIONS, load_config
-    from latentfm.errors import Failure, InputError
+    from latentfm.errors import InputError
 
     if options:
         print(option_table(OPTIONS))
@@ -59,24 +59,15 @@ def train(
             raise InputError(f"{option} goes with --dry-run; give that too, or leave {option} out")
     run = load_config(config, overrides)
 
-    from latentfm.cli.terminal import quiet_libraries, result, say
-    from latentfm.training.stop import Stopped
+    from latentfm.cli.terminal import quiet_libraries, tell_result
 
     quiet_libraries()
-    try:
-        if dry_run:
-            say_what_it_takes(run, resume, gpu, gpus, shard, as_json)
-            return
-        from latentfm.training.trainer import train as run_training
-
-        target = run_training(run, resume)
-    except OSError as error:  # a full disk, a folder that may not be written: the message names it
-        raise Failure(" ".join(str(error).split())) from error
-    except Stopped as stopped:  # code 0: a launcher would take another for a failure, and end the other processes
-        say(str(stopped))
+    if dry_run:
+        say_what_it_takes(run, resume, gpu, gpus, shard, as_json)
         return
-    say(f"finished: {target}")
-    result(target)
+    from latentfm.training.trainer import train as run_training
+
+    tell_result(lambda: run_training(run, resume))
 
 
 def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int | None, shard: str | None, as_json: bool) -> None:

@@ -34,7 +34,7 @@ def train_vae(
     checkpoints are as in `latentfm train`.
     """
     from latentfm.config import load_config
-    from latentfm.errors import Failure, InputError
+    from latentfm.errors import InputError
     from latentfm.training.vae.options import VAE_OPTIONS, VAEConfig
 
     if options:
@@ -46,27 +46,18 @@ def train_vae(
         raise InputError("--json goes with --dry-run; give that too, or leave --json out")
     run = load_config(config, overrides, VAEConfig)
 
-    from latentfm.cli.terminal import quiet_libraries, result, say
-    from latentfm.training.stop import Stopped
+    from latentfm.cli.terminal import quiet_libraries, tell_result
 
     quiet_libraries()
-    try:
-        if dry_run:
-            import json
+    if dry_run:
+        import json
 
-            from latentfm.training.vae.dry_run import dry_run as look
-            from latentfm.training.vae.dry_run import lines
+        from latentfm.training.vae.dry_run import dry_run as look
+        from latentfm.training.vae.dry_run import lines
 
-            found = look(run, resume)
-            print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
-            return
-        from latentfm.training.vae.trainer import train_vae as run_training
-
-        target = run_training(run, resume)
-    except OSError as error:  # a full disk, a folder that may not be written: the message names it
-        raise Failure(" ".join(str(error).split())) from error
-    except Stopped as stopped:  # code 0: a launcher would take another for a failure, and end the other processes
-        say(str(stopped))
+        found = look(run, resume)
+        print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
         return
-    say(f"finished: {target}")
-    result(target)
+    from latentfm.training.vae.trainer import train_vae as run_training
+
+    tell_result(lambda: run_training(run, resume))
