@@ -42,10 +42,12 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     Without it the backward pass of a GPU's attention adds up in whatever order its blocks finish. `choose_workspace` goes before.
     """
+    if not wanted:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
     try:
         yield
     finally:

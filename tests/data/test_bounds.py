@@ -254,9 +254,9 @@ def test_strips_are_the_whole_picture(monkeypatch, mode):
         image.info["transparency"] = bytes(range(256))
     else:
         image = Image.fromarray(values).convert(mode)
-    whole = np.asarray(images._to_rgb(image))
+    whole = np.asarray(images._to_rgb(image, images.WHITE))
     monkeypatch.setattr(images, "STRIP", 31 * 7)
-    assert np.array_equal(np.asarray(images._to_rgb(image)), whole) and whole.shape == (50, 31, 3)
+    assert np.array_equal(np.asarray(images._to_rgb(image, images.WHITE)), whole) and whole.shape == (50, 31, 3)
 
 
 def test_large_pictures_are_decoded_one_at_a_time():

@@ -59,13 +59,13 @@ def failing(monkeypatch, error, name="2.png", times=10**9):
     """Has the decoder raise `error` for one picture, so many times; returns how often it was asked for it."""
     asked, decoded = [], images.decoded
 
-    def decode(path, data, take):
+    def decode(path, data, take, *how):
         if path.name == name:
             asked.append(path)
             take(32 * 32)
             if len(asked) <= times:
                 raise error
-        return decoded(path, data, take)
+        return decoded(path, data, take, *how)
 
     monkeypatch.setattr(images, "decoded", decode)
     return asked
@@ -154,11 +154,11 @@ def test_what_is_made_is_counted_among_what_is_used(filled, pictures):
     data = filled()
     before = np.empty(0, "S32")
     contents = data.contents(before, data.made)
-    assert {kind: found[:2] for kind, found in contents.items()} == {"moments": (3, 3), "prompts": (3, 3), "masks": (0, 0)}
+    assert {kind: found[:2] for kind, found in contents.items()} == {"moments": (3, 3), "prompts": (3, 3), "masks": (0, 0), "pairs": (0, 0)}
     (pictures / "3.txt").write_text("another thing")
     before, data = data.existing_keys(), filled()
     contents = data.contents(before, data.made)
-    assert {kind: found[:2] for kind, found in contents.items()} == {"moments": (3, 0), "prompts": (3, 1), "masks": (0, 0)}
+    assert {kind: found[:2] for kind, found in contents.items()} == {"moments": (3, 0), "prompts": (3, 1), "masks": (0, 0), "pairs": (0, 0)}
 
 
 def test_a_mask_that_changes_while_it_is_trained_on_is_noticed(filled, pictures):

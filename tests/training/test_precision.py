@@ -7,7 +7,7 @@ import torch
 
 from latentfm.config import load_config
 from latentfm.planning.run import with_precision
-from latentfm.training import precision, trainer
+from latentfm.training import loop, precision, trainer
 from latentfm.training.precision import compute_dtype, has_bfloat16
 
 
@@ -47,7 +47,7 @@ def test_a_cpu_has_it_where_its_products_are_no_slower():
 
 def test_a_run_says_when_its_precision_is_imitated(tmp_path, run, start, monkeypatch, capsys):
     for has, word, warned in ((False, "bf16", True), (False, "auto", False), (True, "bf16", False)):
-        for module in (precision, trainer):
+        for module in (precision, trainer, loop):
             monkeypatch.setattr(module, "has_bfloat16", lambda device, has=has: has)
         out = run(tmp_path / f"{has} {word}", "train.steps=1", f"train.mixed_precision={word}")
         assert ("imitates it" in capsys.readouterr().out) == warned
