@@ -13,6 +13,8 @@ from latentfm.web.reuse import DEFAULTS
 from latentfm.web.studio import Studio
 
 NO_LORA = "none"
+# Gradio remembers its last 10,000 requests and makes a table of all after each, for a page of its own that is not offered here
+NO_MONITORING = {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9)}
 SESSIONS = 200  # whose state is kept: Gradio's 10,000 would be a gigabyte, for each call of a program is one
 CHOOSING = """
 element.addEventListener("click", (event) => {
@@ -35,6 +37,8 @@ def theme() -> gr.themes.Base:
 
 def page(studio: Studio, training: Callable[[], object] | None = None) -> gr.Blocks:
     """The page. `training` adds what belongs in the second tab, called inside of it; without it there is one tab."""
+    for name, value in NO_MONITORING.items():
+        os.environ.setdefault(name, value)
     with gr.Blocks(title="latentfm", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.HTML(HEADER)
         if training is None:
