@@ -174,7 +174,7 @@ def show(path: Path, bar: "Progress") -> None:
 
 def result(path: Path) -> None:
     """Prints `path` on stdout: as it is for a program, safe to look at on a terminal."""
-    print(shown(path) if sys.stdout.isatty() else path, flush=True)
+    print(f"{shown(path) if sys.stdout.isatty() else path}\n", end="", flush=True)  # at once: other processes write there too
 
 
 def tell_result(train: Callable[[], Path], goes_on_by: str = "--resume") -> None:
@@ -197,6 +197,6 @@ def say(line: str, bar: "Progress | None" = None) -> None:
     """Prints `line`, a remark, on stderr, where the bar leaves room for it."""
     if bar:
         bar.stop()
-    print(shown(line), file=sys.stderr, flush=True)
+    print(f"{shown(line)}\n", end="", file=sys.stderr, flush=True)
     if bar:
         bar.start()

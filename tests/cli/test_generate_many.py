@@ -114,7 +114,7 @@ def test_two_processes_share_the_pictures(draw, tiny_folder, tmp_path):
     given = [*arguments, "--model", str(tiny_folder), "--out", str(tmp_path / "two")]
     found = subprocess.run([*launched, *given], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
-    assert sorted(Path(path).name for path in found.stdout.splitlines()) == sorted(Path(path).name for path in alone)
+    assert sorted(Path(path).name for path in found.stdout.splitlines()) == sorted(Path(path).name for path in alone), found.stdout
     for path in alone:
         assert abs(pixels(path) - pixels(tmp_path / "two" / Path(path).name)).max() <= 1
 
