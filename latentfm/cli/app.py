@@ -49,7 +49,9 @@ def app(
         bool, typer.Option("--without-password", help="Let everybody in who reaches a --host beyond this machine.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu. auto: a GPU when there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16. auto: float32 on the CPU, bfloat16 on a GPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16. auto: bfloat16 on a GPU or a CPU that multiplies it, else float32.")
+    ] = "auto",
     max_size: Annotated[int, typer.Option(help="Pixels a side that may be asked for.")] = DEFAULT.size,
     max_steps: Annotated[int, typer.Option(help="Steps that may be asked for.")] = DEFAULT.steps,
     max_batch: Annotated[int, typer.Option(help="Pictures that may be asked for at once, those of a sweep included.")] = DEFAULT.batch,

@@ -91,6 +91,13 @@ def check_size(width: int, height: int, multiple: int, largest: int, option: str
     raise InputError(f"{option} {width}x{height} does not fit this model: multiples of {multiple} up to {top} a side do; {near}")
 
 
+def chosen_dtype(name: str, device: "torch.device") -> str:
+    """The dtype that `name` means on a device: auto is bfloat16, and float32 on a CPU that would imitate it, several times as slow."""
+    from latentfm.training.precision import has_bfloat16
+
+    return name if name != "auto" else "float32" if device.type == "cpu" and not has_bfloat16(device) else "bfloat16"
+
+
 def chosen_device(name: str) -> "torch.device":
     """The device that `name` means on this machine. Raises InputError when there is no such device here."""
     import torch

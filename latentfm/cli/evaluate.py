@@ -99,7 +99,9 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures made at a time.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16. auto: float32 on the CPU, bfloat16 on a GPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16. auto: bfloat16 on a GPU or a CPU that multiplies it, else float32.")
+    ] = "auto",
 ) -> None:
     """Measure what a model is worth: does it show what was asked, and how near, how varied, how new are its pictures.
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from latentfm.bundled import bundled_model, detector_folder
-from latentfm.cli.checks import check_size, chosen_device
+from latentfm.cli.checks import check_size, chosen_device, chosen_dtype
 from latentfm.cli.evaluate import Variant, Wanted
 from latentfm.cli.terminal import quiet_libraries, result, say
 from latentfm.data.sources.base import IMAGE_SUFFIXES
@@ -134,7 +134,7 @@ class Evaluation:
     def drawn(self, variant: Variant) -> tuple[dict[str, Any], list[str]]:
         """(what there is to know of the variant, each picture's path below --out), all pictures drawn by now."""
         given = self.given
-        kind = given.dtype if given.dtype != "auto" else "float32" if self.device.type == "cpu" else "bfloat16"
+        kind = chosen_dtype(given.dtype, self.device)
         if self.loaded[0] != variant.folder:
             pipe = load(variant.folder, kind, option="MODEL")
             choose_attention(pipe, "auto", self.device)

@@ -18,6 +18,7 @@ from latentfm.cli.checks import (
     check_name,
     check_size,
     chosen_device,
+    chosen_dtype,
     model_folder,
     parse_size,
     wanted_prompts,
@@ -148,7 +149,9 @@ def generate(
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures made at a time: memory against speed; the pictures do not depend on it.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu. auto: a GPU when there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16. auto: float32 on the CPU, bfloat16 on a GPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16. auto: bfloat16 on a GPU or a CPU that multiplies it, else float32.")
+    ] = "auto",
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
@@ -286,7 +289,7 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         chosen = chosen_device(given.device)
         if processes() > 1 and given.device == "auto" and chosen.type == "cuda":
             chosen = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        kind = given.dtype if given.dtype != "auto" else "float32" if chosen.type == "cpu" else "bfloat16"
+        kind = chosen_dtype(given.dtype, chosen)
         with lasting():
             pipe = load(folder, kind, given.verify, variant=given.variant, without=given.without)
         add_adapters(pipe, adapters, strengths, given.verify)

@@ -1,6 +1,7 @@
 """What a run computes in, where its options leave it to the device, and whether twice the same is the same to the bit."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,8 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        imitates = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()  # AVX-512 alone does
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not imitates
     return device.type == "xpu"
 
 

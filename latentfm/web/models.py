@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentfm.cli.checks import chosen_device, model_folder
+from latentfm.cli.checks import chosen_device, chosen_dtype, model_folder
 from latentfm.drawing import choose_attention, described, load, load_adapters, move
 from latentfm.errors import InputError, nearest
 from latentfm.models.folder import usual_guidance
@@ -80,7 +80,7 @@ class Models:
         if self.loaded != model:
             self.pipe = self.loaded = self.adapted = None  # the one before goes first: two may not fit
             device = chosen_device(self.device)
-            kind = self.dtype if self.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+            kind = chosen_dtype(self.dtype, device)
             pipe = load(folder, kind, option="model")
             choose_attention(pipe, "auto", device)
             move(pipe, device)

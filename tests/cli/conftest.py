@@ -1,5 +1,6 @@
 """What the tests of the commands share."""
 
+import importlib
 import json
 
 import pytest
@@ -7,11 +8,17 @@ from typer.testing import CliRunner
 
 from latentfm.cli.main import app
 
+generate = importlib.import_module("latentfm.cli.generate")
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A function that runs the command line with its arguments, in an empty current folder; a command's own file may have another."""
+    """A function that runs the command line with its arguments, in an empty current folder; a command's own file may have another.
+
+    generate's --dtype auto is float32 on every processor, for pictures that can be compared.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "chosen_dtype", lambda name, device: "float32" if name == "auto" else name)
     monkeypatch.delenv("LATENTFM_DEBUG", raising=False)
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 

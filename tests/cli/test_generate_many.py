@@ -108,7 +108,7 @@ def test_what_is_there_is_not_drawn_again(draw):
 
 @pytest.mark.slow
 def test_two_processes_share_the_pictures(draw, tiny_folder, tmp_path):
-    arguments = ["a red apple", "the moon", "a cat", "-n", "2", "--seed", "3", "--steps", "2", "--no-grid", "--device", "cpu"]
+    arguments = ["a red apple", "the moon", "a cat", "-n", "2", "--seed", "3", "--steps", "2", "--no-grid", "--dtype", "float32"]
     alone = draw(*arguments, "--out", tmp_path / "alone")
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "latentfm", "generate"]
     given = [*arguments, "--model", str(tiny_folder), "--out", str(tmp_path / "two")]

@@ -1,8 +1,10 @@
 """The front door: what the TAB key adds, and what an exit code says."""
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from latentfm.cli.checks import chosen_dtype
 from latentfm.cli.main import app
 from latentfm.errors import Failure, InputError
 
@@ -29,6 +31,18 @@ def completed(*words):
 )
 def test_the_shell_completes(words, answers):
     assert completed(*words) == answers
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "multiplies", "chosen"),
+    [
+        ("auto", "cpu", True, "bfloat16"), ("auto", "cpu", False, "float32"), ("auto", "cuda", False, "bfloat16"),
+        ("float16", "cpu", True, "float16"), ("float32", "cpu", True, "float32"),
+    ],
+)  # fmt: skip
+def test_the_dtype_is_the_fast_one_unless_another_is_asked_for(monkeypatch, name, device, multiplies, chosen):
+    monkeypatch.setattr("latentfm.training.precision.has_bfloat16", lambda _: multiplies)
+    assert chosen_dtype(name, torch.device(device)) == chosen
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_the_page_draws_what_the_command_line_draws(served, client, tiny_folder,
     monkeypatch.chdir(tmp_path)
     here = client.predict("a red apple", steps="2", guidance="2", seed=5, size="32x48", solver="heun", api_name="/generate")[0]
     words = ["a red apple", "--steps", 2, "--guidance", 2, "--seed", 5, "--size", "32x48", "--solver", "heun", "--model", tiny_folder]
-    assert CliRunner().invoke(app, ["generate", *map(str, words), "--device", "cpu"]).exit_code == 0
+    assert CliRunner().invoke(app, ["generate", *map(str, words), "--device", "cpu", "--dtype", "float32"]).exit_code == 0
     there = tmp_path / "outputs" / here["name"]
     assert read_settings(there) == here["settings"]
     page, command = Image.open(served.studio.gallery.folder / here["name"]), Image.open(there)
