@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from latentfm import LatentFMPipeline
+from latentfm.cli.checks import chosen_dtype
 from latentfm.cli.main import app
 from latentfm.pictures import read_settings
 
@@ -93,4 +94,4 @@ def test_the_command_line_draws_on_the_device(device, tiny_folder, tmp_path, cap
         app([*arguments, "--device", device.type])
     assert left.value.code == 0
     settings = read_settings(next(tmp_path.glob("5-*.png")))
-    assert settings["device"].startswith(device.type) and settings["dtype"] == ("bfloat16" if device.type == "cuda" else "float32")
+    assert settings["device"].startswith(device.type) and settings["dtype"] == chosen_dtype("auto", device)
