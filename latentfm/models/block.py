@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from latentfm.models.attention import Attention
-from latentfm.models.kernels import gelu_linear, linear_gelu, modulated_norm
+from latentfm.models.kernels import gelu_linear, modulated_norm
+from latentfm.models.onednn import linear_gelu
 from latentfm.models.packing import Packing
 
 

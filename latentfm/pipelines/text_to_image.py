@@ -18,6 +18,7 @@ from latentfm import flow
 from latentfm.bounds import MOST_STEPS, MOST_TOKENS
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
+from latentfm.models.onednn import laid_out
 from latentfm.models.text import evaluating
 from latentfm.pipelines.arguments import names, numbers, pair, real_number, told, whole_number
 from latentfm.pipelines.denoising import GuidedVelocity, SkipLayers, StepCallback, StepEnd, Times, integrate, joined, repeated
@@ -270,7 +271,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         level = self.scheduler.sigmas[times.first].item()
         start = canvas.begin(self, shape, source, latents, level, left_out == 0, condition.embeds.dtype)
         field = GuidedVelocity(self, sampler, times, condition, reference, skip, attention, start.channels)
-        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae, reference):
+        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae, reference), laid_out(self.transformer):
             step_end = StepEnd(self, field, times, bar, callback_on_step_end, wanted, start.kept)
             found = integrate(self, sampler, times, field, start.x, source.generator, step_end)
             if output_type == "latent":
@@ -328,7 +329,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         clean = clean_latents(self, pixels, None, count, condition.embeds.dtype, sample=False)
         times = Times.of(self, sampler, (height // self.size_multiple) * (width // self.size_multiple), left_out).reversed()
         attention = self.attention_arguments(joint_attention_kwargs, None, None, count, negative is not None)
-        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae):
+        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae), laid_out(self.transformer):
             field = GuidedVelocity(self, sampler, times, condition, attention=attention)
             found = integrate(self, sampler, times, field, clean, None, StepEnd(self, field, times, bar, None, [], None))
         self.maybe_free_model_hooks()

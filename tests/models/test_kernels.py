@@ -10,7 +10,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentfm.models.kernels import ONEDNN, gelu_linear, linear_gelu, modulated_norm
+from latentfm.models.kernels import HeadNorm, gelu_linear, modulated_norm
+from latentfm.models.onednn import ONEDNN, LaidOut, laid_out, linear_gelu, linears
 
 
 class Kernels(TorchDispatchMode):
@@ -129,7 +130,7 @@ def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, **tolerance)
     if change is plain:  # it was part of the product where that gains something
-        fused = dtype == torch.bfloat16 and ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fused = ONEDNN is not None and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         assert ("aten.gelu.default" in seen.names) != fused
     elif change is not cast:
         assert (found - F.gelu(layer_of(dtype)(x), approximate="tanh")).abs().max() > 0.05
@@ -285,3 +286,62 @@ def test_modulated_norm_keeps_its_input_only():
     mine = kept(modulated_norm)
     assert [value.data_ptr() for value in mine] == [x.data_ptr()]  # x is there anyway: nothing more is held for the backward pass
     assert {value.data_ptr() for value in kept(plain_norm)} > {x.data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_head_norm_in_sampling_is_as_exact_as_torchs(dtype, size):
+    norm = HeadNorm(64, eps=1e-6).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        x = (size * torch.randn(2, 33, 4, 64)).to(dtype)
+        before = x.clone()
+        exact = F.rms_norm(x.double(), (64,), norm.weight.double(), norm.eps)
+        theirs, found = F.rms_norm(x, (64,), norm.weight, norm.eps), norm(x)
+    assert found.dtype == dtype and torch.equal(x, before)
+    assert (found.double() - exact).abs().mean() <= 1.2 * (theirs.double() - exact).abs().mean() + 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [with_hook, with_pre_hook, in_lora, cast, plain])
+def test_laid_out_weights_give_the_same_products_and_leave_nothing_behind(change, dtype):
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(dtype), layer_of(dtype).to(dtype)])])
+    changed, other = network.transformer_blocks[0]
+    network.transformer_blocks[0][0] = changed = change(changed) if change is cast else change(changed).to(dtype)
+    x = torch.randn(2, 7, 24).to(torch.float32 if change is cast else dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if x.dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-8}
+    for layer in (changed, other.to(x.dtype)):
+        with torch.no_grad():
+            expected = layer(x)
+            through_gelu = F.gelu(expected, approximate="tanh")
+            with laid_out(network), Kernels() as seen:
+                for _ in range(2):
+                    torch.testing.assert_close(layer(x), expected, **tolerance)
+                torch.testing.assert_close(linear_gelu(layer, x), through_gelu, **tolerance)
+                if layer is other:
+                    layer.weight.mul_(2)  # a weight that changes is laid out anew
+                    torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias), **(tolerance | {"atol": 2**-6}))
+        if layer is other and ONEDNN is not None and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            assert sum("_reorder_linear_weight" in name for name in seen.names) == 2
+        assert isinstance(vars(layer).get("forward"), LaidOut) is False
+
+
+def test_a_gradient_passes_through_laid_out_layers():
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
+    layer, x = network.transformer_blocks[0][0], torch.randn(3, 24)
+    with laid_out(network):
+        layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand_as(layer.weight))
+
+
+def test_a_compiled_or_large_network_is_not_laid_out(monkeypatch):
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
+    assert bool(linears(network)) == (ONEDNN is not None)
+    with monkeypatch.context() as patched:
+        patched.setattr("latentfm.models.onednn.MOST", 1)
+        assert not linears(network)
+    network.transformer_blocks[0].compile()
+    assert not linears(network)
