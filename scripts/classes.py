@@ -1,6 +1,6 @@
 """The lecture notes' class-conditional networks at work: a U-Net and a DiT that draw digits.
 
-    python scripts/classes.py                          # two minutes on two CPU cores; OUT/classes.png and a table
+    python scripts/classes.py                          # 190 s of one CPU core's time; OUT/classes.png and a table
     python scripts/classes.py --steps 4000 --networks unet
 
 Both are diffusers' own (UNet2DModel, DiTTransformer2DModel), trained on scikit-learn's 1,797 real digits of 8 x 8 pixels, once by
