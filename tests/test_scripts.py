@@ -89,6 +89,15 @@ def test_guidance_of_classes_is_eq_65_of_what_is_predicted_and_label_none_is_one
         torch.testing.assert_close(guided, -1.5 * weak + 2.5 * strong, rtol=1e-3, atol=1e-3)
 
 
+def test_what_ddpm_draws_stays_in_range_and_a_field_that_is_there_stays_as_it_is(classes):
+    schedule, t = flow.VariancePreserving(), torch.tensor(0.3)
+    z, eps = torch.linspace(-2, 2, 64).view(1, 1, 8, 8), torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = flow.sample_path(z, eps, t[None], schedule).x_t
+    field = classes.within_range(lambda x, t: flow.conditional_velocity(x, z, t, schedule), schedule)
+    wanted = flow.conditional_velocity(x, z.clamp(-1, 1), t, schedule)
+    torch.testing.assert_close(field(x, t), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_classes_are_sampled_by_ode_and_sde_judged_and_drawn(classes, tmp_path, monkeypatch, capsys):
     options = ["--networks", "dit", "--steps", "4", "--sampling-steps", "6", "--per-digit", "4", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["classes.py", *options])

@@ -12,7 +12,7 @@ from typing import Any
 
 from latentfm.bundled import bundled_model, detector_folder
 from latentfm.cli.checks import check_size, chosen_device, chosen_dtype
-from latentfm.cli.evaluate import Variant, Wanted
+from latentfm.cli.evaluate import FEWEST, Variant, Wanted
 from latentfm.cli.terminal import quiet_libraries, result, say
 from latentfm.data.sources.base import IMAGE_SUFFIXES
 from latentfm.drawing import choose_attention, described, load, move, slug, versions
@@ -207,6 +207,9 @@ class Evaluation:
         found, report = Measured.load(folder)
         if found.prompts != own.prompts:
             raise InputError(f"--against {shown(folder)} is of other prompts; evaluate both models on one file")
+        if self.known is not None and len(found.rows) < FEWEST:
+            few = count(len(found.rows), "picture")
+            raise InputError(f"--against {shown(folder)} has {few}, too few to compare with --real; {FEWEST} are the least")
         for name, value in self.instruments.told().items():
             if report.get(name) != value:
                 raise InputError(f"--against {shown(folder)} was made with {name} {shown(report.get(name))}, this one with {shown(value)}")

@@ -35,9 +35,9 @@ def stages(config: RunConfig, rounds: int, one_step: bool) -> Iterator[RunConfig
                 "output": options.output.model_copy(update={"folder": str(out / name)}),
             }
         )
-        # the student is the next one's teacher, with its guidance in it
+        # the student is the next one's teacher, as it is: whatever guidance there was is in it
         model = options.model.model_copy(update={"pipeline": str(out / name / "model"), "preset": None})
-        pairs = pairs.model_copy(update={"teacher": None, "guidance": None})
+        pairs = pairs.model_copy(update={"teacher": None, "guidance": 1.0})
         options = options.model_copy(update={"model": model, "data": options.data.model_copy(update={"pairs": pairs})})
 
 

@@ -19,6 +19,7 @@ PICTURE = re.compile(r"[^./\\\x00][^/\\\x00]*\.png")  # a name in the folder, an
 SOURCE = re.compile(r"[0-9a-f]{16}\.png")
 SOURCES = "sources"  # the folder, within, of pictures that others were drawn from
 MOST_BYTES = 256 * 2**20  # of a picture that is handed out
+SOURCE_BYTES = 2 * 2**30  # of all sources together; beyond it those go that were used longest ago
 SMALL = 320  # pixels a side of a thumbnail
 
 
@@ -64,13 +65,27 @@ class Gallery:
         return own_settings(Path(name), read_settings(self.folder / name))
 
     def keep_source(self, data: bytes) -> Path:
-        """The path of a picture that others are drawn from, a PNG kept under what it contains."""
+        """The path of a picture that others are drawn from, a PNG kept under what it contains, for as long as SOURCE_BYTES allow."""
         path = self.folder / SOURCES / f"{hashlib.sha256(data).hexdigest()[:16]}.png"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_or_nothing(path) as partial:
-                partial.write_bytes(data)
+        if path.exists():
+            os.utime(path)
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_nothing(path) as partial:
+            partial.write_bytes(data)
+        self.forget_sources(path)
         return path
+
+    def forget_sources(self, kept: Path) -> None:
+        """Removes the sources used longest ago, copies of what was sent in, until all are within SOURCE_BYTES; never `kept`."""
+        with os.scandir(kept.parent) as entries:
+            found = [(each.stat(follow_symlinks=False), Path(each.path)) for each in entries if SOURCE.fullmatch(each.name)]
+        room = SOURCE_BYTES - kept.stat().st_size
+        for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
+            if path != kept:
+                room -= status.st_size
+                if room < 0:
+                    path.unlink(missing_ok=True)
 
     def source(self, path: object) -> Path | None:
         """The source that a picture's settings name, where it is one that was kept here."""

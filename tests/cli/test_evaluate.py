@@ -41,7 +41,7 @@ def real(tmp_path) -> Path:
 @pytest.fixture
 def evaluate(run, prompts):
     def report(*args, out="out", code=0):
-        answer = run("evaluate", *args, "--prompts", prompts, "--out", out, *FEW)
+        answer = run("evaluate", "--prompts", prompts, "--out", out, *FEW, *args)
         assert answer.exit_code == code, answer.output
         return json.loads((Path(out) / "report.json").read_text()) if code == 0 else answer.stderr
 
@@ -102,6 +102,12 @@ def test_an_earlier_evaluation_is_compared_with_without_its_model(evaluate, tiny
     assert report["comparison"] == both["comparison"]
     alone = evaluate(tiny_folder, "--detector", "emoji", "--against", tiny_folder, out="alone")
     assert all(each["p"] == 1 and each["value"] == 0 for each in alone["comparison"].values())
+
+
+def test_an_earlier_evaluation_of_too_few_pictures_is_refused_beside_real_ones(evaluate, tiny_folder, real):
+    evaluate(tiny_folder, "--detector", "emoji", "-n", 1, out="before")
+    told = evaluate(tiny_folder, "--detector", "emoji", "--real", real, "--against", "before", out="after", code=2)
+    assert "--against before has 4 pictures, too few to compare with --real; 12 are the least" in " ".join(told.split())
 
 
 def test_two_processes_write_the_same_report(evaluate, tiny_folder, prompts, real):

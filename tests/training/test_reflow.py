@@ -316,6 +316,7 @@ def test_several_rounds_are_each_others_teachers(given):
     assert [stage.output.folder.rpartition("/")[2] for stage in found] == ["round-1", "round-2", "round-3"]
     assert [stage.data.pairs.teacher for stage in found] == ["somewhere", None, None]
     assert [stage.model.preset for stage in found] == ["emoji", None, None]
+    assert [stage.data.pairs.guidance for stage in found] == [2, 1, 1]  # a student of no guidance is not guided either
     assert found[2].model.pipeline == found[1].output.folder + "/model"
 
 

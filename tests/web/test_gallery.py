@@ -85,3 +85,19 @@ def test_a_pictures_settings_fill_the_form_and_name_nothing_that_is_not_here(ser
     elsewhere = told | {"image": "/etc/passwd", "mask": "/etc/shadow", "model": "/root/model", "lora": ["/root/x"], "shift": 3.0}
     found, remarks = again(elsewhere, served.studio)
     assert found["canvas"] is None and found["model"] == models.names()[0] and found["lora"] is None and len(remarks) == 4
+
+
+def test_pictures_that_others_are_drawn_from_are_kept_within_bounds(tmp_path, monkeypatch):
+    gallery = Gallery(tmp_path)
+    monkeypatch.setattr("latentfm.web.gallery.SOURCE_BYTES", 30)
+    paths = []
+    for number in range(3):
+        paths.append(gallery.keep_source(bytes([number]) * 10))
+        os.utime(paths[-1], (number, number))
+    assert gallery.keep_source(bytes([0]) * 10) == paths[0]  # used again
+    own = paths[0].parent / "mine.png"
+    own.write_bytes(b"not one of these" * 10)
+    newest = gallery.keep_source(b"new picture")
+    assert [path.exists() for path in (*paths, newest, own)] == [True, False, False, True, True]
+    large = gallery.keep_source(b"larger than all" * 10)
+    assert large.exists() and not newest.exists() and gallery.source(str(large)) == large and gallery.source(str(newest)) is None
