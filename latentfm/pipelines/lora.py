@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
-from diffusers.utils import delete_adapter_layers
+from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -79,8 +79,10 @@ class LoraLoader(SD3LoraLoaderMixin):
                     self.load_lora_into_text_encoder(state_dict, None, getattr(self, owner), owner, lora_scale=self.lora_scale, **more)
                 done.append(owner)
         except Exception:
-            for owner in done if not hotswap else ():
-                delete_adapter_layers(getattr(self, owner), name)
+            for network in (getattr(self, owner) for owner in (() if hotswap else done)):
+                delete_adapter_layers(network, name)
+                if not getattr(network, "peft_config", None):
+                    recurse_remove_peft_layers(network)  # its layers are plain ones again, drawn with as fast and to the same bit
             raise
 
     @classmethod
