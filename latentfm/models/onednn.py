@@ -81,7 +81,8 @@ def laid_out(network: nn.Module) -> Iterator[None]:
 def linears(network: nn.Module) -> list[nn.Linear]:
     """The layers whose weights are laid out: none where it does not help or something else multiplies."""
     blocks = getattr(network, "transformer_blocks", ())
-    if ONEDNN is None or not torch.backends.mkldnn.enabled or any(block._compiled_call_impl is not None for block in blocks):
+    compiled = hasattr(network, "_orig_mod") or any(module._compiled_call_impl is not None for module in (network, *blocks))
+    if ONEDNN is None or not torch.backends.mkldnn.enabled or compiled:
         return []
     modules = [module for block in blocks for module in block.modules()]
     if any(getattr(module, "fused_projections", False) for module in modules):

@@ -343,5 +343,10 @@ def test_a_compiled_or_large_network_is_not_laid_out(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("latentfm.models.onednn.MOST", 1)
         assert not linears(network)
+    assert not linears(torch.compile(network))
     network.transformer_blocks[0].compile()
+    assert not linears(network)
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
+    network.compile()
     assert not linears(network)
