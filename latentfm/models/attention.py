@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from latentfm.models.backends import Backend, Processed, attend
 from latentfm.models.fused_qkv import FusedProjections, apart
 from latentfm.models.kernels import HeadNorm, unread
+from latentfm.models.onednn import Linear
 from latentfm.models.packing import Heads, each_with_its_own
 
 
@@ -35,15 +36,15 @@ class Attention(Processed, FusedProjections, AttentionModuleMixin, attention_pro
         def norm() -> nn.Module:
             return HeadNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
-        self.to_q, self.to_k, self.to_v = nn.Linear(dim, inner), nn.Linear(dim, inner), nn.Linear(dim, inner)
+        self.to_q, self.to_k, self.to_v = Linear(dim, inner), Linear(dim, inner), Linear(dim, inner)
         self.norm_q, self.norm_k = norm(), norm()
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Identity()])  # diffusers' processors apply a dropout there
+        self.to_out = nn.ModuleList([Linear(inner, dim), nn.Identity()])  # diffusers' processors apply a dropout there
         if joint:
-            self.add_q_proj, self.add_k_proj = nn.Linear(dim, inner), nn.Linear(dim, inner)
-            self.add_v_proj = nn.Linear(dim, inner)
+            self.add_q_proj, self.add_k_proj = Linear(dim, inner), Linear(dim, inner)
+            self.add_v_proj = Linear(dim, inner)
             self.norm_added_q, self.norm_added_k = norm(), norm()
             if not context_pre_only:
-                self.to_add_out = nn.Linear(inner, dim)
+                self.to_add_out = Linear(inner, dim)
 
     def forward(
         self, image: Tensor, text: Tensor | None = None, lengths: list[int] | None = None, **extra: Any

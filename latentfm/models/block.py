@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from latentfm.models.attention import Attention
 from latentfm.models.kernels import gelu_linear, modulated_norm
-from latentfm.models.onednn import linear_gelu
+from latentfm.models.onednn import Linear, linear_gelu
 from latentfm.models.packing import Packing
 
 
@@ -34,7 +34,7 @@ class BlockModulation(NamedTuple):
 class GELUProjection(nn.Module):
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(dim, inner)
+        self.proj = Linear(dim, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_gelu(self.proj, x)
@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentfm.models.kernels import transformed, untouched
+from latentfm.models.onednn import Linear, transformed, untouched
 
 # Parameter for weights as they are; a subclass of Tensor (quantised, sharded) has ways of its own to be multiplied by
 PLAIN = (Tensor, nn.Parameter)
@@ -62,7 +62,7 @@ class FusedProjections:
     def fusible(self) -> bool:
         """Whether query, key and value are made by plain Linears of plain tensors."""
         layers = [getattr(self, name) for names in self.projections() for name in names]
-        return all(type(layer) is nn.Linear and type(layer.weight) in PLAIN for layer in layers)
+        return all(type(layer) in (Linear, nn.Linear) and type(layer.weight) in PLAIN for layer in layers)
 
     def projections(self) -> list[tuple[str, str, str]]:
         """The names of the layers that make query, key and value: the image's and, in joint attention, the text's."""

@@ -10,23 +10,11 @@ Under torch.compile, torch.func, forward-mode differentiation and tracing the pl
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from latentfm.models.onednn import transformed, untouched
+
 EPS = 1e-6
-
-
-def transformed() -> bool:
-    """Whether the compiler, torch.func, forward-mode differentiation or a tracer looks on: PyTorch's own operations are all they know."""
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0 or torch.jit.is_tracing()
-    )  # fmt: skip
-
-
-def untouched(layer: nn.Module) -> bool:
-    """Whether calling `layer` is nn.Linear's forward and nothing else: no adapter around it, no hook, no offloading, no cast."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def gradients_with_graph(

@@ -1,91 +1,131 @@
 """Products of an MM-DiT's blocks by oneDNN in sampling on a CPU.
 
-linear_gelu   replaces gelu(linear(x)): the GELU is applied before the product is written. Both take half of the time in bfloat16 and six
-              tenths in float32 (666 tokens of 256 numbers, one core with AMX).
-laid_out      lays the weights out once, in the order that the kernels read, for the length of one sampling, where nn.Linear's product
-              does so at every step: a sixth of the time less in float32, a quarter in bfloat16, more where the tokens are few. The copy
-              goes with the sampling, so that no weight changed between two can be missed.
+Linear     nn.Linear, whose product can go through GELU (tanh) before it is written: both take half of the time in bfloat16 and six tenths
+           in float32 (666 tokens of 256 numbers, one core with AMX).
+laid_out   lays the weights out once, in the order that the kernels read, for the length of one sampling, where nn.Linear's product does so
+           at every step: a sixth of the time less in float32, a quarter in bfloat16, more where the tokens are few. The copies go with the
+           sampling, so that no weight changed between two can be missed.
+
+Compiled blocks call the same products, as the operation latentfm::linear; what is between them is the compiler's.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from latentfm.models.kernels import transformed, untouched
-
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+BFLOAT16 = ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 MOST = 2**30  # bytes of weights: of a larger network no copy is made
 AS_IT_IS, THROUGH_GELU = ("none", [], ""), ("gelu", [], "tanh")
 
 
-def takes(weight: Tensor, x: Tensor) -> bool:
-    """Whether oneDNN may multiply x by this weight: no gradient, no tracer, no autocast; a plain tensor on the CPU, in x's dtype."""
-    if ONEDNN is None or not torch.backends.mkldnn.enabled or torch.is_grad_enabled() or transformed() or not x.numel():
-        return False
-    own = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and weight.dtype == x.dtype
-    if not own or not weight.device.type == x.device.type == "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def transformed() -> bool:
+    """Whether the compiler, torch.func, forward-mode differentiation or a tracer looks on: PyTorch's own operations are all they know."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    )  # fmt: skip
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, after: tuple) -> Tensor:
-    return ONEDNN(x.reshape(-1, x.shape[-1]), weight, bias, *after).view(*x.shape[:-1], -1)
+class Linear(nn.Linear):
+    """nn.Linear with the products of this file: x [..., K] -> [..., N], through GELU (tanh) where `gelu` asks for it."""
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        weight = self.weight
+        if not torch.is_grad_enabled() and type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu":
+            if not transformed():
+                return product(x, weight, self.bias, gelu)
+            if torch.compiler.is_compiling() and not (torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu")):
+                return torch.ops.latentfm.linear(x, weight, self.bias, gelu)
+        return plain(x, weight, self.bias, gelu)
+
+
+def untouched(layer: nn.Module) -> bool:
+    """Whether calling `layer` is the forward of a linear and nothing else: no adapter around it, no hook, no offloading, no cast."""
+    plain_class = type(layer) in (Linear, nn.Linear)
+    return plain_class and "forward" not in vars(layer) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU (tanh) of layer(x)."""
-    forward = vars(layer).get("forward")
-    if isinstance(forward, LaidOut) and not (layer._forward_hooks or layer._forward_pre_hooks):
-        return forward(x, THROUGH_GELU)
-    if untouched(layer) and takes(layer.weight, x):
-        return product(x, layer.weight, layer.bias, THROUGH_GELU)
-    return F.gelu(layer(x), approximate="tanh")
+    return layer(x, gelu=True) if type(layer) is Linear and untouched(layer) else F.gelu(layer(x), approximate="tanh")
 
 
-class LaidOut:
-    """nn.Linear's forward with the weight in oneDNN's order, made when it is first asked for and again when the weight is another."""
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    found = F.linear(x, weight, bias)
+    return F.gelu(found, approximate="tanh") if gelu else found
 
-    def __init__(self, layer: nn.Linear):
-        self.layer, self.made_of, self.weight = layer, None, None
 
-    def __call__(self, x: Tensor, after: tuple = AS_IT_IS) -> Tensor:
-        """The layer's product of x [..., K], through GELU where it is asked for: [..., N]."""
-        weight = self.layer.weight
-        if not takes(weight, x):
-            out = nn.Linear.forward(self.layer, x)
-            return out if after is AS_IT_IS else F.gelu(out, approximate="tanh")
-        seen = weight.data_ptr(), weight._version
-        if self.made_of != seen:
-            rows = x.numel() // x.shape[-1]
-            self.weight, self.made_of = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), seen
-        return product(x, self.weight, self.layer.bias, after)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """`plain` on a CPU without gradients, by oneDNN where that is faster: with a weight that is laid out, or with the GELU."""
+    laid = LAID.get(weight.data_ptr()) if LAID else None
+    own = x.device == weight.device and x.dtype == weight.dtype and (BFLOAT16 if x.dtype == torch.bfloat16 else x.dtype == torch.float32)
+    if (laid is None and not gelu) or not own or not x.numel() or not torch.backends.mkldnn.enabled or ONEDNN is None:
+        return plain(x, weight, bias, gelu)
+    if torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
+        return plain(x, weight, bias, gelu)
+    rows = x.reshape(-1, x.shape[-1])
+    kept = weight if laid is None else laid.out(weight, len(rows))
+    return ONEDNN(rows, kept, bias, *(THROUGH_GELU if gelu else AS_IT_IS)).view(*x.shape[:-1], -1)
+
+
+LIBRARY = torch.library.Library("latentfm", "FRAGMENT")
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor")
+LIBRARY.impl("linear", product, "CPU")
+
+
+@torch.library.register_fake("latentfm::linear", lib=LIBRARY)
+def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+class Laid:
+    """A weight in oneDNN's order, made when it is first asked for and again when the weight is another.
+
+    The weight it was made of is held, so that no other can come to lie at its address meanwhile. samplings: how many are under way.
+    """
+
+    def __init__(self) -> None:
+        self.samplings, self.made_of, self.version, self.weight = 0, None, None, None
+
+    def out(self, weight: Tensor, rows: int) -> Tensor:
+        version = 0 if weight.is_inference() else weight._version
+        if self.made_of is None or self.version != version:
+            self.weight, self.made_of, self.version = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), weight.detach(), version
+        return self.weight
+
+
+LAID: dict[int, Laid] = {}  # by the address of the weight
+CHANGING = threading.Lock()
 
 
 @contextmanager
 def laid_out(network: nn.Module) -> Iterator[None]:
-    """A context in which the plain linears of `network`'s blocks multiply by weights laid out once; one that is on a GPU, compiled or
-    large is left as it is."""
-    layers = linears(network)
-    for layer in layers:
-        layer.forward = LaidOut(layer)
+    """A context in which the linears of `network`'s blocks multiply by weights laid out once; a large network is left as it is."""
+    addresses = {weight.data_ptr() for weight in laid_out_weights(network)}
+    with CHANGING:
+        for address in addresses:
+            LAID.setdefault(address, Laid()).samplings += 1
     try:
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        with CHANGING:
+            for address in addresses:
+                LAID[address].samplings -= 1
+                if not LAID[address].samplings:
+                    del LAID[address]
 
 
-def linears(network: nn.Module) -> list[nn.Linear]:
-    """The layers whose weights are laid out: none where it does not help or something else multiplies."""
-    blocks = getattr(network, "transformer_blocks", ())
-    compiled = hasattr(network, "_orig_mod") or any(module._compiled_call_impl is not None for module in (network, *blocks))
-    if ONEDNN is None or not torch.backends.mkldnn.enabled or compiled:
+def laid_out_weights(network: nn.Module) -> list[Tensor]:
+    """The weights that are laid out: none where it does not help or something else multiplies."""
+    modules = [module for block in getattr(network, "transformer_blocks", ()) for module in block.modules()]
+    if ONEDNN is None or not torch.backends.mkldnn.enabled or any(getattr(module, "fused_projections", False) for module in modules):
         return []
-    modules = [module for block in blocks for module in block.modules()]
-    if any(getattr(module, "fused_projections", False) for module in modules):
-        return []
-    layers = [module for module in modules if untouched(module) and module.weight.device.type == "cpu"]
-    return layers if sum(layer.weight.nbytes for layer in layers) <= MOST else []
+    weights = [module.weight for module in modules if type(module) is Linear and untouched(module) and module.weight.device.type == "cpu"]
+    weights = [weight for weight in weights if type(weight) in (Tensor, nn.Parameter)]
+    return weights if sum(weight.nbytes for weight in weights) <= MOST else []

@@ -6,12 +6,13 @@ import torch
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentfm.models.kernels import HeadNorm, gelu_linear, modulated_norm
-from latentfm.models.onednn import ONEDNN, LaidOut, laid_out, linear_gelu, linears
+from latentfm.models.onednn import LAID, ONEDNN, Linear, laid_out, laid_out_weights, linear_gelu
 
 
 class Kernels(TorchDispatchMode):
@@ -26,10 +27,10 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def layer_of(dtype: torch.dtype = torch.float32) -> nn.Linear:
+def layer_of(dtype: torch.dtype = torch.float32) -> Linear:
     """A linear 24 -> 40, the same each time."""
     torch.manual_seed(0)
-    return nn.Linear(24, 40).to(dtype)
+    return Linear(24, 40).to(dtype)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -324,7 +325,7 @@ def test_laid_out_weights_give_the_same_products_and_leave_nothing_behind(change
                     torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias), **(tolerance | {"atol": 2**-6}))
         if layer is other and ONEDNN is not None and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             assert sum("_reorder_linear_weight" in name for name in seen.names) == 2
-        assert isinstance(vars(layer).get("forward"), LaidOut) is False
+        assert not LAID
 
 
 def test_a_gradient_passes_through_laid_out_layers():
@@ -336,17 +337,51 @@ def test_a_gradient_passes_through_laid_out_layers():
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand_as(layer.weight))
 
 
-def test_a_compiled_or_large_network_is_not_laid_out(monkeypatch):
+def test_a_large_network_is_not_laid_out(monkeypatch):
     network = nn.Module()
     network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
-    assert bool(linears(network)) == (ONEDNN is not None)
-    with monkeypatch.context() as patched:
-        patched.setattr("latentfm.models.onednn.MOST", 1)
-        assert not linears(network)
-    assert not linears(torch.compile(network))
-    network.transformer_blocks[0].compile()
-    assert not linears(network)
+    assert bool(laid_out_weights(network)) == (ONEDNN is not None)
+    monkeypatch.setattr("latentfm.models.onednn.MOST", 1)
+    assert not laid_out_weights(network)
+
+
+def test_one_sampling_within_another_keeps_what_is_laid_out():
     network = nn.Module()
     network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
-    network.compile()
-    assert not linears(network)
+    layer, x = network.transformer_blocks[0][0], torch.randn(3, 24)
+    with torch.inference_mode(), laid_out(network):
+        with laid_out(network):
+            expected = layer(x)
+        assert (len(LAID) == 1) == (ONEDNN is not None)
+        assert torch.equal(layer(x), expected)
+    assert not LAID
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [with_hook, in_lora, plain])
+def test_compiled_blocks_multiply_by_weights_that_are_laid_out(change, dtype):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = change(layer_of(dtype)), Linear(40, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(linear_gelu(self.first, x))
+
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([Two().to(dtype)])
+    block, x = network.transformer_blocks[0], torch.randn(2, 7, 24).to(dtype)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    block.compile(backend=counter, fullgraph=True)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+    for rows in (x, x[:, :3]):
+        expected = block.forward(rows)
+        with torch.no_grad(), laid_out(network):
+            torch.testing.assert_close(block(rows), expected.detach(), **tolerance)
+            used = sum(laid.weight is not None for laid in LAID.values())
+        if ONEDNN is not None and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            assert used == (1 if change is with_hook else 2)
+    given = x.clone().requires_grad_()
+    torch.testing.assert_close(block(given), block.forward(x), **tolerance)  # gradients ask for the plain products
+    torch.compiler.reset()
