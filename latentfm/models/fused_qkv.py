@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from latentfm.models.onednn import Linear, transformed, untouched
+from latentfm.models.onednn import Linear, product, transformed, untouched
 
 # Parameter for weights as they are; a subclass of Tensor (quantised, sharded) has ways of its own to be multiplied by
 PLAIN = (Tensor, nn.Parameter)
@@ -71,10 +70,11 @@ class FusedProjections:
     def products(self, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
         """What each of the layers called `names` makes of tokens x [B, N, dim]: [B, N, inner] each."""
         layers = [getattr(self, name) for name in names]
-        weight = side_by_side([layer.weight for layer in layers]) if self.one_product(layers) else None
+        weights = [layer.weight for layer in layers]
+        weight = side_by_side(weights) if self.one_product(layers) else None
         if weight is None:
             return [layer(x) for layer in layers]
-        return list(F.linear(x, weight, side_by_side([layer.bias for layer in layers])).chunk(len(layers), dim=-1))
+        return list(product(x, weight, side_by_side([layer.bias for layer in layers]), parts=weights).chunk(len(layers), dim=-1))
 
     def one_product(self, layers: list[nn.Module]) -> bool:
         """Whether the layers are fused and nothing needs them to be called one by one: a gradient, the compiler, an adapter, a hook."""

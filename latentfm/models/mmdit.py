@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from latentfm.errors import InputError, nearest
 from latentfm.models.backends import ChosenAttention
 from latentfm.models.block import Block, Modulation
+from latentfm.models.compiled import CompiledBlocks
 from latentfm.models.diffusers_hooks import CONTEXT_PARALLEL, check_parallel, lora_scaled
 from latentfm.models.embeddings import PatchEmbed, TimeTextEmbed
 from latentfm.models.kernels import modulated_norm
@@ -30,8 +31,9 @@ from latentfm.models.schedule import Precomputed
 
 
 class MMDiT(
-    PartlyRecomputed, ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapterMixin, SD3Transformer2DLoadersMixin, CacheMixin
-):
+    CompiledBlocks, PartlyRecomputed, ModelMixin, AttentionMixin, ChosenAttention, ConfigMixin, PeftAdapterMixin,
+    SD3Transformer2DLoadersMixin, CacheMixin,
+):  # fmt: skip
     """The MM-DiT. Arguments, state-dict names and shapes are those of diffusers' SD3Transformer2DModel.
 
     sample_size: side of the latents the position table is scaled to. caption_projection_dim must equal

@@ -10,7 +10,7 @@ Compiled blocks call the same products, as the operation latentfm::linear; what 
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,22 +61,31 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return F.gelu(found, approximate="tanh") if gelu else found
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """`plain` on a CPU without gradients, by oneDNN where that is faster: with a weight that is laid out, or with the GELU."""
+def takes(weight: Tensor, x: Tensor) -> bool:
+    """Whether oneDNN may multiply x by this weight: both on the CPU and of one dtype that it knows, and no autocast."""
+    if ONEDNN is None or not torch.backends.mkldnn.enabled or not x.numel() or not weight.is_contiguous():
+        return False
+    if not x.device.type == weight.device.type == "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    return BFLOAT16 if x.dtype == torch.bfloat16 else x.dtype == torch.float32
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, parts: Sequence[Tensor] = ()) -> Tensor:
+    """`plain` without gradients, by oneDNN where that is faster: on a CPU, with a weight that is laid out, or with the GELU.
+
+    parts: the weights that `weight` is a view of, where those are several.
+    """
     laid = LAID.get(weight.data_ptr()) if LAID else None
-    own = x.device == weight.device and x.dtype == weight.dtype and (BFLOAT16 if x.dtype == torch.bfloat16 else x.dtype == torch.float32)
-    if (laid is None and not gelu) or not own or not x.numel() or not torch.backends.mkldnn.enabled or ONEDNN is None:
-        return plain(x, weight, bias, gelu)
-    if torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
+    if (laid is None and not gelu) or not takes(weight, x):
         return plain(x, weight, bias, gelu)
     rows = x.reshape(-1, x.shape[-1])
-    kept = weight if laid is None else laid.out(weight, len(rows))
+    kept = weight if laid is None else laid.out(weight, len(rows), parts or (weight,))
     return ONEDNN(rows, kept, bias, *(THROUGH_GELU if gelu else AS_IT_IS)).view(*x.shape[:-1], -1)
 
 
 LIBRARY = torch.library.Library("latentfm", "FRAGMENT")
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor")
-LIBRARY.impl("linear", product, "CPU")
+LIBRARY.impl("linear", lambda x, weight, bias, gelu: product(x, weight, bias, gelu), "CPU")
 
 
 @torch.library.register_fake("latentfm::linear", lib=LIBRARY)
@@ -93,10 +102,11 @@ class Laid:
     def __init__(self) -> None:
         self.samplings, self.made_of, self.version, self.weight = 0, None, None, None
 
-    def out(self, weight: Tensor, rows: int) -> Tensor:
-        version = 0 if weight.is_inference() else weight._version
-        if self.made_of is None or self.version != version:
-            self.weight, self.made_of, self.version = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), weight.detach(), version
+    def out(self, weight: Tensor, rows: int, parts: Sequence[Tensor]) -> Tensor:
+        version = weight.shape, *(0 if part.is_inference() else part._version for part in parts)
+        if self.version != version:
+            self.made_of, self.version = weight.detach(), version
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.made_of, rows)
         return self.weight
 
 
@@ -124,7 +134,7 @@ def laid_out(network: nn.Module) -> Iterator[None]:
 def laid_out_weights(network: nn.Module) -> list[Tensor]:
     """The weights that are laid out: none where it does not help or something else multiplies."""
     modules = [module for block in getattr(network, "transformer_blocks", ()) for module in block.modules()]
-    if ONEDNN is None or not torch.backends.mkldnn.enabled or any(getattr(module, "fused_projections", False) for module in modules):
+    if ONEDNN is None or not torch.backends.mkldnn.enabled:
         return []
     weights = [module.weight for module in modules if type(module) is Linear and untouched(module) and module.weight.device.type == "cpu"]
     weights = [weight for weight in weights if type(weight) in (Tensor, nn.Parameter)]

@@ -125,8 +125,7 @@ class TrainedWeights(Weights):
         self.frozen = {name: Held.of(p.cpu()) for name, p in network.named_parameters() if drawn and not p.requires_grad}
         cast_weights(network, options)
         if options.compile:
-            torch._dynamo.config.recompile_limit = 64
-            network.compile_repeated_blocks(dynamic=False)
+            network.compile_repeated_blocks()
         self.shards = LocalShards(network, accelerator, fully_sharded(network, accelerator) if fsdp else accelerator.prepare(network))
         self.optimizer = make_optimizer(self.shards.parameters, options)
         start = {name: self.shards.local(name, value) for name, value in exact.items()}
