@@ -84,13 +84,16 @@ def choose_attention(pipe: "LatentFMPipeline", name: str, device: "torch.device"
     pipe.transformer.set_attention(name)
 
 
-def move(pipe: "LatentFMPipeline", device: "torch.device") -> None:
-    """Puts the model on `device`; Failure when it does not fit."""
+def move(pipe: "LatentFMPipeline", device: "torch.device", compiled: bool = False) -> None:
+    """Puts the model on `device`; Failure when it does not fit. With `compiled` its blocks are compiled when they are first run."""
     import torch
 
     try:
         pipe.to(device)
-        pipe.transformer.fuse_qkv_projections()
+        if compiled:
+            pipe.transformer.compile_repeated_blocks()
+        else:
+            pipe.transformer.fuse_qkv_projections()
         pipe.vae.enable_slicing()  # decoding a whole batch at once is the peak of memory, and no faster
     except torch.OutOfMemoryError:
         raise Failure(f"the model does not fit into the memory of {device}: try --dtype bfloat16, or --device cpu") from None

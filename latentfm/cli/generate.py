@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPILING = "note: the first step compiles the network: a minute, and seconds where the same was compiled before"
 ATTENTION = ("auto", "native", "flash", "efficient", "math", "cudnn", "xformers", "flex")  # attention.BACKENDS, without torch
 SWEPT = "4,8,16 or 1..7: a picture with each, and all in one table."
 GRID_UP_TO = 64  # pictures; more go on a contact sheet only when --grid asks for it
@@ -155,6 +156,10 @@ def generate(
     attention: Annotated[
         str, typer.Option(help=f"What computes attention: {', '.join(ATTENTION)}. auto: torch's own choice, or $LATENTFM_ATTENTION.")
     ] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile the network's blocks: faster pictures after a start of a minute, later seconds."),
+    ] = False,
     watch: Annotated[
         bool,
         typer.Option("--watch", help="Show the pictures as they form: in a terminal of kitty's or iTerm2's kind, else in OUT/watch.png."),
@@ -311,14 +316,19 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         if seed is None:
             seed = secrets.randbelow(2**32)
             say(f"seed {seed} (to repeat: --seed {seed})", bar)
-        more = {"reference": given.reference and str(given.reference), "variant": given.variant, "without": given.without}
+        more = {
+            "reference": given.reference and str(given.reference), "variant": given.variant, "without": given.without,
+            "compile": given.compiled,
+        }  # fmt: skip
         common = described(given.model, folder, adapters, strengths, chosen, kind, given.attention, **more)
         if given.before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
             say(f"note: {shown(given.like)} was made by a model of other weights than {common['model']}", bar)
         rank = int(os.environ.get("RANK", 0))
         asked = requests(wanted.prompts, given.number, seed, base, sweeps)[rank :: processes()]
         bar.update(task, description="drawing", total=sum(each.settings.sampler.num_inference_steps for each in asked))
-        move(pipe, chosen)
+        move(pipe, chosen, given.compiled)
+        if given.compiled:
+            say(COMPILING, bar)
         several = wanted.count > 1 and processes() == 1
         with_grid = several and (wanted.count <= GRID_UP_TO if given.grid is None else given.grid)
         swept = [name for name, each in sweeps.items() if len(each) > 1]

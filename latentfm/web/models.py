@@ -17,10 +17,13 @@ BUNDLED = "bundled"
 
 
 class Models:
-    """The models in `folders` beside the bundled one, and the LoRAs in the folder `loras`. One of them at a time is in memory."""
+    """The models in `folders` beside the bundled one, and the LoRAs in the folder `loras`. One of them at a time is in memory.
 
-    def __init__(self, folders: Sequence[Path], loras: Path | None, device: str, dtype: str):
-        self.device, self.dtype = device, dtype
+    compiled: whether torch.compile takes their networks' blocks.
+    """
+
+    def __init__(self, folders: Sequence[Path], loras: Path | None, device: str, dtype: str, compiled: bool = False):
+        self.device, self.dtype, self.compiled = device, dtype, compiled
         self.folders: dict[str, Path | None] = {}
         for folder in folders:
             model_folder(folder)
@@ -83,9 +86,9 @@ class Models:
             kind = chosen_dtype(self.dtype, device)
             pipe = load(folder, kind, option="model")
             choose_attention(pipe, "auto", device)
-            move(pipe, device)
+            move(pipe, device, self.compiled)
             self.pipe, self.loaded = pipe, model
-            self.common = described(self.folders[model], folder, (), (), device, kind, "auto")
+            self.common = described(self.folders[model], folder, (), (), device, kind, "auto", compile=self.compiled)
         wanted = None if lora is None else (lora, strength)
         path = () if lora is None else (self.lora_paths()[lora],)
         if wanted != self.adapted:

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import latentfm
@@ -18,6 +20,8 @@ from latentfm.cli import generate as generate_module
 from latentfm.cli.checks import check_size, parse_size
 from latentfm.drawing import fingerprint, slug, versions
 from latentfm.errors import InputError
+from latentfm.models.compiled import FOLDER
+from latentfm.models.mmdit import MMDiT
 from latentfm.pictures import read_settings
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
@@ -58,6 +62,24 @@ def test_the_batch_changes_no_picture(draw):
     for one, four in zip(ones, fours, strict=True):
         assert abs(pixels(one) - pixels(four)).max() <= 1
     assert min(abs(pixels(a) - pixels(b)).max() for a, b in itertools.pairwise(ones)) > 10
+
+
+def test_compiled_blocks_draw_the_same_picture(draw, monkeypatch):
+    monkeypatch.setenv(FOLDER, "")  # so that what the network sets is taken back
+    monkeypatch.setattr(MMDiT, "compile_repeated_blocks", partialmethod(MMDiT.compile_repeated_blocks, backend="aot_eager"))
+    plain = draw("a cat", "--seed", 3)[0]
+    compiled = draw("a cat", "--seed", 3, "--compile", "--out", "compiled")[0]
+    torch.compiler.reset()
+    assert abs(pixels(plain) - pixels(compiled)).max() <= 1
+    assert read_settings(compiled) == read_settings(plain) | {"compile": True}
+
+
+def test_a_missing_compiler_is_told(run, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    result = run("generate", "a cat", "--model", tiny_folder, "--seed", 1, "--device", "cpu", "--compile")
+    refused(result, "torch.compile needs a C++ compiler here: g++")
 
 
 def test_a_picture_can_be_made_again_from_its_own_settings(draw, tiny_folder):

@@ -1,9 +1,13 @@
 """The models and LoRAs of the page: by name alone; a LoRA in part, taken off again to the bit."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 
 from latentfm.errors import InputError
+from latentfm.models.compiled import FOLDER
+from latentfm.models.mmdit import MMDiT
 from latentfm.web.models import BUNDLED, Models, free_name
 
 
@@ -44,6 +48,18 @@ def test_a_lora_is_taken_in_part_and_off_again_to_the_bit(tiny_folder, loras):
     assert not torch.allclose(whole, plain, atol=1e-3) and not torch.allclose(whole, half, atol=1e-3)
     assert said == common | {"lora": [str(loras / "style")]} and half_said["lora_strength"] == [0.5]
     assert models.lora_of(str(loras / "style")) == "style" and models.lora_of("/elsewhere") is None
+
+
+def test_a_compiled_model_takes_a_lora_and_gives_it_back(tiny_folder, loras, monkeypatch):
+    monkeypatch.setenv(FOLDER, "")  # so that what the network sets is taken back
+    monkeypatch.setattr(MMDiT, "compile_repeated_blocks", partialmethod(MMDiT.compile_repeated_blocks, backend="aot_eager"))
+    plain, compiled = Models([tiny_folder], loras, "cpu", "float32"), Models([tiny_folder], loras, "cpu", "float32", compiled=True)
+    for lora, strength in ((None, 1.0), ("style", 1.0), ("style", 0.5), (None, 1.0)):
+        expected, common = drawn(plain, lora, strength)
+        found, said = drawn(compiled, lora, strength)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert said == common | {"compile": True}
+    torch.compiler.reset()
 
 
 def test_the_command_line_draws_the_same_with_so_much_of_it(tiny_folder, loras):
