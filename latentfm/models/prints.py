@@ -9,6 +9,8 @@ What a glance can miss: less than a row's numbers of a large matrix, changed thr
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,8 +30,20 @@ SILENT = {
 SILENT_SETTINGS = {"training", "gradient_checkpointing"}
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
+LOOKS: ContextVar[dict[nn.Module, str] | None] = ContextVar("glances", default=None)
+
 Named = list[tuple[str, Tensor]]
 _added_up: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()  # by encoder: what a glance saw, and the weights' print
+
+
+@contextmanager
+def one_glance() -> Iterator[None]:
+    """A context in which no encoder changes, so that one glance at each is enough for all prints that are taken."""
+    token = LOOKS.set({})
+    try:
+        yield
+    finally:
+        LOOKS.reset(token)
 
 
 def encoder_print(encoder: nn.Module | None, ids: Tensor | None) -> str | None:
@@ -71,7 +85,13 @@ def weights_print(encoder: nn.Module, tensors: Named) -> str:
     """A print of all bytes of an encoder's tensors: that of before where a glance sees nothing new."""
     if any(value.is_inference() for _, value in tensors):  # these have no version
         return full_print(tensors)
-    seen = glance(tensors)
+    looks = LOOKS.get()
+    if looks is None or encoder not in looks:
+        seen = glance(tensors)
+        if looks is not None:
+            looks[encoder] = seen
+    else:
+        seen = looks[encoder]
     known = _added_up.get(encoder)
     if known is None or known[0] != seen:
         known = _added_up[encoder] = (seen, full_print(tensors))

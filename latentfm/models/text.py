@@ -172,8 +172,19 @@ class PromptEncoder:
         its pooled answer being the first one's, and T5 as many times its length. The encoders answer in evaluation mode, whatever mode
         they are in.
         """
-        with evaluating(*self.encoders):
-            return self.answers((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length * chunks, clip_skip, chunks)
+        ids = self.read((prompts, prompts_2 or prompts, prompts_3 or prompts), t5_length, chunks)
+        return self.answers(ids, len(prompts), t5_length * chunks, clip_skip, chunks)
+
+    def read(self, prompts: Sequence[list[str]], t5_length: int, chunks: int = 1) -> list[Tensor | None]:
+        """The token ids of each encoder's own prompts, as `encode` has them read; None where it is absent."""
+        lengths, found = self.lengths(t5_length * chunks), []
+        for index, (kind, _, encoder) in enumerate(self.rows()):
+            whole, own = chunks == 1 or kind.family is not CLIP, prompts[index]
+            if encoder is None:
+                found.append(None)
+            else:
+                found.append(self.tokenize(index, own, lengths[index]) if whole else self.pieces(index, own, chunks))
+        return found
 
     def chunks_of(self, prompts: Sequence[list[str]], t5_length: int) -> int:
         """The least number of chunks in which no encoder loses a word of its `prompts`."""
@@ -195,26 +206,25 @@ class PromptEncoder:
                 rows.append(piece + [tokenizer.pad_token_id] * (length - len(piece)))
         return torch.tensor(rows)
 
-    def answers(self, prompts: Sequence[list[str]], t5_length: int, clip_skip: int = 0, chunks: int = 1) -> PromptParts:
-        """What `encode` returns, from the encoders as they are, each given its own prompts."""
+    @torch.no_grad()
+    def answers(self, ids: Sequence[Tensor | None], count: int, t5_length: int, clip_skip: int = 0, chunks: int = 1) -> PromptParts:
+        """What `encode` returns, from the token ids of `count` prompts; t5_length is that of all chunks."""
         found: dict[str, Tensor] = {}
-        for index, (kind, _, encoder) in enumerate(self.rows()):
-            if encoder is None:
-                continue
-            whole, texts = chunks == 1 or kind.family is not CLIP, prompts[index]
-            ids = self.tokenize(index, texts, self.lengths(t5_length)[index]) if whole else self.pieces(index, texts, chunks)
-            ids = ids.to(execution_device(encoder))
-            out = encoder(ids, output_hidden_states=kind.family is CLIP)
-            if kind.family is CLIP and clip_skip + 2 > len(out.hidden_states):
-                most = len(out.hidden_states) - 2
-                raise InputError(f"clip_skip {clip_skip} leaves no layer of {kind.title}; {most} is the most that it has to leave out")
-            states = (out.hidden_states[-2 - clip_skip], out[0]) if kind.family is CLIP else (out[0],)
-            if not whole:
-                states = states[0].unflatten(0, (-1, chunks)).flatten(1, 2), states[1][::chunks]
-            found |= dict(zip(kind.parts, states, strict=True))
+        with evaluating(*self.encoders):
+            for (kind, _, encoder), own in zip(self.rows(), ids, strict=True):
+                if encoder is None:
+                    continue
+                out = encoder(own.to(execution_device(encoder)), output_hidden_states=kind.family is CLIP)
+                if kind.family is CLIP and clip_skip + 2 > len(out.hidden_states):
+                    most = len(out.hidden_states) - 2
+                    raise InputError(f"clip_skip {clip_skip} leaves no layer of {kind.title}; {most} is the most that it has to leave out")
+                states = (out.hidden_states[-2 - clip_skip], out[0]) if kind.family is CLIP else (out[0],)
+                if chunks > 1 and kind.family is CLIP:
+                    states = states[0].unflatten(0, (-1, chunks)).flatten(1, 2), states[1][::chunks]
+                found |= dict(zip(kind.parts, states, strict=True))
         if "t5" not in found:
             like = next(iter(found.values()), torch.zeros(0))
-            found["t5"] = like.new_zeros(len(prompts[0]), t5_length, self.joint_dim)
+            found["t5"] = like.new_zeros(count, t5_length, self.joint_dim)
         return PromptParts(**found)
 
 

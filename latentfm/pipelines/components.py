@@ -18,6 +18,7 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.models.preview import colours_of, latent_rgb
 from latentfm.models.text import NullCondition, PromptEncoder
 from latentfm.pipelines.arguments import whole_number
+from latentfm.pipelines.known_prompts import KnownPrompts
 from latentfm.pipelines.lora import LoraLoader
 from latentfm.words import shown
 
@@ -71,6 +72,7 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
             image_encoder=image_encoder, feature_extractor=feature_extractor,
         )  # fmt: skip
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self.latent_channels)
+        self.known_prompts = KnownPrompts()
         self.say(next((said for part in self.carriers() if (said := getattr(part, "said", None))), Said()))
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentfm.bounds import MOST_TOKENS
 from latentfm.errors import InputError
+from latentfm.models.prints import one_glance
 from latentfm.models.text import Condition, PromptParts, assemble
 from latentfm.pipelines.arguments import real_number, tensor, texts, whole_number
 from latentfm.pipelines.components import Components
@@ -106,11 +107,12 @@ class Prompts(Components):
         if chunked and embeds is None and negative[1] is None:
             each = [[text for said in (prompts, negative[0]) for text in listed(said[i] or said[0])] for i in range(len(prompts))]
             chunks = self.prompt_encoder.chunks_of(each, length)
-        with lora_scaled([self.text_encoder, self.text_encoder_2, self.text_encoder_3], scale):
+        with lora_scaled([self.text_encoder, self.text_encoder_2, self.text_encoder_3], scale), one_glance():
             if embeds is None:
                 first = [prompts[0]] if isinstance(prompts[0], str) else prompts[0]
                 others = [aligned(other, first) for other in prompts[1:]]
-                condition = self.assemble(self.prompt_encoder.encode(first, length, *others, clip_skip=skip, chunks=chunks))
+                parts = self.known_prompts.encode(self.prompt_encoder, first, length, *others, clip_skip=skip, chunks=chunks)
+                condition = self.assemble(parts)
             else:
                 condition = Condition(embeds, pooled)
             if guided:
@@ -145,7 +147,7 @@ class Prompts(Components):
         if len(prompts) != count:
             raise InputError(f"{len(prompts)} negative prompts for {count} prompts; give one for each, or a single one")
         others = [aligned(other, prompts) for other in (prompt_2, prompt_3)]
-        return self.assemble(self.prompt_encoder.encode(prompts, length, *others, chunks=chunks))
+        return self.assemble(self.known_prompts.encode(self.prompt_encoder, prompts, length, *others, chunks=chunks))
 
     def assemble(self, parts: PromptParts) -> Condition:
         return assemble(parts, *self.widths)
