@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentfm.errors import InputError
 
@@ -27,7 +28,16 @@ class CompiledBlocks:
             check_compiler(self.device)
         keep_on_disk()
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.specialize_float = True  # no eps changes: taken for a number that does, each block is traced twice
         super().compile_repeated_blocks(*args, **({"dynamic": True} | kwargs))
+
+    @property
+    def blocks_are_compiled(self) -> bool:
+        return self.transformer_blocks[0]._compiled_call_impl is not None
+
+    def as_between_blocks(self, tokens: Tensor) -> Tensor:
+        """Tokens for the first of the blocks: where these are compiled no view, for which the first block would have a graph of its own."""
+        return tokens.clone() if tokens._is_view() and self.blocks_are_compiled else tokens
 
 
 def compiled_folder() -> Path:

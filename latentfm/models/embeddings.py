@@ -51,7 +51,8 @@ class PatchEmbed(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         rows, columns = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
         tokens = self.proj(latents).flatten(2).transpose(1, 2)
-        return (tokens + self.crop(rows, columns)).to(tokens.dtype)
+        # tokens one after another in memory: every block's norms and sums would keep the convolution's order, in which they are slower
+        return (tokens + self.crop(rows, columns)).to(tokens.dtype).contiguous()
 
 
 def timestep_features(timestep: Tensor, dim: int = 256) -> Tensor:

@@ -168,6 +168,7 @@ class MMDiT(
         if self.image_proj is not None and (seen := attention.pop("ip_adapter_image_embeds", None)) is not None:
             attention["ip_hidden_states"], attention["temb"] = self.image_proj(seen, timestep.to(image.device))
         text, packing = (text, None) if encoder_attention_mask is None else pack(text, encoder_attention_mask)
+        text = self.as_between_blocks(text)
         if token_route is not None:
             token_route.check(len(self.transformer_blocks), image)
 

@@ -62,9 +62,12 @@ class Precomputed:
         self.first = place
         times = self.timesteps[place:][: max(1, ROWS // pooled.shape[0])].to(pooled.device)
         conditioning = F.silu(network.time_text_embed.schedule(times, pooled))
+        # compiled blocks would have a graph of their own for the step whose vectors begin where their memory does: here none's do
+        ahead = int(network.blocks_are_compiled)
+        conditioning = torch.cat([conditioning[:ahead], conditioning])
 
         def by_step(parts: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-            return list(zip(*(part.unbind(0) for part in parts), strict=True))
+            return list(zip(*(part.unbind(0)[ahead:] for part in parts), strict=True))
 
         both = (block.modulation(conditioning) for block in network.transformer_blocks)
         self.blocks = [[BlockModulation(*step) for step in zip(by_step(image), by_step(text), strict=True)] for image, text in both]

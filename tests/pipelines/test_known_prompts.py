@@ -83,7 +83,8 @@ def changed_unseen_by_autograd(pipe):
 
 
 def changed_tokenizer(pipe):
-    pipe.tokenizer = pipe.tokenizer_2 = type(pipe.tokenizer).from_pretrained(pipe.config._name_or_path, subfolder="tokenizer", model_max_length=9)
+    folder = pipe.config._name_or_path
+    pipe.tokenizer = pipe.tokenizer_2 = type(pipe.tokenizer).from_pretrained(folder, subfolder="tokenizer", model_max_length=9)
 
 
 def without_t5(pipe):
