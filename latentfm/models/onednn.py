@@ -21,6 +21,7 @@ from torch.nn import functional as F
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 BFLOAT16 = ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 MOST = 2**30  # bytes of weights: of a larger network no copy is made
+LEAST = 12  # evaluations of the network for which laying out is worth its time, that of about ten
 AS_IT_IS, THROUGH_GELU = ("none", [], ""), ("gelu", [], "tanh")
 
 
@@ -115,9 +116,12 @@ CHANGING = threading.Lock()
 
 
 @contextmanager
-def laid_out(network: nn.Module) -> Iterator[None]:
-    """A context in which the linears of `network`'s blocks multiply by weights laid out once; a large network is left as it is."""
-    addresses = {weight.data_ptr() for weight in laid_out_weights(network)}
+def laid_out(network: nn.Module, evaluations: int = LEAST) -> Iterator[None]:
+    """A context in which the linears of `network`'s blocks multiply by weights laid out once; a large network is left as it is.
+
+    evaluations: how many are expected; of few it would be slower.
+    """
+    addresses = {weight.data_ptr() for weight in laid_out_weights(network)} if evaluations >= LEAST else set()
     with CHANGING:
         for address in addresses:
             LAID.setdefault(address, Laid()).samplings += 1

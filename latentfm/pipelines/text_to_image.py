@@ -271,7 +271,8 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         level = self.scheduler.sigmas[times.first].item()
         start = canvas.begin(self, shape, source, latents, level, left_out == 0, condition.embeds.dtype)
         field = GuidedVelocity(self, sampler, times, condition, reference, skip, attention, start.channels)
-        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae, reference), laid_out(self.transformer):
+        laid = laid_out(self.transformer, len(times.timesteps))
+        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae, reference), laid:
             step_end = StepEnd(self, field, times, bar, callback_on_step_end, wanted, start.kept)
             found = integrate(self, sampler, times, field, start.x, source.generator, step_end)
             if output_type == "latent":
@@ -329,7 +330,8 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         clean = clean_latents(self, pixels, None, count, condition.embeds.dtype, sample=False)
         times = Times.of(self, sampler, (height // self.size_multiple) * (width // self.size_multiple), left_out).reversed()
         attention = self.attention_arguments(joint_attention_kwargs, None, None, count, negative is not None)
-        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae), laid_out(self.transformer):
+        laid = laid_out(self.transformer, len(times.timesteps))
+        with self.progress_bar(total=times.steps) as bar, evaluating(self.transformer, self.vae), laid:
             field = GuidedVelocity(self, sampler, times, condition, attention=attention)
             found = integrate(self, sampler, times, field, clean, None, StepEnd(self, field, times, bar, None, [], None))
         self.maybe_free_model_hooks()

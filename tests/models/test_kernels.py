@@ -345,6 +345,15 @@ def test_a_large_network_is_not_laid_out(monkeypatch):
     assert not laid_out_weights(network)
 
 
+def test_for_few_evaluations_nothing_is_laid_out():
+    network = nn.Module()
+    network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
+    with laid_out(network, 4):
+        assert not LAID
+    with laid_out(network, 28):
+        assert bool(LAID) == (ONEDNN is not None)
+
+
 def test_one_sampling_within_another_keeps_what_is_laid_out():
     network = nn.Module()
     network.transformer_blocks = nn.ModuleList([nn.ModuleList([layer_of(torch.float32)])])
