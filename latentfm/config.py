@@ -265,7 +265,7 @@ class TrainOptions(OptimisationOptions):
     token_routing: TokenRouting | None = Field(
         None, description="train a new network faster: {keep: 0.5, first: 2, last: -3} lets half of the image tokens bypass these blocks"
     )
-    compile: bool = Field(False, description="torch.compile each block: minutes to start, faster steps")
+    compile: bool = Field(False, description="torch.compile each block: minutes to start, seconds when it was done before; faster steps")
     loss_weighting: Literal["constant", "beta_squared", "inverse_beta_squared", "cosmap", "min_snr"] = Field(
         "constant", description="w(t) of the loss, see latentfm.flow.objective; constant is the loss as it is derived"
     )
