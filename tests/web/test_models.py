@@ -1,9 +1,13 @@
 """The models and LoRAs of the page: by name alone; a LoRA in part, taken off again to the bit."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
+from latentfm.models.manifest import MANIFEST
 from latentfm.web.models import BUNDLED, Models, free_name
 
 
@@ -44,6 +48,22 @@ def test_a_lora_is_taken_in_part_and_off_again_to_the_bit(tiny_folder, loras):
     assert not torch.allclose(whole, plain, atol=1e-3) and not torch.allclose(whole, half, atol=1e-3)
     assert said == common | {"lora": [str(loras / "style")]} and half_said["lora_strength"] == [0.5]
     assert models.lora_of(str(loras / "style")) == "style" and models.lora_of("/elsewhere") is None
+
+
+def test_what_was_trained_on_meanwhile_is_loaded_anew(tiny_folder, loras, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "mine")
+    models = Models([folder], loras, "cpu", "float32")
+    plain, before = drawn(models)[0], drawn(models, "style")[0]
+    pipe = models.pipe
+    assert torch.equal(drawn(models, "style")[0], before) and models.pipe is pipe
+    (file,) = (loras / "style").glob("*.safetensors")
+    (file.parent / MANIFEST).unlink(missing_ok=True)
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    assert not torch.allclose(drawn(models, "style")[0], before, atol=1e-3) and models.pipe is pipe
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    (folder / MANIFEST).unlink(missing_ok=True)
+    save_file({name: value * 1.5 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    assert not torch.allclose(drawn(models)[0], plain, atol=1e-3) and models.pipe is not pipe
 
 
 def test_the_command_line_draws_the_same_with_so_much_of_it(tiny_folder, loras):
