@@ -154,7 +154,7 @@ def test_a_decoder_alone_leaves_the_encoder_and_its_latents(tmp_path, train_vae,
     assert found["before"]["step"] == 0
     assert "the decoder alone was trained" in (out / "report.html").read_text()
     found["after"]["lpips"] = 0.125  # as where loss.lpips came with --resume
-    assert "<tr><td>LPIPS</td><td class=\"n\"></td><td class=\"n\">0.125</td>" in page(found, [], [])
+    assert '<tr><td>LPIPS</td><td class="n"></td><td class="n">0.125</td>' in page(found, [], [])
 
 
 def test_the_result_is_the_average(tmp_path, train_vae):
