@@ -337,12 +337,12 @@ def test_threads_may_import_at_once(packages):
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=load, args=(name,)) for name in modules * 3]
+    threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in modules * 3]
     for each in threads:
         each.start()
     for each in threads:
-        each.join()
-    assert not errors and packages == ["heavylib"] and type(sys.modules["heavylib"]) is types.ModuleType and lazy_imports.STANDING == []
+        each.join(60)
+    assert not any(each.is_alive() for each in threads) and not errors and packages == ["heavylib"] and type(sys.modules["heavylib"]) is types.ModuleType and lazy_imports.STANDING == []
 
 
 def test_garbage_is_looked_for_again_afterwards(packages):

@@ -194,6 +194,7 @@ class Evaluation:
             "number": given.seeds,
             "seeds": [given.seed, given.seed + len(wanted.asked) * given.seeds - 1],
             **self.instruments.told(),
+            "fingerprints": self.instruments.fingerprints(),
             "validation": getattr(self.instruments.detector, "validation", None),
             "real": {"folder": str(given.real), "pictures": len(known.paths)} if known else None,
             "models": [{"name": each.name, "told": each.told, "figures": each.figures, "pictures": each.rows} for each in models],
@@ -213,6 +214,14 @@ class Evaluation:
         for name, value in self.instruments.told().items():
             if report.get(name) != value:
                 raise InputError(f"--against {shown(folder)} was made with {name} {shown(report.get(name))}, this one with {shown(value)}")
+        kept = report.get("fingerprints")
+        for name, value in self.instruments.fingerprints().items():
+            if not isinstance(kept, dict) or kept.get(name) != value:
+                why = f"by a {name} of other weights or settings than the present one of that name"
+                why = why if kept else f"by an earlier version of latentfm, and does not say by which {name}'s weights"
+                raise InputError(
+                    f"--against {shown(folder)} was measured {why}; evaluate that model again with the same --out, which keeps its pictures"
+                )
         for row in found.rows:
             row["file"] = os.path.relpath(folder / row["file"], self.given.out)
         found.figures = figures(found, self.wanted.asked, self.known)

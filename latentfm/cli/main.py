@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from latentfm.cli.generate import generate
 from latentfm.cli.info import info
 from latentfm.cli.plan import plan
 from latentfm.cli.reflow import reflow
-from latentfm.cli.terminal import steady_streams
+from latentfm.cli.terminal import left_at_once, steady_streams
 from latentfm.cli.train import train
 from latentfm.cli.train_vae import train_vae
 from latentfm.cli.verify import verify
@@ -197,7 +197,8 @@ def root(
 def main() -> None:
     """Runs the command line on sys.argv and exits with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     steady_streams()
-    app(prog_name="latentfm")
+    with nullcontext() if os.environ.get("WORLD_SIZE", "1") == "1" else left_at_once():
+        app(prog_name="latentfm")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the commands show on a terminal: results on stdout, all else on stderr, and nothing of the libraries' own chatter."""
 
+import atexit
 import codecs
 import errno
 import gc
@@ -83,6 +84,28 @@ def escaped(error: UnicodeError) -> tuple[bytes, int]:
         for letter in error.object[error.start : error.end]
     ]
     return b"".join(parts), error.end
+
+
+@contextmanager
+def left_at_once() -> Iterator[None]:
+    """A context whose end is the process's, with the exit code that it would have had and what is registered for the exit done.
+
+    Of several processes that compute together: the interpreter is not taken apart, for a thread of torch.distributed that lets go of a
+    tensor meanwhile aborts the process, and the launcher takes what was finished, or stopped and saved, for failed. Destroying
+    the process group does not end those threads everywhere: what FSDP2 has split keeps its group in DTensor's caches.
+    """
+    code: object = 0
+    try:
+        yield
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 @contextmanager

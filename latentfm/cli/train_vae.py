@@ -1,5 +1,6 @@
 """`latentfm train-vae`: a configuration and overrides to a finished autoencoder, or to what the run would take."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,8 @@ def train_vae(
         from latentfm.training.vae.dry_run import lines
 
         found = look(run, resume)
+        if int(os.environ.get("RANK", 0)):
+            return
         print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
         return
     from latentfm.training.vae.trainer import train_vae as run_training

@@ -91,9 +91,9 @@ class CachedData(PreparedData):
 
     def unusable(self) -> list[bool]:
         """Which samples have a picture or a mask of which nothing could be made."""
-        bad = self.lacking(self.image_key, self.samples)
+        bad = self.unreadable(self.image_key, self.samples)
         masked = [index for index, sample in enumerate(self.samples) if sample.mask]
-        bad[masked] |= self.lacking(self.mask_key, [self.samples[index] for index in masked])
+        bad[masked] |= self.unreadable(self.mask_key, [self.samples[index] for index in masked])
         return bad.tolist()
 
     # Conditions that belong to no picture

@@ -29,7 +29,7 @@ class OnlineData(PreparedData):
         return [(text, length) for text in texts for length in self.lengths]
 
     def unusable(self) -> list[bool]:
-        return self.lacking(self.check_key, self.samples).tolist()
+        return self.unreadable(self.check_key, self.samples).tolist()
 
     def encode(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
         return self.encoded(prompts, t5_length).map(lambda value: value.float().cpu())

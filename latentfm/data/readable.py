@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentfm.bounds import IMAGES_AT_ONCE
-from latentfm.data.cache.fill import Job, fill
+from latentfm.data.cache.fill import Job, fill, verdict_key
 from latentfm.data.cache.processes import ONE_PROCESS, Processes
 from latentfm.data.cache.store import Cache, key_of
 from latentfm.data.images import UnreadableImage, decoders, load, load_mask, opened_rgb
@@ -41,7 +41,7 @@ class ReadablePictures:
     def leave_out_unreadable(self, progress: Any) -> None:
         """Decodes, this process its share, what nobody has decoded before, and leaves out, by name, what cannot be."""
         self.fill([self.checks()], progress, verify=True)
-        self.leave_out(self.lacking(self.check_key, self.samples).tolist())
+        self.leave_out(self.unreadable(self.check_key, self.samples).tolist())
 
     def leave_out(self, unusable: Sequence[bool]) -> None:
         """Leaves out, by name, those of `samples`. Raises InputError when none is left."""
@@ -56,10 +56,16 @@ class ReadablePictures:
         """The keys of samples, S32, each as it is and then, with flips, mirrored."""
         return np.array([bytes.fromhex(key(sample, flip)) for sample in samples for flip in self.inventory.flips], "S32")
 
-    def lacking(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
-        """Which of the samples the cache has not under all their keys, bool [N]."""
+    def unreadable(self, key: Callable[[Sample, bool], str], samples: Sequence[Sample]) -> np.ndarray:
+        """Of which of the samples the cache says that under one of their keys nothing could be made, bool [N].
+
+        That an entry is missing says nothing: another process may have found it damaged just now, and make it anew.
+        """
         self.cache.refresh()
-        return (self.cache.find(self.keys(key, samples)) < 0).reshape(len(samples), len(self.inventory.flips)).any(axis=1)
+        keys = self.keys(key, samples)
+        bad = self.cache.find(keys) < 0
+        bad[bad] = self.cache.find([verdict_key(name.ljust(32, b"\0").hex()) for name in keys[bad].tolist()]) >= 0
+        return bad.reshape(len(samples), len(self.inventory.flips)).any(axis=1)
 
     def check_key(self, sample: Sample, flip: bool) -> str:
         masked = (self.inventory.mask_digests[sample.id], self.inventory.transform(sample, flip).key()) if sample.mask else ()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from latentfm.errors import InputError
+from latentfm.evaluation.features import fingerprint
 from latentfm.files import reading
 from latentfm.words import shown
 
@@ -32,9 +33,13 @@ class Detection:
 
 
 class Detector(Protocol):
-    """What `latentfm evaluate` asks of a detector. tells_colours: whether its detections have colours."""
+    """What `latentfm evaluate` asks of a detector.
+
+    fingerprint: tells its weights and settings from any others. tells_colours: whether its detections have colours.
+    """
 
     name: str
+    fingerprint: str
     tells_colours: bool
 
     def check(self, classes: Sequence[str]) -> None:
@@ -61,7 +66,7 @@ class ZeroShotDetector:
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self.model.to(device).eval()
         self.name, self.threshold = f"{type(self.model).__name__} {folder}, scores above {threshold:g}", threshold
-        self.clip, self.tells_colours = clip, clip is not None
+        self.clip, self.tells_colours, self.fingerprint = clip, clip is not None, fingerprint(folder)
 
     def check(self, classes: Sequence[str]) -> None:
         """Nothing: any words will do."""

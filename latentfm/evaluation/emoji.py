@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from latentfm.errors import InputError, nearest
 from latentfm.evaluation.detection import Detection
-from latentfm.evaluation.features import stored
+from latentfm.evaluation.features import fingerprint, stored
 from latentfm.files import read_json, reading
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class EmojiDetector:
     """Finds the things of the project's art. labels: (class, colour or None) of each of the network's outputs.
 
     validation: how often it was right about composed pictures, as scripts/emoji/detector.py wrote it; None if it was not asked.
+    fingerprint: of its files, empty where it was not loaded from any.
     """
 
     name = f"emoji, scores from {THRESHOLD:g}"
@@ -94,6 +95,7 @@ class EmojiDetector:
         self.network, self.labels = network.eval(), list(labels)
         self.classes = list(dict.fromkeys(name for name, _ in labels))
         self.validation: dict | None = None
+        self.fingerprint = ""
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "EmojiDetector":
@@ -104,6 +106,7 @@ class EmojiDetector:
             network = CenterNet(len(labels), config["widths"])
             network.load_state_dict({name: value.float() for name, value in stored(folder / "model.safetensors").items()})
         found = cls(network.to(device), labels)
+        found.fingerprint = fingerprint(folder, ("config.json", "model.safetensors"))
         if (folder / "validation.json").is_file():
             found.validation = read_json(folder / "validation.json")
         return found

@@ -1,5 +1,6 @@
 """The spaces that pictures are compared in, each by a network of a local folder or file: nothing is downloaded."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from torch.nn import functional as F
 
 from latentfm.errors import InputError
 from latentfm.files import read_json, reading
-from latentfm.models.stored import read_header
+from latentfm.models.manifest import hash_of
+from latentfm.models.stored import names_in, read_header
 from latentfm.words import shown
 
 if TYPE_CHECKING:
     from PIL import Image
+
+DECIDING = (".safetensors", ".json", ".txt", ".model")  # what transformers reads of a folder
 
 
 class Clip:
@@ -34,7 +38,7 @@ class Clip:
         with reading(f"--clip {shown(folder)}", "its folder needs the tokenizer and the image processor"):
             self.images_as = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.name = f"{type(self.model).__name__} {folder}"
+        self.name, self.fingerprint = f"{type(self.model).__name__} {folder}", fingerprint(folder)
 
     @torch.no_grad()
     def images(self, pictures: "Sequence[Image.Image]") -> Tensor:
@@ -61,7 +65,7 @@ class VisionModel:
         self.model = vision_model(folder, AutoModel, "--features", device)
         with reading(f"--features {shown(folder)}", "its folder needs the image processor, preprocessor_config.json"):
             self.images_as = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        self.name = f"{type(self.model).__name__} {folder}"
+        self.name, self.fingerprint = f"{type(self.model).__name__} {folder}", fingerprint(folder)
 
     @torch.no_grad()
     def features(self, pictures: "Sequence[Image.Image]") -> Tensor:
@@ -85,13 +89,24 @@ class Inception:
             self.model.load_state_dict(stored(file))
         self.model.fc = torch.nn.Identity()
         self.model.to(device).eval()
-        self.device, self.name = device, f"Inception v3 {file}"
+        self.device, self.name, self.fingerprint = device, f"Inception v3 {file}", fingerprint(file)
 
     @torch.no_grad()
     def features(self, pictures: "Sequence[Image.Image]") -> Tensor:
         """[N, 2048] float32 on the CPU."""
         sized = [np.asarray(picture.convert("RGB").resize((299, 299), 2), np.float32) for picture in pictures]
         return self.model((torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2) / 127.5 - 1).to(self.device)).float().cpu()
+
+
+def fingerprint(place: Path, names: Sequence[str] = ()) -> str:
+    """The SHA-256 of what decides a network's answers, wherever it lies: a file, or of a folder its weights, settings and vocabulary.
+
+    names: of the folder's files those that are its.
+    """
+    if place.is_file():
+        return hash_of(place).sha256
+    told = sorted(names or (name for name in names_in(place) if name.endswith(DECIDING) and (place / name).is_file()))
+    return hashlib.sha256(" ".join(hash_of(place / name).sha256 for name in told).encode()).hexdigest()
 
 
 def stored(file: Path) -> dict[str, Tensor]:

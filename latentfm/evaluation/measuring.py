@@ -34,10 +34,18 @@ class Instruments:
     clip: "Clip | None" = None
     space: Any = None
 
+    @property
+    def named(self) -> dict[str, Any]:
+        return {"detector": self.detector, "clip": self.clip, "space": self.space}
+
     def told(self) -> dict[str, str | None]:
         """The names of the detector, CLIP and the space."""
-        names = {part: getattr(getattr(self, part), "name", None) for part in ("detector", "clip", "space")}
+        names = {part: getattr(each, "name", None) for part, each in self.named.items()}
         return names | ({"space": "the emoji detector's last layer"} if self.space is not None and self.space is self.detector else {})
+
+    def fingerprints(self) -> dict[str, str]:
+        """By the same parts, of those that there are, what tells their weights and settings from any others of that name."""
+        return {part: each.fingerprint for part, each in self.named.items() if each is not None}
 
     def rows(self, pictures: Sequence[tuple[Path, Asked | None]], classes: Sequence[str], advance: Callable[[int], None]) -> list[dict]:
         """Of each picture, and what it was asked to show if anything, a row that JSON holds: {"found", "right", "wrong", "clip",

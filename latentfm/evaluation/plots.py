@@ -16,9 +16,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def plot(title: str, labels: Sequence[str], series: Sequence[Sequence[dict[str, float]]], joined: bool = True) -> str:
-    """The SVG of a few series of figures, a point a label with its interval; `joined` by lines where the labels are in an order."""
+    """The SVG of a few series of figures, a point a label with its interval; `joined` by lines where the labels are in an order.
+
+    What is not finite is left out: such a figure has no point, and such an interval fills the plot's height.
+    """
     numbers = [number for each in series for one in each for number in (one["value"], one["low"], one["high"]) if math.isfinite(number)]
-    low, high = min(numbers), max(numbers)
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     margin = 0.06 * (high - low) or abs(high) or 1.0
     low, high = low - margin, high + margin
     width = max(NARROWEST, LEFT + round(len(labels) * (LETTER * max(map(len, labels)) + 12)))
@@ -36,13 +39,14 @@ def plot(title: str, labels: Sequence[str], series: Sequence[Sequence[dict[str, 
         parts.append(f'<line x1="{LEFT}" x2="{width}" y1="{y}" y2="{y}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y}" dy="4" text-anchor="end">{tick:.6g}</text>')
     for which, each in enumerate(series):
-        points = [(across(place, which), one) for place, one in enumerate(each)]
+        points = [(across(place, which), one) for place, one in enumerate(each) if math.isfinite(one["value"])]
         if joined:
             line = " ".join(f"{x:.1f},{down(one['value']):.1f}" for x, one in points)
             parts.append(f'<polyline points="{line}" class="s{which} line"/>')
         for x, one in points:
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{down(one["low"]):.1f}" y2="{down(one["high"]):.1f}" class="s{which}"/>')
-            said = f"{one['value']:.4g} ({one['low']:.4g} to {one['high']:.4g})"
+            interval = f"{one['low']:.4g} to {one['high']:.4g}" if math.isfinite(one["high"] - one["low"]) else "too few prompts"
+            said = f"{one['value']:.4g} ({interval})"
             parts.append(f'<circle cx="{x:.1f}" cy="{down(one["value"]):.1f}" r="4" class="s{which}"><title>{said}</title></circle>')
     middle = (len(series) - 1) / 2
     for place, label in enumerate(labels):

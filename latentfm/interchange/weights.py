@@ -313,10 +313,10 @@ def load_tensor(name: str, network: nn.Module, key: str, stored: Stored, dtype: 
 def not_finite(name: str, key: str, stored: Stored, value: Tensor) -> InputError:
     """What to say of a tensor of component `name` that is not all finite."""
     bad, where = int(value.isfinite().logical_not().sum()), shown(stored.pieces[0][0]) if stored.pieces else "the file"
-    way_out = "copy it again" if value.dtype == stored.dtype else f"copy it again, or load it in {str(stored.dtype).removeprefix('torch.')}"
+    wider = f", or load it in {str(stored.dtype).removeprefix('torch.')}" if all_finite(stored.load()) else ""  # it is good there
     return InputError(
         f"the weights of the {name} are damaged: {bad:,} of the {value.numel():,} numbers of {shown(key, 100)} in {where} are NaN or "
-        f"infinite in {str(value.dtype).removeprefix('torch.')}; {way_out}"
+        f"infinite in {str(value.dtype).removeprefix('torch.')}; copy it again{wider}"
     )
 
 

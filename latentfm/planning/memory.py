@@ -23,6 +23,7 @@ from latentfm.planning.cost import (
 
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
+LAID_OUT = 2**30  # bytes of weights that models/onednn.py makes a copy of at most; a test holds this to it
 MODULATIONS = 128  # prompts times steps whose modulations models/schedule.py has together, as it says: a test holds this to it
 
 
@@ -272,6 +273,7 @@ def training_phases(net: Network, run: Training) -> list[Phase]:
             phase(
                 "drawing sample pictures",
                 weights_put_aside=numbers * gradient // parts,
+                weights_laid_out=(run.cpu and run.precision != "autocast") * laid_out(net, run.width),
                 working_memory=max(run.decoding, forward_memory(net, run.image, run.text, 2 * run.pictures, run.width)),
             )
         )
@@ -299,6 +301,12 @@ def forward_memory(net: Network, image: int, text: int, batch: int, width: int, 
     inner = 4 if cpu else 8
     of_image, of_text = (4 + inner) * image + 2 * text, 4 * image + (4 + inner) * text
     return batch * max(attention, of_image, of_text) * net.dim * width
+
+
+def laid_out(net: Network, width: int) -> int:
+    """Bytes of the copy of the blocks' weights that drawing on a CPU makes for its kernels; none of a large network."""
+    size = width * sum(block_matrices(net, block) for block in range(net.layers))
+    return size if size <= LAID_OUT else 0
 
 
 def drawing_phases(

@@ -114,10 +114,10 @@ def given_places(config: RunConfig) -> list[tuple[str, str]]:
 def check_source(option: str, place: str) -> None:
     """A local source is there; a pattern of several files is left to its reader."""
     path = expanded(place)
-    if option == "data.folder" and path.is_file():
+    if option in ("data.folder", "validation.folder") and path.is_file():
         raise InputError(f"{option}: {path} is a file, not a folder: give the folder that holds the pictures")
     if not path.exists() and not re.search(r"[*?{\[]", place):
-        kind = "folder" if option == "data.folder" or not path.suffix else "file"
+        kind = "folder" if option in ("data.folder", "validation.folder") or not path.suffix else "file"
         raise InputError(f"{option}: there is no {kind} '{path}'; make it, or correct the option")
 
 

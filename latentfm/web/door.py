@@ -29,6 +29,7 @@ GET = re.compile(
 )
 POST = re.compile(r"/gradio_api/(queue/join|cancel|reset/?|upload|component_server/?|call/(v2/)?\w+/?|(run|api)/\w+/?)")
 FILE = "/gradio_api/file="
+AT_ONCE = 8  # wrong passwords a second
 FOREVER = 4096  # uploads whose owner is remembered
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; worker-src 'self' blob:; "
@@ -61,6 +62,7 @@ class Door:
         self.digest = None if password is None else digest(password)
         self.token = secrets.token_urlsafe(32)
         self.owners: OrderedDict[str, str] = OrderedDict()
+        self.waiting = 0  # wrong passwords that are being answered
 
     async def __call__(self, scope: Scope, receive: Callable, send: Callable) -> None:
         if scope["type"] == "lifespan":
@@ -119,12 +121,18 @@ class Door:
         return noted
 
     async def login(self, method: str, receive: Callable, send: Callable) -> None:
-        """Gives who knows the password the cookie that lets in; whoever does not waits a second."""
+        """Gives who knows the password the cookie that lets in; whoever does not waits a second, AT_ONCE of them at a time."""
         if method != "POST":
             return await answer(send, 200, page_of(""), "text/html")
         given = parse_qs((await body_of(receive, 10_000)).decode("utf-8", "replace"), keep_blank_values=True).get("password", [""])[0]
+        if self.waiting >= AT_ONCE:  # or thousands would be tried in a second
+            return await answer(send, 429, page_of("<p role=alert>Too many try at once; try again.</p>"), "text/html")
         if not hmac.compare_digest(digest(given), self.digest):
-            await asyncio.sleep(1)
+            self.waiting += 1
+            try:
+                await asyncio.sleep(1)
+            finally:
+                self.waiting -= 1
             return await answer(send, 401, page_of("<p role=alert>That is not it.</p>"), "text/html")
         await answer(send, 200, '<meta http-equiv="refresh" content="0;url=./">', "text/html", [cookie(PASS, self.token)])
 

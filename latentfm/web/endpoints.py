@@ -36,8 +36,8 @@ def add(studio: Studio) -> None:
         """Draws pictures; gives {"name", "url", "settings"} of each that is finished, the last time of all of them.
 
         steps, guidance and solver may be several, "4,8,16". guidance: 3 unless given, or 1 of weights that have it in them. seed: a new
-        one unless given. image, mask: gradio_client.handle_file of the
-        picture to begin from, and of one that is white where it is drawn anew. A url is below the page's own.
+        one unless given. image, mask: gradio_client.handle_file of the picture to begin from, and of one that is white where it is drawn
+        anew. A url is below the page's own.
         """
         values: dict[str, Any] = {
             "prompt": prompt, "negative": negative, "size": size, "steps": steps, "guidance": guidance, "guidance_rule": guidance_rule,

@@ -22,6 +22,7 @@ SOLVERS = (OWN, *get_args(Solver))
 SCHEDULES = get_args(Schedule)
 RULES = tuple(rule for rule in get_args(Guidance) if rule != "autoguidance")  # which needs a second model
 SEEDS = 2**32  # a seed that is drawn is below it
+LONGEST = 1000  # characters of whatever is no prompt: names, sizes, lists of numbers
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ def checked(
     steps, guidance: a number, or as text several, "4,8,16" or "1..4"; solver: several by commas. seed: None is a new one. image, mask:
     files that were kept from what was sent in.
     """
-    prompt, negative = text_of("prompt", prompt), text_of("negative", negative or "")
+    prompt, negative = text_of("prompt", prompt, limits.upload), text_of("negative", negative or "", limits.upload)
     for what, text in (("the prompt", prompt), ("the negative prompt", negative)):
         limits.check_text(what, text)
         check_text(text, what)
+    solvers = text_of("solver", solver or OWN).replace(" ", "").split(",")
     sweeps = {
         "steps": values("steps", number_text("steps", steps), int),
         "guidance": values("guidance", number_text("guidance", guidance), float),
-        "solver": [None if name == OWN else name for name in text_of("solver", solver or OWN).replace(" ", "").split(",")],
+        "solver": [None if name == OWN else name for name in dict.fromkeys(solvers)],
     }
     for name in sweeps["solver"]:
         check_name("solver", name or OWN, SOLVERS)
@@ -87,10 +89,12 @@ def checked(
     return Wish(prompt, seed, count, base, sweeps, text_of("model", model), text_of("lora", lora) if lora else None, weight, swept)
 
 
-def text_of(name: str, value: Any) -> str:
-    """`value`, a text. Raises InputError for anything else."""
+def text_of(name: str, value: Any, most: int = LONGEST) -> str:
+    """`value`, a text of at most so many characters. Raises InputError for anything else."""
     if not isinstance(value, str):
         raise InputError(f"{name} {shown(repr(value), 60)} is not a text")
+    if len(value) > most:
+        raise InputError(f"{name} '{shown(value[:100], 40)}' has {len(value):,} characters; the most is {most:,}")
     return value
 
 
@@ -114,7 +118,7 @@ def real(name: str, value: Any) -> float:
 def number_text(name: str, value: Any) -> str:
     """A number, or a text of several, as `values` reads it. Raises InputError for anything else."""
     if isinstance(value, str):
-        if len(value) > 1000:
+        if len(value) > LONGEST:
             raise InputError(f"{name} '{shown(value, 40)}' has {len(value):,} characters; give numbers, as 8 or 4,8,16 or 1..7")
         return value
     return f"{real(name, value):.12g}"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from latentfm.pipelines.text_to_image import LatentFMPipeline
 
 BUNDLED = "bundled"
+Stamp = tuple[tuple[str, int, int], ...]  # of files: name, time and size
 
 
 class Models:
@@ -31,8 +32,8 @@ class Models:
         self.folders[BUNDLED] = None
         self.loras = loras
         self.pipe: LatentFMPipeline | None = None
-        self.loaded: str | None = None
-        self.adapted: tuple[str, float] | None = None
+        self.loaded: tuple[str, Stamp] | None = None
+        self.adapted: tuple[str, float, Stamp] | None = None
         self.common: dict[str, Any] = {}
 
     def names(self) -> list[str]:
@@ -80,17 +81,18 @@ class Models:
 
     def opened(self, model: str, lora: str | None, strength: float) -> "tuple[LatentFMPipeline, dict[str, Any]]":
         folder = model_folder(self.folders[model])
-        if self.loaded != model:
+        now = (model, stamp(folder))
+        if self.loaded != now:  # another one, or trained on since
             self.pipe = self.loaded = self.adapted = None  # the one before goes first: two may not fit
             device = chosen_device(self.device)
             kind = chosen_dtype(self.dtype, device)
             pipe = load(folder, kind, option="model")
             choose_attention(pipe, "auto", device)
             move(pipe, device, self.compiled)
-            self.pipe, self.loaded = pipe, model
+            self.pipe, self.loaded = pipe, now
             self.common = described(self.folders[model], folder, (), (), device, kind, "auto", compile=self.compiled)
-        wanted = None if lora is None else (lora, strength)
         path = () if lora is None else (self.lora_paths()[lora],)
+        wanted = (lora, strength, stamp(path[0])) if path else None
         if wanted != self.adapted:
             self.adapted = None
             self.pipe.unload_lora_weights()
@@ -98,6 +100,12 @@ class Models:
             self.adapted = wanted
         more = {"lora": [str(each) for each in path]} if path else {}
         return self.pipe, self.common | more | ({"lora_strength": [strength]} if path and strength != 1 else {})
+
+
+def stamp(place: Path) -> Stamp:
+    """What changes when a file, or one in a folder or in those in it, is written anew."""
+    paths = sorted([place] if place.is_file() else [*place.glob("*"), *place.glob("*/*")])
+    return tuple((str(path), status.st_mtime_ns, status.st_size) for path in paths if path.is_file() for status in [path.stat()])
 
 
 def free_name(folder: Path, taken: dict[str, Any]) -> str:

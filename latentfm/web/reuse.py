@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentfm.data.images import open_rgb
 from latentfm.web.canvas import to_paint_on
-from latentfm.web.form import OWN
+from latentfm.web.form import OWN, RULES, SCHEDULES, SOLVERS
 
 if TYPE_CHECKING:
     from latentfm.web.studio import Studio
@@ -18,11 +18,15 @@ ELSEWHERE = ("shift", "guidance_rescale", "guidance_interval", "zero_init", "noi
 
 def again(settings: dict[str, Any], studio: "Studio") -> tuple[dict[str, Any], list[str]]:
     """The form's values for another picture with these settings, and remarks on what the page cannot follow."""
-    found = DEFAULTS | {name: settings[name] for name in DEFAULTS if name in settings and name != "lora"}
+    found = DEFAULTS | {name: settings[name] for name in DEFAULTS if name in settings and not name.startswith("lora")}
     found |= {"prompt": settings.get("prompt", ""), "negative": settings.get("negative_prompt", ""), "keep": True}
     found["seed"] = str(settings["seed"]) if "seed" in settings else ""
     found["size"] = f"{settings['width']}x{settings['height']}" if "width" in settings and "height" in settings else ""
     remarks = [f"{name} is not on this page" for name in ELSEWHERE if settings.get(name) is not None]
+    for name, offered in (("solver", SOLVERS), ("schedule", SCHEDULES), ("guidance_rule", RULES)):
+        if found[name] not in offered:
+            remarks.append(f"{name} {found[name]} is not on this page")
+            found[name] = DEFAULTS[name]
     model = studio.models.name_of(settings.get("model"))
     if model is None and "model" in settings:
         remarks.append("its model is not offered here")

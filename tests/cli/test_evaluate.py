@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
+from latentfm.bundled import detector_folder
 from latentfm.evaluation.geneval import TASKS
 from latentfm.pictures import read_settings
 
@@ -102,6 +105,26 @@ def test_an_earlier_evaluation_is_compared_with_without_its_model(evaluate, tiny
     assert report["comparison"] == both["comparison"]
     alone = evaluate(tiny_folder, "--detector", "emoji", "--against", tiny_folder, out="alone")
     assert all(each["p"] == 1 and each["value"] == 0 for each in alone["comparison"].values())
+
+
+def test_an_earlier_evaluation_by_other_weights_of_the_detector_is_refused(evaluate, tiny_folder, tmp_path, monkeypatch):
+    evaluate(tiny_folder, "--detector", "emoji", out="before")
+    report = json.loads(Path("before/report.json").read_text())
+    assert report["fingerprints"].keys() == {"detector", "space"}
+    newer = shutil.copytree(detector_folder(), tmp_path / "newer")
+    tensors = load_file(newer / "model.safetensors")
+    tensors["classes.bias"] += 1e-3
+    save_file(tensors, newer / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("latentfm.cli.evaluation.detector_folder", lambda: newer)
+        told = " ".join(evaluate(tiny_folder, "--detector", "emoji", "--against", "before", out="after", code=2).split())
+    assert "--against before was measured by a detector of other weights or settings than the present one of that name" in told
+    assert "evaluate that model again with the same --out, which keeps its pictures" in told
+    Path("before/report.json").write_text(json.dumps({name: each for name, each in report.items() if name != "fingerprints"}))
+    told = " ".join(evaluate(tiny_folder, "--detector", "emoji", "--against", "before", out="after", code=2).split())
+    assert "was measured by an earlier version of latentfm, and does not say by which detector's weights" in told
+    evaluate(tiny_folder, "--detector", "emoji", out="before")  # the way out
+    assert evaluate(tiny_folder, "--detector", "emoji", "--against", "before", out="after")["comparison"]["overall"]["p"] == 1
 
 
 def test_an_earlier_evaluation_of_too_few_pictures_is_refused_beside_real_ones(evaluate, tiny_folder, real):

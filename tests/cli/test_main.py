@@ -1,5 +1,10 @@
 """The front door: what the TAB key adds, and what an exit code says."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -61,3 +66,49 @@ def test_an_exit_code_tells_wrong_input_from_failed_work(monkeypatch, error, cod
     monkeypatch.setattr("latentfm.training.trainer.train", train)
     result = CliRunner().invoke(app, ["train", "data.folder=pictures", "output.folder=run"])
     assert (result.exit_code, result.stderr, result.stdout) == (code, said + "\n", "")
+
+
+PEERS = """
+import atexit, sys, time
+from pathlib import Path
+import torch
+from latentfm.cli import main as command_line
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+
+class SlowToGo:
+    def __del__(self):  # while the interpreter is taken apart
+        time.sleep(0.2)
+
+def work(prog_name):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.barrier()
+    if rank == 0:
+        sys.setswitchinterval(100)  # the thread that lets go of the sum waits for its turn until Python ends
+        torch.distributed.all_reduce(torch.ones(4), async_op=True)
+        command_line.kept = SlowToGo()
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            pass
+        print("done")
+        atexit.register(lambda: print("said at the exit"))
+    else:
+        time.sleep(0.2)
+        torch.distributed.all_reduce(torch.ones(4))
+    sys.exit(3)
+
+command_line.app = work
+command_line.main()
+"""
+
+
+def test_a_process_of_several_ends_with_its_own_code_whatever_its_threads_still_do(tmp_path):
+    """As two with a process group that nothing has destroyed; a thread that lets go of a tensor while Python ends would abort it."""
+    (tmp_path / "peers.py").write_text(PEERS)
+    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
+    peers = [
+        subprocess.Popen([sys.executable, tmp_path / "peers.py", tmp_path, str(rank)], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = [peer.communicate(timeout=60)[0] for peer in peers]
+    assert [peer.returncode for peer in peers] == [3, 3] and told[0] == "done\nsaid at the exit\n"

@@ -212,6 +212,23 @@ def test_damage_is_found_by_the_rank_whose_share_it_is_in(some_corrupt, models, 
     assert torch.equal(*batches)
 
 
+def test_a_picture_whose_damaged_entry_another_rank_is_making_again_is_not_left_out(some_corrupt, models):
+    first = cached(some_corrupt, models)
+    fill(first)
+    key = first.image_key(first.samples[5], False)
+    damage(first.cache.folder, key)
+    data = [cached(some_corrupt, models, processes=Processes(rank, 2)) for rank in range(2)]
+    (owner,) = [rank for rank in range(2) for job in data[rank].jobs() if key in dict(job.wanted[rank::2])]
+    mine, other = data[owner], data[1 - owner]
+    other.fill(other.jobs(), Quiet(), verify=True)  # whole, as far as its share goes
+    mine.cache.refresh()
+    assert mine.cache.verify() == 1  # found, and noted as lost
+    other.leave_out(other.unusable())
+    assert fill(mine) == 1
+    assert [sample.id for sample in mine.samples] == [sample.id for sample in other.samples] and len(other.samples) == 38
+    assert torch.equal(*(d.reader(0, NO_DROPOUT)[[(0, 5, 0)], 8].moments for d in data))
+
+
 # Online
 
 

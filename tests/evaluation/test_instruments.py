@@ -1,6 +1,7 @@
 """What pictures are looked at with: transformers' real classes on tiny random weights, the art's own detector on composed pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def test_clip_is_transformers_own(clip_folder):
     assert torch.allclose(ours.images(pictures), said.image_embeds, atol=1e-6)
     assert torch.allclose(ours.texts(texts), said.text_embeds, atol=1e-6)
     assert VisionModel(clip_folder).features(pictures).shape == (3, 12)
+
+
+def test_a_fingerprint_is_of_what_decides_the_answers(clip_folder, tmp_path):
+    copy = shutil.copytree(clip_folder, tmp_path / "copy")
+    (copy / "README.md").write_text("of no account")
+    assert Clip(copy).fingerprint == Clip(clip_folder).fingerprint == VisionModel(copy).fingerprint
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": False}))
+    assert Clip(copy).fingerprint != Clip(clip_folder).fingerprint
 
 
 def test_dinov2_is_its_pooled_output(tmp_path):

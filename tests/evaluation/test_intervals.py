@@ -86,6 +86,18 @@ def test_fid_without_its_bias():
     assert np.mean(biased) > 0
 
 
+def test_signs_turned_a_few_at_a_time_are_those_turned_at_once(monkeypatch):
+    draws = np.random.default_rng(0)
+    before, after = draws.normal(0, 1, 40), draws.normal(0.2, 1, 40)
+    apart = after - before
+    signs = np.random.default_rng(0).choice((-1, 1), size=(intervals.PERMUTATIONS, 40))
+    wanted = ((np.abs(signs @ apart) >= abs(apart.sum())).sum() + 1) / (intervals.PERMUTATIONS + 1)
+    assert 0.01 < wanted < 0.99
+    for at_once in (7, 1234, 10**9):  # one row, a number that divides nothing, all
+        monkeypatch.setattr(intervals, "AT_ONCE", at_once)
+        assert intervals.paired(before, after)["p"] == wanted
+
+
 def test_a_difference_that_is_there_is_found_and_one_that_is_not_is_not():
     def p(draws: np.random.Generator, apart: float) -> float:
         prompt = draws.normal(0, 3, size=30)  # prompts differ more than models: pairing takes that out

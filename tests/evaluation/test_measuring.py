@@ -171,4 +171,6 @@ def test_a_plots_points_are_where_they_should_be():
     heights = [float(part.split('"')[1]) for part in made.split("cy=")[1:]]
     assert heights[1] < heights[2] < heights[0] and heights[2] == pytest.approx((heights[0] + heights[1]) / 2, abs=0.11)
     assert "nan" not in plot("x", ["a"], [[{"value": 3.0, "low": float("-inf"), "high": float("inf")}]])
+    lost = {"value": float("nan"), "low": float("nan"), "high": float("nan")}
+    assert "nan" not in plot("x", ["a"], [[lost]]) and plot("x", ["a", "b"], [[lost, flat[0]]]).count("<circle") == 1
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) or len(ticks(0, 1)) <= 6

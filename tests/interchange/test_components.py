@@ -195,6 +195,10 @@ def test_a_number_beyond_float16_is_said_with_the_precision_that_holds_it(model)
     LatentFMPipeline.from_pretrained(model)
     with pytest.raises(InputError, match="vae are damaged: 1 of the .* infinite in float16; copy it again, or load it in float32"):
         LatentFMPipeline.from_pretrained(model, torch_dtype=torch.float16)
+    tensors["decoder.conv_in.bias"][0] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(InputError, match="infinite in float16; copy it again$"):  # no precision holds it
+        LatentFMPipeline.from_pretrained(model, torch_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

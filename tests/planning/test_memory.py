@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentfm import flow
-from latentfm.models import schedule
+from latentfm.models import onednn, schedule
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
 from latentfm.planning import memory, sampling
@@ -272,6 +272,20 @@ def test_sample_pictures_and_the_cache_have_moments_of_their_own():
     aside = phases["drawing sample pictures"].parts
     assert aside["weights put aside"] == 4 * sum(parameters(NET).values()) and aside["working memory"] == 10**9
     assert "drawing sample pictures" not in {phase.name for phase in training_phases(NET, RUN)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weights_that_drawing_on_a_cpu_lays_out_are_counted(variant, monkeypatch):
+    network, net = MMDiT(**SMALL | VARIANTS[variant]), Network.of(SMALL | VARIANTS[variant])
+    size = sum(weight.nbytes for weight in onednn.laid_out_weights(network))
+    assert size == memory.laid_out(net, 4) > 0 and memory.LAID_OUT == onednn.MOST
+    run = replace(RUN, pictures=8, precision="float32")
+    parts = [at("drawing", replace(run, cpu=cpu, precision=precision)).get("weights laid out", 0)
+             for cpu, precision in ((True, "float32"), (True, "bfloat16"), (True, "autocast"), (False, "float32"))]  # fmt: skip
+    assert parts == [memory.laid_out(NET, 4), memory.laid_out(NET, 2), 0, 0]
+    monkeypatch.setattr(memory, "LAID_OUT", size - 1)
+    monkeypatch.setattr(onednn, "MOST", size - 1)
+    assert not onednn.laid_out_weights(network) and memory.laid_out(net, 4) == 0
 
 
 def test_drawing_guided_takes_twice_the_working_memory():

@@ -1,5 +1,6 @@
 """Who comes in, and to what: no file of the server but the gallery's pictures, no address that is not listed, the password."""
 
+import asyncio
 import os
 import socket
 
@@ -129,3 +130,28 @@ def test_nothing_is_sent_to_gradio_or_anywhere(served):
     assert config["analytics_enabled"] is False and not config.get("run_history")
     loaded = [part.split('"')[0] for tag in ('src="', 'link rel="stylesheet" href="') for part in page.split(tag)[1:]]
     assert loaded and not [each for each in loaded if each.startswith(("http", "//"))]
+
+
+def test_passwords_cannot_be_tried_by_the_thousand(tmp_path):
+    from latentfm.web.door import Door
+
+    door = Door(None, "secret", False, tmp_path, 1000)
+
+    async def tried(password):
+        said = []
+
+        async def receive():
+            return {"type": "http.request", "body": f"password={password}".encode()}
+
+        async def send(message):
+            said.append(message)
+
+        await door({"type": "http", "path": "/login", "method": "POST", "headers": []}, receive, send)
+        return said[0]["status"]
+
+    async def all_at_once():
+        return await asyncio.gather(*(tried(f"guess{number}") for number in range(24)))
+
+    codes = asyncio.run(all_at_once())
+    assert codes.count(401) == 8 and codes.count(429) == 16
+    assert asyncio.run(tried("secret")) == 200

@@ -19,6 +19,7 @@ def test_a_wish_is_the_command_lines_requests():
     found = wish(steps="4,8", guidance=2.5, solver="own, heun", count=2, seed="7", size="64x96", negative="a dog", schedule="karras")
     asked = found.requests(32, 32)
     assert [each.seed for each in asked] == [7, 8] * 4 and found.swept == ["steps", "solver"]
+    assert wish(solver="heun,heun,own").sweeps["solver"] == ["heun", None]  # each once
     assert [each.swept for each in asked[::2]] == [(4, 2.5, None), (4, 2.5, "heun"), (8, 2.5, None), (8, 2.5, "heun")]
     settings = asked[0].settings
     assert (settings.width, settings.height, settings.negative, settings.sampler.schedule) == (64, 96, "a dog", "karras")
@@ -71,6 +72,9 @@ def test_what_sliders_and_programs_give_is_taken():
         ({"size": 64}, "size 64 is not a text"),
         ({"solver": "eulr"}, "solver 'eulr' does not exist.*euler"),
         ({"solver": 3}, "solver 3 is not a text"),
+        ({"solver": "euler," * 200}, "solver 'euler,.* has 1,200 characters; the most is 1,000"),
+        ({"size": "6" * 2000}, "size '6+.*' has 2,000 characters"),
+        ({"model": "x" * 2000}, "model 'x+.*' has 2,000 characters"),
         ({"schedule": "none"}, "schedule 'none' does not exist"),
         ({"guidance_rule": "autoguidance"}, "guidance_rule 'autoguidance' does not exist"),
         ({"lora_strength": 11}, "lora_strength 11.0 is no strength"),

@@ -82,6 +82,9 @@ def test_a_pictures_settings_fill_the_form_and_name_nothing_that_is_not_here(ser
     assert (found["prompt"], found["negative"], found["solver"], found["strength"]) == ("a dog", "a cat", "heun", 0.4)
     assert found["model"] == models.names()[0] and found["canvas"]["background"].size == (512, 512)
     assert found["canvas"]["layers"][0].getchannel("A").getextrema() == (153, 153)
+    found, remarks = again(told | {"guidance_rule": "autoguidance", "solver": "from elsewhere"}, served.studio)
+    assert (found["guidance_rule"], found["solver"]) == ("cfg", "own")
+    assert remarks == ["solver from elsewhere is not on this page", "guidance_rule autoguidance is not on this page"]
     elsewhere = told | {"image": "/etc/passwd", "mask": "/etc/shadow", "model": "/root/model", "lora": ["/root/x"], "shift": 3.0}
     found, remarks = again(elsewhere, served.studio)
     assert found["canvas"] is None and found["model"] == models.names()[0] and found["lora"] is None and len(remarks) == 4

@@ -1,12 +1,15 @@
 """The models and LoRAs of the page: by name alone; a LoRA in part, taken off again to the bit."""
 
+import shutil
 from functools import partialmethod
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from latentfm.errors import InputError
 from latentfm.models.compiled import FOLDER
+from latentfm.models.manifest import MANIFEST
 from latentfm.models.mmdit import MMDiT
 from latentfm.web.models import BUNDLED, Models, free_name
 
@@ -60,6 +63,22 @@ def test_a_compiled_model_takes_a_lora_and_gives_it_back(tiny_folder, loras, mon
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         assert said == common | {"compile": True}
     torch.compiler.reset()
+
+
+def test_what_was_trained_on_meanwhile_is_loaded_anew(tiny_folder, loras, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "mine")
+    models = Models([folder], loras, "cpu", "float32")
+    plain, before = drawn(models)[0], drawn(models, "style")[0]
+    pipe = models.pipe
+    assert torch.equal(drawn(models, "style")[0], before) and models.pipe is pipe
+    (file,) = (loras / "style").glob("*.safetensors")
+    (file.parent / MANIFEST).unlink(missing_ok=True)
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    assert not torch.allclose(drawn(models, "style")[0], before, atol=1e-3) and models.pipe is pipe
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    (folder / MANIFEST).unlink(missing_ok=True)
+    save_file({name: value * 1.5 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    assert not torch.allclose(drawn(models)[0], plain, atol=1e-3) and models.pipe is not pipe
 
 
 def test_the_command_line_draws_the_same_with_so_much_of_it(tiny_folder, loras):

@@ -74,9 +74,11 @@ def launched() -> Iterator[Processes]:
     together = world > 1 and "MASTER_ADDR" in os.environ
     if together:
         torch.distributed.init_process_group("gloo")
-    yield Processes(rank, world, partial(find_by_all, rank, world)) if together else Processes(rank, world)
-    if together:
-        torch.distributed.destroy_process_group()  # or its threads are still there when the process ends
+    try:
+        yield Processes(rank, world, partial(find_by_all, rank, world)) if together else Processes(rank, world)
+    finally:
+        if together:
+            torch.distributed.destroy_process_group()  # or its threads are still there when the process ends
 
 
 def find_by_all(rank: int, world: int, find: Find, items: Sequence[Any], name: str) -> list[Any]:

@@ -1,6 +1,7 @@
 """Everything about a VAE run's options that can be seen to be wrong before a weight or a picture is read."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from latentfm.data.buckets import Buckets, DataPlan, base_shape
 from latentfm.data.cache.stat_cache import NOTHING_KEPT, StatCache
@@ -13,7 +14,7 @@ from latentfm.planning.run import Parallelism, check_batch
 from latentfm.training.checks import cautions as common_cautions
 from latentfm.training.checks import check_output, check_packages, check_source, given_places
 from latentfm.training.optimizers.factory import check_optimizer
-from latentfm.training.vae.networks import LPIPS
+from latentfm.training.vae.networks import LPIPS, SMALLEST
 from latentfm.training.vae.options import VAEConfig, VAEDataOptions
 from latentfm.training.vae.weights import settings_of, vae_folder
 
@@ -34,14 +35,21 @@ def check(config: VAEConfig, resume: bool = False, parallelism: Parallelism | No
     for function, *arguments in checks:
         with problems.collected():
             function(*arguments)
-    if config.validation.folder and config.data.folder and expanded(config.validation.folder) == expanded(config.data.folder):
+    if config.validation.folder and config.data.folder:
         with problems.collected():
-            raise InputError("validation.folder is data.folder: nothing would be held out; give validation.held_out instead")
+            check_apart(expanded(config.validation.folder).resolve(), expanded(config.data.folder).resolve())
     places = given_places(config) + ([("validation.folder", config.validation.folder)] if config.validation.folder else [])
     for option, place in places if sources else ():
         with problems.collected():
             check_source(option, place)
     problems.raise_all()
+
+
+def check_apart(judged: Path, trained: Path) -> None:
+    """What is validated on is not trained on. Raises InputError for a folder that is, or lies in, the data's, read at any depth."""
+    where = "is data.folder" if judged == trained else "lies within data.folder" if judged.is_relative_to(trained) else None
+    if where:
+        raise InputError(f"validation.folder {where}: it would be trained on too; move it out, or give validation.held_out instead")
 
 
 def cautions(config: VAEConfig) -> list[str]:
@@ -67,6 +75,8 @@ def data_plan(config: VAEConfig) -> tuple[tuple[int, int], DataPlan]:
         raise InputError(
             f"adversarial.layers {layers} leaves no patch of {least} pixels to judge: lower it, or take {3 * 2**layers} pixels or more"
         )
+    if config.loss.lpips and least < SMALLEST:
+        raise InputError(f"loss.lpips sees nothing of {least} pixels a side: leave it out, or take {SMALLEST} pixels or more")
     return size, DataPlan(buckets, factor, config.data.max_crop, config.train.batch_size, {})
 
 

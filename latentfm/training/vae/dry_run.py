@@ -25,6 +25,7 @@ from latentfm.training.vae.checks import cautions, check, data_plan, listed
 from latentfm.training.vae.networks import LPIPS, Discriminator, Reconstruction
 from latentfm.training.vae.options import VAEConfig
 from latentfm.training.vae.weights import choose_part, settings_of
+from latentfm.training.validation import split_held_out
 from latentfm.words import count, shown
 
 WORKING = 4  # tensors of a layer, in float32, while its gradient is computed
@@ -40,20 +41,22 @@ def dry_run(
     parallelism = parallelism or Parallelism.here()
     device, problems = device or Device.here(max(1, parallelism.processes // parallelism.machines)), Problems()
     config = with_precision(config, has_bfloat16(torch.device("cpu" if device.cpu else "cuda")) if device.gpu is None else True)
-    dataset = None
     with problems.collected():
         check(config, resume, parallelism, sources=False)
     with problems.collected():
         if resume:
             check_goes_on(config)
     with problems.collected():
-        dataset = listed(config.data)
+        dataset, held_out = listed(config.data), config.validation.held_out
+        if config.validation.folder:
+            apart = listed(config.data.model_copy(update={"folder": config.validation.folder, "sources": None}))
+        training = len(split_held_out(dataset.samples, held_out, config.train.seed)[0])
     problems.raise_all()
     size, plan = data_plan(config)
-    train, held_out = config.train, config.validation.held_out
+    train, judged = config.train, len(apart.samples) if config.validation.folder else held_out
     micro = train.batch_size // (parallelism.processes * train.gradient_accumulation)
     step = Step(config, max(plan.buckets.shapes, key=math.prod), micro)
-    pictures, out, folder = len(dataset.samples) - held_out, config.output, expanded(config.output.folder)
+    out, folder = config.output, expanded(config.output.folder)
     disk = placed_on_disks([
         ("checkpoints", folder / "checkpoints", (out.keep + 1) * step.checkpoint, f"{out.keep + 1} of {step.checkpoint / GIB:.2f} GiB"),
         ("model", folder / "model", 4 * step.numbers["the autoencoder"], "the autoencoder"),
@@ -64,11 +67,11 @@ def dry_run(
     if device.gpu is not None:
         seconds = step.flops * train.batch_size / (parallelism.processes * device.gpu.tflops * 1e12 * EFFICIENCY)
     return {
-        "notes": cautions(config), "where": str(dataset.folder), "pictures": pictures, "held out": held_out,
+        "notes": cautions(config), "where": str(dataset.folder), "pictures": training, "held out": judged,
         "not used": {reason: len(names) for reason, names in dataset.problems_by_reason(used=False).items()},
         "size": list(size), "buckets": [list(shape) for shape in plan.buckets.shapes], "factor": plan.factor,
         "latents": [step.channels, size[1] // plan.factor, size[0] // plan.factor], "numbers": step.numbers, "trained": step.trained,
-        "steps": train.steps, "epochs": train.steps * train.batch_size / max(1, pictures), "pictures a process at a time": micro,
+        "steps": train.steps, "epochs": train.steps * train.batch_size / training, "pictures a process at a time": micro,
         "FLOP a picture": step.flops, "seconds a step": seconds, "disk": disk,
         "memory": {"device": device.name, "bytes": device.memory, "parts": memory, "total": sum(memory.values()),
                    "fits": device.fits(sum(memory.values()))},

@@ -40,7 +40,7 @@ class Discriminator(nn.Module):
         for level in range(1, layers + 1):
             stride = 2 if level < layers else 1
             convolution = nn.Conv2d(widths[level - 1], widths[level], 4, stride, 1, bias=False)
-            norm = nn.GroupNorm(max(1, widths[level] // 16), widths[level])
+            norm = nn.GroupNorm(groups_of(widths[level]), widths[level])
             stages.append(nn.Sequential(convolution, norm, nn.LeakyReLU(0.2)))
         self.stages, self.score = nn.ModuleList(stages), nn.Conv2d(widths[-1], 1, 4, 1, 1)
         for module in self.modules():
@@ -66,8 +66,14 @@ class Discriminator(nn.Module):
         return torch.stack(each).float().mean(dim=0)
 
 
+def groups_of(width: int) -> int:
+    """The groups of a normalisation of so many channels: of 16 each, or the next larger ones that divide them."""
+    return next(number for number in range(max(1, width // 16), 0, -1) if width % number == 0)
+
+
 # LPIPS (Zhang et al. 2018) on VGG16: where its slices end, and its convolutions' widths by slice
 VGG_SLICES: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+SMALLEST = 2 ** (len(VGG_SLICES) - 1)  # pixels a side: each slice but the first halves them
 
 
 class LPIPS(nn.Module):

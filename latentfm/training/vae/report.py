@@ -42,7 +42,8 @@ def write_report(out: Path, config: VAEConfig, settings: Mapping[str, Any], imag
     rows = [row for row in rows_of(out / "validation.jsonl") if "psnr" in row]
     found = {
         "autoencoder": str(out / "model"), "shift_factor": settings["shift_factor"], "scaling_factor": settings["scaling_factor"],
-        "steps": config.train.steps, "before": rows[0] if rows and rows[0]["step"] == 0 and config.model.vae else None,
+        "part": config.model.part, "steps": config.train.steps,
+        "before": rows[0] if rows and rows[0]["step"] == 0 and config.model.vae else None,
         "after": rows[-1] if rows else None,
     }  # fmt: skip
     for path, text in ((out / "report.json", json.dumps(found, indent=2) + "\n"), (out / "report.html", page(found, images, names))):
@@ -57,7 +58,11 @@ def page(found: Mapping[str, Any], images: Sequence[Image.Image], names: Sequenc
     after, before = found["after"], found["before"]
     body = [f"<h1 style='max-width:none'>{title}</h1>"]
     factors = f"scaling_factor {found['scaling_factor']:.6g}, shift_factor {found['shift_factor'] or 0:.6g}"
-    body.append(f"<p>{count(found['steps'], 'step')}; {factors}: what is trained on its latents has them at mean 0 and deviation 1.</p>")
+    why = {
+        "all": "what is trained on its latents has them at mean 0 and deviation 1",
+        "decoder": "as they were: the decoder alone was trained, what was trained on the latents stays good",
+    }  # fmt: skip
+    body.append(f"<p>{count(found['steps'], 'step')}; {factors}: {why[found['part']]}.</p>")
     if after is None:
         body.append("<p>Nothing was held out: give validation.held_out or validation.folder for figures and pictures.</p>")
     else:
@@ -74,7 +79,8 @@ def figures(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
     rows = [f"<tr><th></th>{heads}<th></th></tr>"]
     for name, (called, says) in MEASURES.items():
         if name in after:
-            cells = "".join(f'<td class="n">{in_digits(row[name])}</td>' for row in columns)
+            # what came with --resume, LPIPS, is not known of the beginning
+            cells = "".join(f'<td class="n">{in_digits(row[name]) if name in row else ""}</td>' for row in columns)
             rows.append(f'<tr><td>{called}</td>{cells}<td class="quiet">{says}</td></tr>')
     return f"<table>{''.join(rows)}</table>"
 

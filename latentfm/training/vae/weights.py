@@ -36,6 +36,8 @@ def vae_folder(place: str) -> Path:
             config = read_config(found / "config.json")
             if (kind := config.get("_class_name", AutoencoderKL.__name__)) != AutoencoderKL.__name__:
                 raise InputError(f"model.vae: {shown(found)} holds a {shown(kind, 80)}; what is trained here is an AutoencoderKL")
+            if (colours := (config.get("in_channels", 3), config.get("out_channels", 3))) != (3, 3):
+                raise InputError(f"model.vae: {shown(found)} has {colours[0]} channels in and {colours[1]} out; pictures have 3")
             return found
     what = "holds no AutoencoderKL: it has neither a config.json nor a vae/config.json" if folder.is_dir() else "is no folder"
     raise InputError(f"model.vae: {shown(folder)} {what}; give its folder, or a pipeline folder with one")

@@ -97,3 +97,15 @@ def test_a_part_that_one_process_cannot_do_raises_on_all(monkeypatch, problem):
     assert isinstance(own, KeyError if isinstance(problem, KeyError) else InputError)
     assert isinstance(first, InputError) and str(first) == str(last) and (isinstance(own, KeyError) or str(own) == str(first))
 
+
+
+def test_what_was_launched_parts_when_its_work_fails_too(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", told.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: told.append("parted"))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError), processes.launched() as found:
+        assert (found.rank, found.world, told) == (1, 2, ["gloo"])
+        raise InputError("no")
+    assert told == ["gloo", "parted"]

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentfm.errors import InputError
-from latentfm.training.vae.networks import LPIPS, VGG_SLICES, Discriminator, Reconstruction, names_in_package
+from latentfm.training.vae.networks import LPIPS, VGG_SLICES, Discriminator, Reconstruction, groups_of, names_in_package
 
 
 def test_a_patchs_score_depends_on_its_picture_alone():
@@ -19,6 +19,12 @@ def test_a_patchs_score_depends_on_its_picture_alone():
     for row in range(3):
         torch.testing.assert_close(judge(pictures[row : row + 1])[0], together[row])
     assert [f.shape[1] for f in judge.features(pictures)] == [16, 32, 64]
+
+
+def test_any_width_has_groups_that_divide_it():
+    for width in (1, 7, 11, 100, 64):
+        assert Discriminator(width, 2)(torch.zeros(1, 3, 16, 16)).shape == (1, 1, 2, 2)
+    assert [groups_of(width) for width in (8, 64, 200, 512)] == [1, 4, 10, 32]
 
 
 def test_a_patch_is_as_large_as_is_said():

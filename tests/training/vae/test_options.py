@@ -1,6 +1,7 @@
 """A VAE run's options: refused with the nearest name and the way out, and what a run takes, counted before it starts."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,7 +64,14 @@ def test_a_run_that_cannot_be_is_told_before_it_starts(config_of, tmp_path):
         check(config_of("data.size=16", "adversarial.weight=1"))
     with pytest.raises(InputError, match="validation.folder is data.folder"):
         check(config_of("data.folder=x", "validation.folder=x"), sources=False)
+    with pytest.raises(InputError, match="validation.folder lies within data.folder: it would be trained on too"):
+        check(config_of("data.folder=x", "validation.folder=x/y/../z"), sources=False)
+    with pytest.raises(InputError, match="loss.lpips sees nothing of 8 pixels a side: leave it out, or take 16"):
+        data_plan(config_of("data.size=8", "loss.lpips=x", "loss.perceptual=1"))
     with pytest.raises(InputError, match="holds no AutoencoderKL"):
+        check(config_of(f"model.vae={tmp_path}"))
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "in_channels": 4, "out_channels": 4}')
+    with pytest.raises(InputError, match="has 4 channels in and 4 out; pictures have 3"):
         check(config_of(f"model.vae={tmp_path}"))
     with pytest.raises(InputError, match="does not divide by 3 processes"):
         check(config_of(), parallelism=Parallelism(3))
@@ -100,6 +108,19 @@ def test_the_dry_run_counts_what_the_network_is(config_of, tmp_path):
     alone = dry_run(config_of(), device=CPU)["memory"]["parts"]["activations"]
     assert alone < parts["activations"] < 3 * alone
     assert dry_run(config_of("train.batch_size=8"), device=CPU)["memory"]["parts"]["activations"] == pytest.approx(2 * alone, rel=0.01)
+
+
+def test_the_dry_run_sees_what_is_held_out(config_of, clear_pictures, tmp_path):
+    with pytest.raises(InputError, match="validation.held_out 12 of 12 pictures leaves none to train on"):
+        dry_run(config_of("validation.held_out=12"), device=CPU)
+    with pytest.raises(InputError, match="there is no folder|does not exist"):
+        dry_run(config_of(f"validation.folder={tmp_path / 'nowhere'}"), device=CPU)
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(clear_pictures.iterdir())[:3]:
+        shutil.copy(path, few)
+    found = dry_run(config_of(f"validation.folder={few}"), device=CPU)
+    assert (found["pictures"], found["held out"]) == (12, 3)
 
 
 def test_what_a_pass_keeps_is_counted_once():

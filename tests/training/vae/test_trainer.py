@@ -17,6 +17,7 @@ from latentfm.errors import InputError
 from latentfm.training.checkpoint import storage
 from latentfm.training.stop import Stopped
 from latentfm.training.vae.quality import psnr
+from latentfm.training.vae.report import page
 
 HELD_OUT = ["validation.held_out=3", "validation.every=3"]
 JUDGED = ["adversarial.weight=0.5", "adversarial.start=2", "adversarial.width=8", "adversarial.layers=2", "loss.perceptual=0.1"]
@@ -149,7 +150,11 @@ def test_a_decoder_alone_leaves_the_encoder_and_its_latents(tmp_path, train_vae,
     settings = [json.loads((folder / "config.json").read_text()) for folder in (tiny_folder / "vae", out / "model")]
     assert settings[0].pop("_name_or_path", None) != "" and settings[0] == {name: settings[1][name] for name in settings[0]}
     assert not any(name.startswith(("model.encoder", "ema.encoder")) for name in state_of(out))
-    assert json.loads((out / "report.json").read_text())["before"]["step"] == 0
+    found = json.loads((out / "report.json").read_text())
+    assert found["before"]["step"] == 0
+    assert "the decoder alone was trained" in (out / "report.html").read_text()
+    found["after"]["lpips"] = 0.125  # as where loss.lpips came with --resume
+    assert '<tr><td>LPIPS</td><td class="n"></td><td class="n">0.125</td>' in page(found, [], [])
 
 
 def test_the_result_is_the_average(tmp_path, train_vae):
