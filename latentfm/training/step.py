@@ -64,9 +64,7 @@ def losses_at(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, o
     return flow.cfm_loss(prediction, path.velocity, batch.mask)
 
 
-def predict(
-    network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, objective: Objective
-) -> tuple[Tensor, flow.PathSample]:
+def predict(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, objective: Objective) -> tuple[Tensor, flow.PathSample]:
     """(the network's velocity, the sample of the path it was asked at) at times t [B]: the one place where latents are noised.
 
     z is a draw from the VAE's posterior, scaled, or of a pair what its eps was carried to; x_t and the target come from the CondOT path.
