@@ -7,8 +7,8 @@
 A cell is one trick at one size from one seed (weights, order, noise): new weights train until the process has spent --seconds of CPU time
 on steps, what the trick itself costs among them; then the averaged weights' loss is measured on the same held-out pictures, with the same
 noise at the same times, for every cell. First the learning rates, AdamW's and Muon's: each is doubled for as long as that gains at the
-small size, from a seed of its own. Each cell is a line of cells.jsonl. The table has the mean difference to plain AdamW, paired by seed, with
-Student's 95 % interval.
+small size, from a seed of its own. Each cell is a line of cells.jsonl. The table has the mean difference to plain AdamW, paired by seed,
+with Student's 95 % interval.
 
 plain        AdamW, the flow-matching loss
 contrastive  less 0.05 |v - u'|^2, u' the target of the batch's next sample (Stoica et al. 2025). Its minimiser is not the flow's velocity v
@@ -177,8 +177,9 @@ def cell(options: argparse.Namespace, name: str, preset: str, seed: int, rate: f
             f"model.pipeline={options.model}", f"model.preset={preset}", f"data.folder={options.data}",
             f"data.cache={options.out / 'cache'}", f"data.size={options.pixels}", "data.workers=0", "data.verify=false",
             f"output.folder={out}/run", "output.trackers=[]", f"train.steps={10**6}", f"train.batch_size={options.batch_size}",
-            f"train.learning_rate={rate}", "train.warmup_steps=30", "train.decay=constant", "train.ema_decay=0.98", f"train.seed={seed}",
-            f"train.optimizer={trick.optimizer}", f"validation.held_out={options.held_out}", "validation.times=6", "sample.prompts=[a]", *trick.options,
+            f"train.learning_rate={rate}", "train.warmup_steps=30", "train.decay=constant", "train.ema_decay=0.98",
+            f"train.seed={seed}", f"train.optimizer={trick.optimizer}", f"validation.held_out={options.held_out}",
+            "validation.times=6", "sample.prompts=[a]", *trick.options,
         ]))  # fmt: skip
         trainer.over = max(1, plain_steps // 2)
         with trainer.resources:
