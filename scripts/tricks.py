@@ -25,7 +25,8 @@ import math
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,35 @@ class Curriculum(Plain):
         return super().losses(batch)
 
 
+class Muon(Plain):
+    def prepare(self, resources: Any) -> None:
+        super().prepare(resources)
+        self.weights.optimizer = MuonAdamW(self.weights.shards.parameters, self.weights.optimizer)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon for the blocks' matrices among the named parameters, the rest in the groups of the `adamw` whose place it takes.
+
+    A matrix's step is scaled to the root mean square of AdamW's (Liu et al. 2025), so that one rate and one decay serve both.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer):
+        matrices = [p for name, p in parameters.items() if p.ndim == 2 and "transformer_blocks." in name]
+        apart, first = {id(p) for p in matrices}, adamw.param_groups[0]
+        groups = [group | {"params": [p for p in group["params"] if id(p) not in apart]} for group in adamw.param_groups]
+        self.parts = [
+            torch.optim.Muon(matrices, lr=first["lr"], weight_decay=first["weight_decay"], adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(groups, fused=True),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part, groups in zip(self.parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
+            part.param_groups = groups  # the trainer sets their rate
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
 class Aligned(Plain):
     encoder: Path
 
@@ -153,13 +183,13 @@ def features_of(folder: Path, samples: Any, pixels: Any) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class Trick:
     trainer: type[Plain] = Plain
-    options: tuple[str, ...] = field(default_factory=tuple)
-    optimizer: str = "adamw"
+    options: tuple[str, ...] = ()
+    optimizer: str = "adamw"  # whose rate it takes
 
 
 TRICKS = {
     "plain": Trick(),
-    "muon": Trick(optimizer="muon"),
+    "muon": Trick(Muon, optimizer="muon"),
     "tread": Trick(options=("train.token_routing={keep: 0.5, first: 1, last: -2}",)),
     "contrastive": Trick(Contrastive),
     "curriculum": Trick(Curriculum),
@@ -178,7 +208,7 @@ def cell(options: argparse.Namespace, name: str, preset: str, seed: int, rate: f
             f"data.cache={options.out / 'cache'}", f"data.size={options.pixels}", "data.workers=0", "data.verify=false",
             f"output.folder={out}/run", "output.trackers=[]", f"train.steps={10**6}", f"train.batch_size={options.batch_size}",
             f"train.learning_rate={rate}", "train.warmup_steps=30", "train.decay=constant", "train.ema_decay=0.98",
-            f"train.seed={seed}", f"train.optimizer={trick.optimizer}", f"validation.held_out={options.held_out}",
+            f"train.seed={seed}", f"validation.held_out={options.held_out}",
             "validation.times=6", "sample.prompts=[a]", *trick.options,
         ]))  # fmt: skip
         trainer.over = max(1, plain_steps // 2)
