@@ -299,6 +299,11 @@ def main() -> None:
     cells, Aligned.encoder = Cells(options), options.encoder
     tricks = [name for name in options.tricks if name != "repa" or options.encoder]
     if not options.table:
+        shared = ("data", "model", "seconds", "pixels", "batch_size", "held_out")
+        settings, file = json.dumps({name: str(getattr(options, name)) for name in shared}), options.out / "settings.json"
+        if file.exists() and file.read_text("utf-8") != settings:
+            parser.error(f"{options.out} holds cells of other settings, {file.read_text('utf-8')}; choose another --out")
+        file.write_text(settings, "utf-8")
         rates = {optimizer: cells.rate(optimizer) for optimizer in RATES}
         for seed in range(options.seeds):
             for preset in SIZES:
