@@ -16,7 +16,8 @@ contrastive  less 0.05 |v - u'|^2, u' the target of the batch's next sample (Sto
 curriculum   t's shift falls from 4 to 1 over half of the steps that plain took
 muon         torch.optim.Muon for the blocks' matrices (Jordan et al. 2024), AdamW for the rest
 tread        half of the image tokens go round the middle blocks (Krause et al. 2025): train.token_routing
-repa         an early block's tokens are aligned to a frozen encoder's features of the clean picture (Yu et al. 2024), by cosine, weight 0.5
+repa         an early block's tokens are aligned to a frozen encoder's features of the clean picture (Yu et al. 2024), by cosine, weight
+             0.5; the features are made once, before the time counts
 """
 
 import argparse
