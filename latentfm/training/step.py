@@ -59,10 +59,16 @@ def cfm_losses(network: nn.Module, batch: Batch, null: NullCondition, objective:
 
 
 def losses_at(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, objective: Objective) -> Tensor:
-    """The conditional flow-matching loss of each sample at times t [B], [B] float32: the one place where latents are noised.
+    """The conditional flow-matching loss of each sample at times t [B], [B] float32."""
+    prediction, path = predict(network, batch, t, parts, objective)
+    return flow.cfm_loss(prediction, path.velocity, batch.mask)
+
+
+def predict(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, objective: Objective) -> tuple[Tensor, flow.PathSample]:
+    """(the network's velocity, the sample of the path it was asked at) at times t [B]: the one place where latents are noised.
 
     z is a draw from the VAE's posterior, scaled, or of a pair what its eps was carried to; x_t and the target come from the CondOT path.
-    At t = 0 the loss is |(eps + u) - z|^2: that of one Euler step (reflow's distillation, Liu et al. 2022).
+    At t = 0 the mean squared error between the two is |(eps + u) - z|^2: that of one Euler step (reflow's distillation, Liu et al. 2022).
     """
     z = batch.latents
     if z is None:
@@ -72,7 +78,7 @@ def losses_at(network: nn.Module, batch: Batch, t: Tensor, parts: PromptParts, o
     route = None
     if batch.kept is not None:
         route = TokenRoute(batch.kept, *objective.routing.blocks(network_config(network).num_layers))
-    return flow.cfm_loss(velocity(network, path.x_t, t, condition, token_route=route), path.velocity, batch.mask)
+    return velocity(network, path.x_t, t, condition, token_route=route), path
 
 
 def weights_of(t: Tensor, prior: Tensor | None, objective: Objective, prior_weight: float) -> Tensor:

@@ -137,12 +137,16 @@ class Trainer(TrainingLoop):
         seed_dropout(options, self.step, number * accelerator.num_processes + accelerator.process_index)
         with shards.accumulating(last):
             with accelerator.autocast():
-                losses, t = cfm_losses(shards.model, batch, self.models.null, self.objective)
+                losses, t = self.losses(batch)
             weights = weights_of(t, batch.prior, self.objective, self.config.data.prior_weight)
             loss = (weights * losses).mean() / options.gradient_accumulation
             accelerator.backward(loss)
         sums.add(losses.detach(), t, loss.detach(), batch)
         return losses.detach(), batch.ids
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(what each sample adds to the mean that is minimised, before its weight; its time), [B] float32 each."""
+        return cfm_losses(self.weights.shards.model, batch, self.models.null, self.objective)
 
     # Validations and pictures
 
