@@ -342,7 +342,8 @@ def test_threads_may_import_at_once(packages):
         each.start()
     for each in threads:
         each.join(60)
-    assert not any(each.is_alive() for each in threads) and not errors and packages == ["heavylib"] and type(sys.modules["heavylib"]) is types.ModuleType and lazy_imports.STANDING == []
+    assert not any(each.is_alive() for each in threads) and not errors
+    assert packages == ["heavylib"] and type(sys.modules["heavylib"]) is types.ModuleType and lazy_imports.STANDING == []
 
 
 def test_garbage_is_looked_for_again_afterwards(packages):
