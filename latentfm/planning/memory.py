@@ -12,6 +12,7 @@ from latentfm.optimizers import MOMENTS
 from latentfm.planning.cost import (
     TIME_FEATURES,
     Network,
+    block_linears,
     block_matrices,
     block_parameters,
     by_part,
@@ -304,8 +305,9 @@ def forward_memory(net: Network, image: int, text: int, batch: int, width: int, 
 
 
 def laid_out(net: Network, width: int) -> int:
-    """Bytes of the copy of the blocks' weights that drawing on a CPU makes for its kernels; none of a large network."""
-    size = width * sum(block_matrices(net, block) for block in range(net.layers))
+    """Bytes of the copy of the blocks' weights, but the modulations', that drawing on a CPU makes for its kernels; none of a large network."""
+    linears = [linear for block in range(net.layers) for linear in block_linears(net, block).items() if not linear[0].startswith("norm")]
+    size = width * sum(inputs * outputs for _, (inputs, outputs) in linears)
     return size if size <= LAID_OUT else 0
 
 
