@@ -305,7 +305,7 @@ def forward_memory(net: Network, image: int, text: int, batch: int, width: int, 
 
 
 def laid_out(net: Network, width: int) -> int:
-    """Bytes of the copy of the blocks' weights, but the modulations', that drawing on a CPU makes for its kernels; none of a large network."""
+    """Bytes of the copy of the blocks' weights but the modulations' that drawing on a CPU makes for its kernels; none of a large one."""
     linears = [linear for block in range(net.layers) for linear in block_linears(net, block).items() if not linear[0].startswith("norm")]
     size = width * sum(inputs * outputs for _, (inputs, outputs) in linears)
     return size if size <= LAID_OUT else 0
