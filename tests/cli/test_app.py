@@ -19,10 +19,15 @@ def started(monkeypatch):
 
 
 def test_it_is_on_this_machine_alone_unless_told_otherwise(run, started):
-    assert run("app").exit_code == 0 and "127.0.0.1" in started[0] and not any(isinstance(each, bool) for each in started[0])
+    assert run("app").exit_code == 0 and "127.0.0.1" in started[0] and started[0][6] is None and True not in started[0]
     open_to_all = run("app", "--host", "0.0.0.0")
     assert open_to_all.exit_code == 2 and "--password" in open_to_all.stderr and len(started) == 1
     assert run("app", "--host", "0.0.0.0", "--without-password").exit_code == 0 and len(started) == 2
+
+
+def test_blocks_are_compiled_where_that_is_asked_for(run, started):
+    assert run("app").exit_code == 0 and run("app", "--compile").exit_code == 0
+    assert [one for one, other in zip(*started, strict=True) if one != other] == [False] and True in started[1]
 
 
 def test_a_password_comes_from_the_environment_and_never_from_an_argument(run, started, monkeypatch):
