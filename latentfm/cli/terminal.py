@@ -125,6 +125,7 @@ def quiet_libraries() -> None:
     if os.environ.get("LATENTFM_DEBUG") == "1":
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where a base is quantised: it tells of kernels it lacks
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # where blocks are compiled: it looks for CUDA
     with lasting():
         import diffusers
         import transformers
