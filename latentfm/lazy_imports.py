@@ -333,14 +333,15 @@ WHILE = {"diffusers.utils.import_utils": lazy_packages}
 STAND_IN = StandIn("", (), "")
 
 
-class Existing(Loader):
-    """Loads a module that is there."""
+class Waiting(Loader):
+    """Loads a part of a library that is stood in for: with the library itself.
 
-    def __init__(self, module: ModuleType):
-        self.module = module
+    Not before it is loaded: modules are looked for under Python's one lock of all imports, and another thread, which imports the library,
+    would wait for that while this one waited for the library.
+    """
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self.module
+        return imported(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass
@@ -351,7 +352,7 @@ class Finder(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if STANDING and isinstance(sys.modules.get(fullname.rpartition(".")[0]), StandIn):  # a part of a library that waits
-            return ModuleSpec(fullname, Existing(imported(fullname)))
+            return ModuleSpec(fullname, Waiting())
         lazy = any(is_below(fullname, name) for name in IMPORTERS)
         if not (lazy or STANDING or fullname in AFTER or fullname == "torch"):
             return None

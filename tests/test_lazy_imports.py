@@ -1,7 +1,7 @@
 """What is imported when it is used: stand-ins seen by their importers alone, and everything as ever once it is wanted."""
 
 import gc
-import importlib
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -324,6 +324,15 @@ def test_another_thread_gets_the_library(packages):
         thread.join()
         assert isinstance(found[0], types.FunctionType) and type(sys.modules["heavylib"]) is types.ModuleType
     assert sys.modules["heavylib"].twice is found[0]
+
+
+def test_looking_for_a_part_imports_nothing(packages):
+    """Python looks under its one lock of all imports: to import there is to wait for a thread that waits for this one."""
+    with lazy_imports.with_stand_ins("lazyfolk.names"):
+        spec = next(finder for finder in sys.meta_path if isinstance(finder, lazy_imports.Finder)).find_spec("heavylib.part", [])
+        assert packages == [] and isinstance(sys.modules["heavylib"], lazy_imports.StandIn)
+        part = importlib.util.module_from_spec(spec)
+        assert packages == ["heavylib"] and part is sys.modules["heavylib.part"] and part.VALUE == "part"
 
 
 def test_threads_may_import_at_once(packages):
