@@ -52,11 +52,12 @@ def compiled_folder() -> Path:
 
 def keep_on_disk() -> None:
     """Has torch keep what it compiles in compiled_folder; where that cannot be written its own default is left."""
+    folder = compiled_folder()
     try:
-        compiled_folder().mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    os.environ[FOLDER] = str(compiled_folder())
+    os.environ[FOLDER] = str(folder)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.library import Library, register_fake
 from torch.nn import functional as F
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -84,12 +85,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, 
     return ONEDNN(rows, kept, bias, *(THROUGH_GELU if gelu else AS_IT_IS)).view(*x.shape[:-1], -1)
 
 
-LIBRARY = torch.library.Library("latentfm", "FRAGMENT")
+LIBRARY = Library("latentfm", "FRAGMENT")
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor")
-LIBRARY.impl("linear", lambda x, weight, bias, gelu: product(x, weight, bias, gelu), "CPU")
+LIBRARY.impl("linear", product, "CPU")
 
 
-@torch.library.register_fake("latentfm::linear", lib=LIBRARY)
+@register_fake("latentfm::linear", lib=LIBRARY)
 def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -30,7 +30,7 @@ SILENT = {
 SILENT_SETTINGS = {"training", "gradient_checkpointing"}
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
-LOOKS: ContextVar[dict[nn.Module, str] | None] = ContextVar("glances", default=None)
+LOOKS: ContextVar[dict[nn.Module, str]] = ContextVar("glances")
 
 Named = list[tuple[str, Tensor]]
 _added_up: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()  # by encoder: what a glance saw, and the weights' print
@@ -85,13 +85,10 @@ def weights_print(encoder: nn.Module, tensors: Named) -> str:
     """A print of all bytes of an encoder's tensors: that of before where a glance sees nothing new."""
     if any(value.is_inference() for _, value in tensors):  # these have no version
         return full_print(tensors)
-    looks = LOOKS.get()
-    if looks is None or encoder not in looks:
-        seen = glance(tensors)
-        if looks is not None:
-            looks[encoder] = seen
-    else:
-        seen = looks[encoder]
+    looks = LOOKS.get({})
+    if encoder not in looks:
+        looks[encoder] = glance(tensors)
+    seen = looks[encoder]
     known = _added_up.get(encoder)
     if known is None or known[0] != seen:
         known = _added_up[encoder] = (seen, full_print(tensors))

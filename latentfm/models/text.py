@@ -179,11 +179,12 @@ class PromptEncoder:
         """The token ids of each encoder's own prompts, as `encode` has them read; None where it is absent."""
         lengths, found = self.lengths(t5_length * chunks), []
         for index, (kind, _, encoder) in enumerate(self.rows()):
-            whole, own = chunks == 1 or kind.family is not CLIP, prompts[index]
             if encoder is None:
                 found.append(None)
+            elif chunks > 1 and kind.family is CLIP:
+                found.append(self.pieces(index, prompts[index], chunks))
             else:
-                found.append(self.tokenize(index, own, lengths[index]) if whole else self.pieces(index, own, chunks))
+                found.append(self.tokenize(index, prompts[index], lengths[index]))
         return found
 
     def chunks_of(self, prompts: Sequence[list[str]], t5_length: int) -> int:
