@@ -29,6 +29,7 @@ BACKENDS = {
 }
 ENVIRONMENT = "LATENTFM_ATTENTION"
 PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+SHORT = 256  # keys, up to which a CPU trains attention sooner in float32 than in bfloat16: in four tenths of the time at 56, eight at 200
 
 
 def attention_backend(name: str) -> AttentionBackendName | None:
@@ -72,6 +73,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
     """
     if backend is None and (name := os.environ.get(ENVIRONMENT)):
         backend = attention_backend(name)
+    if backend is None and sooner_in_float32(query, key):
+        with torch.autocast("cpu", enabled=False):
+            return attend(query.float(), key.float(), value.float(), None, parallel_config).to(value.dtype)
     if torch.compiler.is_compiling():
         return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config)
     try:
@@ -84,6 +88,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
             f"attention backend {name!r} cannot compute {tuple(query.shape)} {query.dtype} on {query.device.type}: "
             f"{str(error).splitlines()[0]} Use 'auto', which can"
         ) from error
+
+
+def sooner_in_float32(query: Tensor, key: Tensor) -> bool:
+    """Whether this is training on a CPU in bfloat16 with few keys, for which the backward pass of PyTorch's kernel is slow."""
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and key.shape[1] <= SHORT
 
 
 class Backend:
