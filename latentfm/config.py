@@ -128,7 +128,10 @@ class PictureOptions(Section):
         default_factory=lambda: user_cache_dir("latentfm", appauthor=False),
         description="folder of VAE moments and prompt embeddings, shared by all runs; the system's own for caches if not given",
     )
-    workers: int = Field(1, ge=0, le=1024, description="processes that read batches ahead, for each training process")
+    workers: int | None = Field(
+        None, ge=0, le=1024,
+        description="processes that read batches ahead, for each training process; if not given 1, on a CPU with a cache 0",
+    )  # fmt: skip
 
     def check_given_once(self) -> None:
         """Raises ValueError unless either folder or sources is given."""

@@ -25,6 +25,7 @@ from latentfm.planning.cost import (
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
 LAID_OUT = 2**30  # bytes of weights that models/onednn.py makes a copy of at most; a test holds this to it
+SHORT_ATTENTION = 256  # keys, up to which models/backends.py trains attention in float32 on a CPU: a test holds this to it
 MODULATIONS = 128  # prompts times steps whose modulations models/schedule.py has together, as it says: a test holds this to it
 
 
@@ -109,6 +110,7 @@ def block_activations(net: Network, block: int, run: Training) -> int:
     statistic = c if run.cpu else 4
     # peft's adapters ask for float32: each linear makes a copy for itself, which autocast makes bfloat16 again
     recast, a = (run.precision == "autocast" and not full) or run.wide_adapters, 4 if run.wide_adapters else c
+    again = full and run.cpu  # what an accelerator computes a second time: the norms' results and GELU's
     per_picture = 0
     for tokens, read_only in ((run.image, False), (run.text, last)):
         read = 2 if read_only else 3  # key, value and query
@@ -119,29 +121,37 @@ def block_activations(net: Network, block: int, run: Training) -> int:
         per_picture += (read if recast else 1) * into + read * tokens * rank * a  # input of the linears, and of LoRA's second ones
         per_picture += net.qk_norm * (read - 1) * tokens * (norm + net.heads * 4)
         if read_only:
+            per_picture += again * one
             continue
-        if recast or (run.batch > 1 and not last):  # both streams' attention lies in one tensor: a copy unless the batch is one picture
+        # both streams' attention lies in one tensor: a copy unless the batch is one picture
+        if recast or (run.batch > 1 and not last) or in_float32(run, run.image + run.text):
             per_picture += into
         per_picture += tokens * rank * a
         per_picture += one + 2 * tokens * statistic + dim * c  # the feed-forward's norm: input, statistics, scale
-        per_picture += 4 * one  # before GELU
+        per_picture += (1 + again) * 4 * one + again * 2 * one  # before GELU and after; what both norms give
         per_picture += full * (1 + 1 + 1) * one  # attention's output, the feed-forward's input and output
     queries = run.image if last else run.image + run.text
-    per_picture += attention_activations(net, queries, run.image + run.text, c)
+    per_picture += attention_activations(net, queries, run.image + run.text, run)
     of_image, of_text = net.modulations(block)
     per_picture += (of_image + (0 if last else of_text)) * dim * c  # the gates, which are parts of these vectors
     if block in net.dual and moved:
         one = run.image * dim * c
         per_picture += 2 * run.image * statistic + dim * c
-        per_picture += full * ((3 if recast else 1) + 1) * one  # the linears' input, and what they give
+        # the linears' input, what they give, what the norm does, and the attention's output where it is not the kernel's
+        per_picture += full * ((3 if recast else 1) + 1 + again + in_float32(run, run.image)) * one
         per_picture += net.qk_norm * 2 * run.image * (norm + net.heads * 4)
-        per_picture += attention_activations(net, run.image, run.image, c)
+        per_picture += attention_activations(net, run.image, run.image, run)
     return run.batch * per_picture
 
 
-def attention_activations(net: Network, queries: int, keys: int, c: int) -> int:
+def in_float32(run: Training, keys: int) -> bool:
+    """Whether attention over `keys` tokens is trained in float32 in a run in bfloat16."""
+    return run.cpu and run.compute == 2 and keys <= SHORT_ATTENTION
+
+
+def attention_activations(net: Network, queries: int, keys: int, run: Training) -> int:
     """Bytes one picture's attention keeps: query, key, value, output, and the logarithm of each query's sum of exponentials."""
-    return 2 * (queries + keys) * net.dim * c + queries * net.heads * 4
+    return 2 * (queries + keys) * net.dim * (4 if in_float32(run, keys) else run.compute) + queries * net.heads * 4
 
 
 def block_input(net: Network, block: int, run: Training) -> int:
@@ -154,6 +164,7 @@ def end_activations(net: Network, run: Training) -> int:
     dim, c, full = net.dim, run.compute, run.rank is None
     per_picture = dim * c + run.image * dim * c + 2 * run.image * (c if run.cpu else 4)  # the last norm: scale, input, statistics
     if full:
+        per_picture += run.cpu * run.image * dim * c  # what the last norm gives
         data = net.in_channels * net.patch**2 * run.image + run.text * net.text_dim + net.pooled_dim + TIME_FEATURES
         per_picture += (data + 6 * dim + run.image * dim) * c  # two SiLUs and the conditioning vector, twice each; the output's input
     return run.batch * per_picture

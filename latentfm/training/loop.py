@@ -24,6 +24,7 @@ from latentfm.data.stream import Stream
 from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
 from latentfm.planning.run import with_precision
+from latentfm.system import keep_freed_memory
 from latentfm.training.checkpoint import storage
 from latentfm.training.checkpoint.claim import claimed
 from latentfm.training.checkpoint.resuming import check_same_run
@@ -70,6 +71,8 @@ class TrainingLoop(ABC):
         self.check()
         torch.manual_seed(config.train.seed)
         self.accelerator = accelerator = make_accelerator(config, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         for note in filter(None, [*cautions, fewer_than_asked(accelerator.num_processes)]):
             accelerator.print(f"warning: {note}")
         self.progress, self.run_log = Progress(accelerator.is_main_process), RunLog(self.out, accelerator.is_main_process)
@@ -228,12 +231,17 @@ class TrainingLoop(ABC):
     def micro_batches(self) -> Loader:
         """This process's batches from the current step on."""
         config, accelerator = self.config, self.accelerator
+        workers = self.reading_ahead() if config.data.workers is None else config.data.workers
         loader = Loader(
             self.reader, self.stream, self.lengths, config.train.steps, config.train.gradient_accumulation,
-            accelerator.process_index, accelerator.num_processes, config.data.workers, pin=accelerator.device.type == "cuda",
+            accelerator.process_index, accelerator.num_processes, workers, pin=accelerator.device.type == "cuda",
         )  # fmt: skip
         loader.load_state_dict(self.stream.state(self.step))
         return loader
+
+    def reading_ahead(self) -> int:
+        """How many processes read batches ahead where data.workers is not given."""
+        return 1
 
     def validate(self) -> None:
         """The loss on the held-out pictures, from the averaged weights, unless this step's is known from before a stop."""

@@ -148,6 +148,10 @@ class Trainer(TrainingLoop):
         """(what each sample adds to the mean that is minimised, before its weight; its time), [B] float32 each."""
         return cfm_losses(self.weights.shards.model, batch, self.models.null, self.objective)
 
+    def reading_ahead(self) -> int:
+        """None on a CPU that trains from the cache: reading a batch takes less there than handing it over to another process does."""
+        return int(self.config.data.online or self.accelerator.device.type != "cpu")
+
     # Validations and pictures
 
     def validate_and_sample(self) -> None:

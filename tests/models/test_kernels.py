@@ -11,6 +11,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latentfm.models import kernels
 from latentfm.models.kernels import HeadNorm, gelu_linear, modulated_norm
 from latentfm.models.onednn import LAID, ONEDNN, Linear, laid_out, laid_out_weights, linear_gelu
 
@@ -25,6 +26,22 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=[True, False], ids=["as on an accelerator", "as on a CPU"])
+def sparing(request, monkeypatch):
+    """Both ways of training, here."""
+    monkeypatch.setattr(kernels, "sparing", lambda x: request.param)
+    return request.param
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(kernels, "sparing", lambda x: True)
+
+
+def test_a_cpu_computes_nothing_a_second_time():
+    assert kernels.sparing(torch.empty(1, device="meta")) and not kernels.sparing(torch.empty(1))
 
 
 def layer_of(dtype: torch.dtype = torch.float32) -> Linear:
@@ -142,6 +159,7 @@ def test_linear_gelu_is_gelu_of_whatever_the_layer_has_become(change, dtype):
     torch.testing.assert_close(given.grad, other.grad, **tolerance)
 
 
+@pytest.mark.usefixtures("sparing")
 @pytest.mark.parametrize(
     ("change", "dtype"),
     [(cast, torch.float32), *((c, t) for c in (plain, with_hook, with_pre_hook, in_lora) for t in (torch.float32, torch.bfloat16))],
@@ -168,6 +186,7 @@ def test_gelu_linear_is_whatever_the_layer_has_become_of_gelu(change, dtype, aut
         torch.testing.assert_close(gelu_linear(layer, x), layer(F.gelu(x, approximate="tanh")), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("sparing")
 def test_gelu_linear_and_its_two_derivatives():
     layer = nn.Linear(5, 3).double()
     x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -181,6 +200,7 @@ def test_gelu_linear_and_its_two_derivatives():
     assert gradcheck(of, (x, layer.weight, layer.bias)) and gradgradcheck(of, (x, layer.weight, layer.bias))
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
 def test_gelu_linear_keeps_what_comes_in_and_not_what_gelu_makes_of_it():
     layer, x = layer_of(), torch.randn(2, 7, 24, requires_grad=True)
     hidden = x * 1.0
@@ -209,6 +229,7 @@ def norm_inputs(rows: tuple[int, int], dtype: torch.dtype = torch.float64) -> tu
     return tuple(value.to(dtype).requires_grad_() for value in made)
 
 
+@pytest.mark.usefixtures("sparing")
 @pytest.mark.parametrize("rows", [(2, 1), (1, 5), (1, 1)])
 def test_modulated_norm_and_its_two_derivatives(rows):
     given = norm_inputs(rows)
@@ -219,6 +240,7 @@ def test_modulated_norm_and_its_two_derivatives(rows):
     assert gradgradcheck(modulated_norm, given)
 
 
+@pytest.mark.usefixtures("sparing")
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
 def test_modulated_norm_gives_the_gradients_that_are_asked_for(wanted):
     given = [value.detach().requires_grad_(bool(w)) for value, w in zip(norm_inputs((2, 1)), wanted, strict=True)]
@@ -237,6 +259,7 @@ def test_modulated_norm_leaves_its_input_alone():
     assert all(torch.equal(*both) for both in zip((x, scale, shift), kept, strict=True))
 
 
+@pytest.mark.usefixtures("sparing")
 @pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("modulation", [torch.float32, torch.bfloat16], ids=str)
 def test_modulated_norm_under_autocast(modulation, with_grad):
@@ -246,7 +269,8 @@ def test_modulated_norm_under_autocast(modulation, with_grad):
         with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16):
             mine = modulated_norm(stream, scale.to(modulation), shift.to(modulation))
             reference = plain_norm(stream, scale.to(modulation), shift.to(modulation))
-        assert mine.dtype == (torch.bfloat16 if with_grad else reference.dtype)  # cast once here, not in each linear that reads it
+        if with_grad or modulation == torch.bfloat16:  # as in a network under autocast
+            assert mine.dtype == torch.bfloat16  # cast once here, not in each linear that reads it
         mine = mine.to(reference.dtype)
         torch.testing.assert_close(mine, reference, rtol=2**-6, atol=2**-6)
         if with_grad:
@@ -256,6 +280,7 @@ def test_modulated_norm_under_autocast(modulation, with_grad):
                 torch.testing.assert_close(one, other, rtol=2**-5, atol=2**-5 * other.abs().max().item())
 
 
+@pytest.mark.usefixtures("sparing")
 def test_modulated_norm_in_bf16_is_no_less_exact_than_the_plain_formula():
     torch.manual_seed(0)
     given = [v.bfloat16() for v in (2 * torch.randn(4, 64, 96) + 1, 1 + 0.3 * torch.randn(4, 1, 96), torch.randn(4, 1, 96))]
@@ -275,6 +300,7 @@ def test_modulated_norm_in_bf16_is_no_less_exact_than_the_plain_formula():
         assert 0 < mine <= 1.02 * reference
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
 def test_modulated_norm_keeps_its_input_only():
     x, scale, shift = norm_inputs((2, 1), torch.float32)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentfm import flow
-from latentfm.models import onednn, schedule
+from latentfm.models import backends, onednn, schedule
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
 from latentfm.planning import memory, sampling
@@ -39,7 +39,7 @@ SMALL = {
     "pos_embed_max_size": 16,
 }  # fmt: skip
 VARIANTS = {"plain": {}, "qk-norm": {"qk_norm": "rms_norm"}, "dual": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}}
-TOKENS = {"more image": (64, 7), "more text": (16, 50)}
+TOKENS = {"more image": (64, 7), "more text": (16, 50), "long": (16, 250)}
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -126,7 +126,7 @@ def test_activations_are_what_autograd_keeps_to_the_byte(device, precision, vari
     config, (precision, _, adapters) = SMALL | VARIANTS[variant], precision.partition(" ")
     if adapters and rank is None:
         pytest.skip("there is no adapter")
-    for batch, (image, text) in zip((1, 3), TOKENS.values(), strict=True):
+    for batch, (image, text) in zip((1, 3, 2), TOKENS.values(), strict=True):
         run = Training(image, text, batch, precision, rank, cpu=device == "cpu", wide_adapters=bool(adapters))
         network = network_of(config, run)
         with FakeTensorMode() if device == "cuda" else nullcontext():
@@ -272,6 +272,10 @@ def test_sample_pictures_and_the_cache_have_moments_of_their_own():
     aside = phases["drawing sample pictures"].parts
     assert aside["weights put aside"] == 4 * sum(parameters(NET).values()) and aside["working memory"] == 10**9
     assert "drawing sample pictures" not in {phase.name for phase in training_phases(NET, RUN)}
+
+
+def test_what_is_short_for_the_attention_is_short_for_its_memory():
+    assert memory.SHORT_ATTENTION == backends.SHORT
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
