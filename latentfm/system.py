@@ -3,7 +3,6 @@
 The first lines of a bug report. Torch is imported when it is asked for.
 """
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,7 +15,6 @@ import psutil
 from latentfm import __version__
 
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers what mallopt sets
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "sentencepiece", "numpy", "pillow")
 # package: what it is for
 OPTIONAL = {
@@ -50,18 +48,6 @@ def describe() -> dict[str, Any]:
         "folders": {"python": sys.executable, "cache": platformdirs.user_cache_dir("latentfm")},
         "missing": {name: f"{use}: pip install {name}" for name, use in OPTIONAL.items() if not version(name)},
     }
-
-
-def keep_freed_memory() -> None:
-    """Has the C library keep what this process frees for what it asks for next, up to 32 MiB a piece, where it is one that can (glibc).
-
-    Left to itself it gives memory back to the system after each step of a training on a CPU, and the system clears the pages of the next:
-    one part in twenty of the step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
 
 
 def version(package: str) -> str | None:

@@ -13,10 +13,10 @@ Cells that take longer than a minute a round are run three times, all others sev
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from ceilings import at_best, ceilings, in_words, moved_by_adamw, seconds
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,25 +48,17 @@ def twins(config: dict, device: str, dtype: torch.dtype) -> dict[str, torch.nn.M
     return {"diffusers": theirs, "latentfm": ours}
 
 
-def inputs(config: dict, pixels: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Latents of `pixels` x `pixels` pictures through a factor-8 VAE, with SD3's text."""
-    side = pixels // 8
+def inputs(
+    config: dict, pixels: int, batch: int, device: str, dtype: torch.dtype, text: int = TEXT_TOKENS
+) -> dict[str, torch.Tensor]:
+    """Latents of `pixels` x `pixels` pictures through a factor-8 VAE, with as many tokens of `text`, SD3's if not given."""
+    side, channels = pixels // 8, config["in_channels"]
     return {
-        "hidden_states": torch.randn(batch, 16, side, side, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, config["joint_attention_dim"], device=device, dtype=dtype),
+        "hidden_states": torch.randn(batch, channels, side, side, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], device=device, dtype=dtype),
         "pooled_projections": torch.randn(batch, config["pooled_projection_dim"], device=device, dtype=dtype),
         "timestep": torch.full((batch,), 500.0, device=device),
     }
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def compare(calls: dict[str, Callable[[], object]], device: str, repeats: int) -> tuple[dict[str, float], int]:
@@ -80,10 +72,10 @@ def compare(calls: dict[str, Callable[[], object]], device: str, repeats: int) -
     return {name: statistics.median(values) for name, values in taken.items()}, repeats
 
 
-def flops(config: dict, pixels: int, training: bool) -> float:
+def flops(config: dict, pixels: int, training: bool, text: int = TEXT_TOKENS) -> float:
     """Floating-point operations of one picture's forward pass, or forward and backward, in SD3Transformer2DModel."""
     with torch.device("meta"):
-        network, given = SD3Transformer2DModel(**config), inputs(config, pixels, 1, "meta", torch.float32)
+        network, given = SD3Transformer2DModel(**config), inputs(config, pixels, 1, "meta", torch.float32, text)
     with FlopCounterMode(display=False) as counter:
         out = network(**given).sample
         if training:
@@ -91,29 +83,27 @@ def flops(config: dict, pixels: int, training: bool) -> float:
     return counter.get_total_flops()
 
 
-def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of PyTorch's own matrix product of large squares: the best of ten."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(10)) / 1e12
-
-
-def row(label: str, found: dict[str, float], repeats: int, work: float, peak: float) -> None:
-    """One line: milliseconds, ratios to diffusers, and ours as TFLOP/s and share of the matmul peak."""
+def row(label: str, found: dict[str, float], repeats: int, best: float) -> None:
+    """One line: milliseconds, ratios to diffusers, and of ours the share of the roof, at which it would take `best` seconds."""
     base = found["diffusers"]
     times = "  ".join(f"{name} {value * 1e3:8.1f} ms ({base / value:.2f}x)" for name, value in found.items())
-    rate = work / min(found.values()) / 1e12
-    print(f"{label:<34} {times}   {rate:.3g} TFLOP/s, {rate / peak:.0%} of matmul peak   [{repeats}]", flush=True)
+    fastest = min(value for name, value in found.items() if name != "diffusers")
+    print(f"{label:<34} {times}   {best / fastest:.0%} of the roof   [{repeats}]", flush=True)
+
+
+def compile_blocks(models: dict[str, torch.nn.Module]) -> None:
+    """torch.compile on each block: ours by MMDiT's method, diffusers' as it comes, each size and length for itself."""
+    torch._dynamo.config.recompile_limit = 64
+    models["latentfm"].compile_repeated_blocks()
+    for block in models["diffusers"].transformer_blocks:
+        block.compile()
 
 
 def forward(models: dict[str, torch.nn.Module], config: dict, options: argparse.Namespace, dtype: torch.dtype, compiled: bool) -> None:
-    peak = matmul_peak(options.device, dtype)
-    print(f"\nforward, {'compiled' if compiled else 'eager'}, {config['num_layers']} layers, {dtype}; matmul peak {peak:.3g} TFLOP/s")
+    roof = ceilings(options.device, dtype)
+    print(f"\nforward, {'compiled' if compiled else 'eager'}, {config['num_layers']} layers, {dtype}; {in_words(roof)}")
     if compiled:
-        torch._dynamo.config.recompile_limit = 64
-        for model in models.values():
-            for block in model.transformer_blocks:
-                block.compile()
+        compile_blocks(models)
     for pixels in options.pixels:
         work = flops(config, pixels, training=False)
         for batch in options.batch:
@@ -127,25 +117,24 @@ def forward(models: dict[str, torch.nn.Module], config: dict, options: argparse.
             }
             with torch.no_grad():
                 found, repeats = compare(calls, options.device, options.repeats)
-            row(f"  {pixels} px, batch {batch}", found, repeats, work * batch, peak)
+            row(f"  {pixels} px, batch {batch}", found, repeats, at_best(roof, work * batch))
 
 
 def training(config: dict, options: argparse.Namespace, weights: torch.dtype, dtype: torch.dtype, compiled: bool) -> None:
     """One optimizer step of plain regression; float32 `weights` with bfloat16 `dtype` are autocast's."""
-    peak = matmul_peak(options.device, dtype)
+    roof = ceilings(options.device, dtype)
     kind = f"{'compiled' if compiled else 'eager'}, {config['num_layers']} layers, {dtype} products, {weights} weights"
-    print(f"\nforward + backward + AdamW, {kind}; matmul peak {peak:.3g} TFLOP/s")
+    print(f"\nforward + backward + AdamW, {kind}; {in_words(roof)}")
     for pixels in options.pixels:
         work = flops(config, pixels, training=True)
         for batch in options.train_batch:
             models = twins(config, options.device, weights)
+            if compiled:
+                compile_blocks(models)
             given = inputs(config, pixels, batch, options.device, weights)
             calls = {}
             for name, model in models.items():
                 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, fused=True)
-                if compiled:
-                    for block in model.transformer_blocks:
-                        block.compile()
 
                 def step(model=model, optimizer=optimizer, given=given) -> None:
                     with torch.autocast(options.device, dtype, enabled=dtype != weights):
@@ -156,7 +145,8 @@ def training(config: dict, options: argparse.Namespace, weights: torch.dtype, dt
 
                 calls[name] = step
             found, repeats = compare(calls, options.device, options.repeats)
-            row(f"  {pixels} px, batch {batch}", found, repeats, work * batch, peak)
+            parameters = sum(parameter.numel() for parameter in models["latentfm"].parameters())
+            row(f"  {pixels} px, batch {batch}", found, repeats, at_best(roof, work * batch, moved_by_adamw(parameters)))
             if options.device == "cuda":
                 for name, call in calls.items():
                     torch.cuda.reset_peak_memory_stats()
@@ -173,7 +163,9 @@ def sampling(options: argparse.Namespace) -> None:
         fused = LatentFMPipeline.from_pretrained(bundled_model()).to(options.device, dtype)
         fused.transformer.fuse_qkv_projections()
         pipes["with fused qkv"] = fused
-        print(f"\nsampling with the bundled model, {STEPS} steps, guidance 3, T5 length 32, {dtype}")
+        roof, config = ceilings(options.device, dtype), dict(pipes["diffusers"].transformer.config)
+        work = 2 * STEPS * flops({name: value for name, value in config.items() if not name.startswith("_")}, 128, False, 77 + 32)
+        print(f"\nsampling with the bundled model, {STEPS} steps, guidance 3, T5 length 32, {dtype}; {in_words(roof)}")
         for batch in (1, 8):
             calls, latents = {}, {}
             width, tokens = pipes["diffusers"].transformer.config.joint_attention_dim, 77 + 32
@@ -195,7 +187,9 @@ def sampling(options: argparse.Namespace) -> None:
             base = found["diffusers"]
             times = "  ".join(f"{name} {value * 1e3:.1f} ms ({base / value:.2f}x)" for name, value in found.items())
             off = (latents["latentfm"].float() - latents["diffusers"].float()).abs().max() / latents["diffusers"].float().std()
-            print(f"  batch {batch}: {times}   largest difference {off:.1e} of the latents' deviation   [{repeats}]", flush=True)
+            share = at_best(roof, work * batch) / found["with fused qkv"]
+            found_off = f"largest difference {off:.1e} of the latents' deviation"
+            print(f"  batch {batch}: {times}, {share:.0%} of the roof   {found_off}   [{repeats}]", flush=True)
 
 
 def kind_of(name: str) -> str:

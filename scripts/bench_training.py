@@ -6,9 +6,11 @@
 The loops are diffusers' examples/dreambooth/train_dreambooth_sd3.py without what it does around the training: its SD3Transformer2DModel,
 logit-normal times from the scheduler's table, torch's AdamW, Accelerator. One encodes pictures and captions in every step, as the script
 does; the other has latents and embeddings of all pictures in memory. Ours reads its cache from disk and keeps averages of the weights
-besides. Each is a process of its own, taken in turns; of the seconds a step takes the median after the first steps, and of the turns the
-median again. Start-up is what comes before the first step: imports, loading, filling a cache. bfloat16 is left out on a CPU that only
-imitates it.
+besides. "bare" is our network and AdamW alone, on random numbers that are there: what the Trainer's step costs more is the last percentage.
+The one before it is the share that ours reaches of the roof: the seconds in which the device's best rates, measured in this process, do the
+step's products and move what AdamW reads and writes. Each part is a process of its own, taken in turns; of the seconds a step takes the
+median after the first steps, and of the turns the median again. Start-up is what comes before the first step: imports, loading, filling a
+cache. bfloat16 is left out on a CPU that only imitates it.
 """
 
 import argparse
@@ -20,11 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 BEGAN = time.perf_counter()
-OURS, ENCODING, CACHED = "latentfm", "diffusers, encoding", "diffusers, cached"
-PARTS = (OURS, ENCODING, CACHED)
+OURS, ENCODING, CACHED, BARE = "latentfm", "diffusers, encoding", "diffusers, cached", "bare"
+PARTS = (OURS, ENCODING, CACHED, BARE)
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 CASES = {
     "bundled": {"size": 64, "batch": 16, "length": 16, "steps": 40, "pictures": 64},
@@ -71,6 +74,7 @@ def make_inputs(name: str, folder: Path) -> None:
 
 def ours(case: dict, folder: Path, precision: str) -> list[float]:
     """When each step of a run of the Trainer was done, its start first."""
+    from latentfm.cli.main import keep_freed_memory
     from latentfm.config import load_config
     from latentfm.training.trainer import Trainer
 
@@ -84,6 +88,7 @@ def ours(case: dict, folder: Path, precision: str) -> list[float]:
             super().log(row)
             times.append(time.perf_counter())
 
+    keep_freed_memory()  # as the command does
     times: list[float] = []
     with tempfile.TemporaryDirectory() as out:
         Timed(load_config(None, [
@@ -153,6 +158,61 @@ def theirs(case: dict, folder: Path, precision: str, cached: bool) -> list[float
     return times
 
 
+def bare(case: dict, folder: Path, precision: str) -> list[float]:
+    """The same of our network and torch's AdamW alone."""
+    import torch
+    from accelerate import Accelerator
+
+    from latentfm import MMDiT
+
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    network = MMDiT.from_pretrained(folder / "pipeline", subfolder="transformer").train()
+    config, (image, text) = network.config, tokens(case, folder)
+    side = round(image**0.5) * config.patch_size
+    given = {
+        "hidden_states": torch.randn(case["batch"], config.in_channels, side, side, device=accelerator.device),
+        "encoder_hidden_states": torch.randn(case["batch"], text, config.joint_attention_dim, device=accelerator.device),
+        "pooled_projections": torch.randn(case["batch"], config.pooled_projection_dim, device=accelerator.device),
+        "timestep": 1000 * torch.rand(case["batch"], device=accelerator.device),
+    }
+    network, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True))
+    times = [time.perf_counter()]
+    for _ in range(case["steps"]):
+        loss = network(**given, return_dict=False)[0].float().square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(time.perf_counter())
+    return times
+
+
+def network_of(folder: Path) -> dict:
+    return json.loads((folder / "pipeline" / "transformer" / "config.json").read_text())
+
+
+def tokens(case: dict, folder: Path) -> tuple[int, int]:
+    """How many of the image and of the text the network sees in one sample."""
+    vae, tokenizer = (
+        json.loads((folder / "pipeline" / name).read_text()) for name in ("vae/config.json", "tokenizer/tokenizer_config.json")
+    )
+    side = case["size"] // 2 ** (len(vae["block_out_channels"]) - 1) // network_of(folder)["patch_size"]
+    return side**2, tokenizer["model_max_length"] + case["length"]
+
+
+def best(case: dict, folder: Path, precision: str) -> float:
+    """Images a second of a step at the roof."""
+    import torch
+    from ceilings import at_best, ceilings, moved_by_adamw
+
+    from latentfm.planning.cost import Network, parameters, training_flops
+
+    net = Network.of(network_of(folder))
+    roof = ceilings("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, precision))
+    work = case["batch"] * sum(training_flops(net, *tokens(case, folder)).values())
+    return case["batch"] / at_best(roof, work, moved_by_adamw(sum(parameters(net).values())))
+
+
 class Pictures:
     """Pictures in [-1, 1] with their captions, cropped to a square, as torch's DataLoader takes them."""
 
@@ -212,7 +272,9 @@ def measure(name: str, part: str, folder: Path) -> dict[str, tuple[float, float]
         AcceleratorState._reset_state(True)  # Accelerate keeps one configuration a process
         GradientState._reset_state()
         case = CASES[name]
-        times = ours(case, folder, mixed) if part == OURS else theirs(case, folder, mixed, cached=part == CACHED)
+        times = {
+            OURS: ours, BARE: bare, ENCODING: partial(theirs, cached=False), CACHED: partial(theirs, cached=True)
+        }[part](case, folder, mixed)  # fmt: skip
         seconds = [after - before for before, after in zip(times, times[1:])][WARM_UP:]
         found[precision] = (case["batch"] / statistics.median(seconds), times[0] - began)
         began = time.perf_counter()
@@ -244,17 +306,22 @@ def main() -> None:
     if options.part:
         print(json.dumps(measure(options.case, options.part, options.folder)))
         return
-    print(f"{'images/s':26s}{'precision':>10s}{'latentfm':>10s}{'encoding':>10s}{'cached':>10s}{'x encoding':>12s}{'x cached':>10s}"
-          f"   start-up, s (in that order; the first precision's with imports)")  # fmt: skip
+    print(
+        f"{'images/s':26s}{'precision':>10s}{'latentfm':>10s}{'encoding':>10s}{'cached':>10s}{'bare':>10s}"
+        f"{'x encoding':>12s}{'x cached':>10s}{'of roof':>9s}{'over bare':>11s}"
+        f"   start-up, s (in that order; the first precision's with imports)"
+    )
     for name in [options.only] if options.only else CASES:
         with tempfile.TemporaryDirectory() as made:
             make_inputs(name, Path(made))
+            roofs = {precision: best(CASES[name], Path(made), precision) for precision in PRECISIONS}
             turns = [{part: in_its_own_process(name, part, Path(made)) for part in PARTS} for _ in range(options.rounds)]
         for precision in PRECISIONS:
             speed, start = ({part: statistics.median(turn[part][precision][i] for turn in turns) for part in PARTS} for i in (0, 1))
             print(
                 f"{NAMES[name]:26s}{precision:>10s}" + "".join(f"{speed[part]:10.2f}" for part in PARTS)
-                + f"{speed[OURS] / speed[ENCODING]:12.2f}{speed[OURS] / speed[CACHED]:10.2f}   "
+                + f"{speed[OURS] / speed[ENCODING]:12.2f}{speed[OURS] / speed[CACHED]:10.2f}{speed[OURS] / roofs[precision]:9.0%}"
+                + f"{speed[BARE] / speed[OURS] - 1:11.1%}   "
                 + " ".join(f"{start[part]:.1f}" for part in PARTS), flush=True,
             )  # fmt: skip
 

@@ -84,6 +84,10 @@ class Training:
         """Bytes of an activation."""
         return 4 if self.precision == "float32" else 2
 
+    def nothing_before(self, block: int) -> bool:
+        """Whether neither a block before this one trains nor anything around the blocks."""
+        return self.trains is not None and not any((*self.trains[:block], self.trains[-1]))
+
     def seen_by(self, block: int) -> "Training":
         """The run as one block sees it: with the image tokens that are routed through it."""
         routed = self.routed is not None and self.routed[0] <= block <= self.routed[1]
@@ -105,7 +109,7 @@ def block_activations(net: Network, block: int, run: Training) -> int:
     """Bytes that one block keeps for its backward pass; not its weights, nor bfloat16 copies of them (block_copies)."""
     dim, c, full = net.dim, run.compute, run.rank is None
     last, rank = net.last(block), run.rank or 0
-    moved = full or block > 0  # whether a gradient is wanted of what comes into the block
+    moved = (full or block > 0) and not (run.cpu and run.nothing_before(block))  # whether a gradient is wanted of what comes in
     norm = (1 + full) * dim * 4 if run.cpu else dim * (4 if run.precision == "autocast" else c)  # of a query-key norm's input
     statistic = c if run.cpu else 4
     # peft's adapters ask for float32: each linear makes a copy for itself, which autocast makes bfloat16 again
@@ -134,9 +138,9 @@ def block_activations(net: Network, block: int, run: Training) -> int:
     per_picture += attention_activations(net, queries, run.image + run.text, run)
     of_image, of_text = net.modulations(block)
     per_picture += (of_image + (0 if last else of_text)) * dim * c  # the gates, which are parts of these vectors
-    if block in net.dual and moved:
+    if block in net.dual and (full or moved):
         one = run.image * dim * c
-        per_picture += 2 * run.image * statistic + dim * c
+        per_picture += moved * (2 * run.image * statistic + dim * c)
         # the linears' input, what they give, what the norm does, and the attention's output where it is not the kernel's
         per_picture += full * ((3 if recast else 1) + 1 + again + in_float32(run, run.image)) * one
         per_picture += net.qk_norm * 2 * run.image * (norm + net.heads * 4)
@@ -202,7 +206,7 @@ def trained_in(net: Network, block: int, run: Training) -> int:
 
 def kept_in(net: Network, block: int, run: Training) -> int:
     """Bytes that one block, not checkpointed, keeps for the backward pass; nothing where nothing trains in it or before it."""
-    if run.trains is not None and not any((*run.trains[: block + 1], run.trains[-1])):
+    if run.nothing_before(block + 1):
         return 0
     seen = run.seen_by(block)
     kept = block_activations(net, block, seen)

@@ -24,7 +24,6 @@ from latentfm.data.stream import Stream
 from latentfm.errors import Failure, InputError
 from latentfm.files import expanded
 from latentfm.planning.run import with_precision
-from latentfm.system import keep_freed_memory
 from latentfm.training.checkpoint import storage
 from latentfm.training.checkpoint.claim import claimed
 from latentfm.training.checkpoint.resuming import check_same_run
@@ -71,8 +70,6 @@ class TrainingLoop(ABC):
         self.check()
         torch.manual_seed(config.train.seed)
         self.accelerator = accelerator = make_accelerator(config, device)
-        if device.type == "cpu":
-            keep_freed_memory()
         for note in filter(None, [*cautions, fewer_than_asked(accelerator.num_processes)]):
             accelerator.print(f"warning: {note}")
         self.progress, self.run_log = Progress(accelerator.is_main_process), RunLog(self.out, accelerator.is_main_process)

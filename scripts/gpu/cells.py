@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ceilings import ceilings, seconds  # noqa: E402, isort: skip
+
 OUT_OF_TIME, LOST_DEVICE = 75, 76  # exit codes: to be started again, later or at once
 SHRUNK = os.environ.get("KIT_SCALE", "full") == "shrunk"  # the whole kit in miniature, on a CPU too
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +100,7 @@ class Cells:
 
     def ceilings(self) -> dict[str, float]:
         """{"tflops", "gb_per_second"}: what this device multiplies and copies, measured in this run of the kit."""
-        return self.run("ceilings", ceilings, 20) or {"tflops": float("nan"), "gb_per_second": float("nan")}
+        return self.run("ceilings", lambda: ceilings(DEVICE, DTYPE, SHRUNK), 20) or {"tflops": float("nan"), "gb_per_second": float("nan")}
 
 
 def quiet() -> None:
@@ -147,18 +149,7 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
-# Time, memory, ceilings
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """How long `call` takes, its work on the device included."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+# Time and memory
 
 
 def timed(calls: dict[str, Callable[[], object]], repeats: int = 5, warm: int = 2) -> dict[str, dict[str, float]]:
@@ -174,7 +165,7 @@ def timed(calls: dict[str, Callable[[], object]], repeats: int = 5, warm: int = 
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            taken[name].append(seconds(call))
+            taken[name].append(seconds(call, DEVICE))
     return {
         name: {
             "seconds": (middle := statistics.median(values)), "spread": round((max(values) - min(values)) / middle, 4),
@@ -195,21 +186,13 @@ def peak_memory() -> float | None:
 
 
 def compile_blocks(network: torch.nn.Module) -> None:
-    """torch.compile on each block, as MMDiT.compile_repeated_blocks does; in miniature without the compiler, which takes a minute."""
+    """torch.compile on each block: MMDiT's own way, and as its users would for diffusers'; in miniature without the compiler."""
+    if not SHRUNK and hasattr(network, "blocks_are_compiled"):
+        network.compile_repeated_blocks()
+        return
     torch._dynamo.config.recompile_limit = 64
     for block in network.transformer_blocks:
         block.compile(**({"backend": "aot_eager"} if SHRUNK else {}))
-
-
-def ceilings() -> dict[str, float]:
-    """The largest rates of one matrix product in bfloat16 (random numbers) and of one copy, read and written bytes counted."""
-    size = 512 if SHRUNK else 8192
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    product = min(seconds(lambda: a @ b) for _ in range(3 if SHRUNK else 20))
-    x = torch.empty((1 << 22) if SHRUNK else (1 << 32), dtype=torch.uint8, device=DEVICE).random_()
-    y = torch.empty_like(x)
-    copy = min(seconds(lambda: y.copy_(x)) for _ in range(3 if SHRUNK else 10))
-    return {"tflops": 2 * size**3 / product / 1e12, "gb_per_second": 2 * x.numel() / copy / 1e9}
 
 
 def rate(work: float, taken: float, peak: float) -> dict[str, float]:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cells import DEVICE, DTYPE, SHRUNK, Cells, clear, compile_blocks, forget_peak, network_settings, peak_memory, quiet, rate, seconds
+from cells import DEVICE, DTYPE, SHRUNK, Cells, clear, compile_blocks, forget_peak, network_settings, peak_memory, quiet, rate
 
 from bench_mmdit import flops  # isort: skip
+from ceilings import seconds  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(os.environ.get("KIT_WORK", Path(tempfile.gettempdir()) / ("latentfm-kit-shrunk" if SHRUNK else "latentfm-kit")))
@@ -225,7 +226,7 @@ def theirs(case: Case) -> dict[str, float]:
         optimizer.zero_grad()
         loss.item()
 
-    taken = [seconds(lambda number=number: step(number)) for number in range(STEPS)][WARM:]
+    taken = [seconds(lambda number=number: step(number), DEVICE) for number in range(STEPS)][WARM:]
     return {"seconds": statistics.median(taken), "memory_gib": peak_memory()}
 
 

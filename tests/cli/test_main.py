@@ -1,5 +1,6 @@
 """The front door: what the TAB key adds, and what an exit code says."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -112,3 +113,33 @@ def test_a_process_of_several_ends_with_its_own_code_whatever_its_threads_still_
     ]
     told = [peer.communicate(timeout=60)[0] for peer in peers]
     assert [peer.returncode for peer in peers] == [3, 3] and told[0] == "done\nsaid at the exit\n"
+
+
+FAULTS = """
+import ctypes, resource, sys
+from latentfm.cli.main import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for turn in range(9):
+    if turn == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [libc.malloc(ctypes.c_size_t(size << 20)) for size in (1, 8, 24, 24, 24)]
+    for piece, size in zip(pieces, (1, 8, 24, 24, 24)):
+        ctypes.memset(piece, turn, size << 20)
+    for piece in pieces:
+        libc.free(piece)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_memory_that_is_freed_is_there_for_the_next_step():
+    """Pages that the system had to clear after the first turn: of 81 MiB a turn, or none."""
+    counts = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("given back", "kept")
+    }
+    assert counts["kept"] < 100 and counts["given back"] > 8 * 1000
