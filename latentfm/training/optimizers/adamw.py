@@ -165,6 +165,5 @@ def clip_gradient(
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
     norm = over_shards(squares).sqrt()
-    if norm.device.type != "cpu" or norm > max_norm:  # to know it on the host, a GPU would be waited for
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(squares.device))  # offloaded they are on the CPU
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(squares.device))  # offloaded they are on the CPU
     return norm
