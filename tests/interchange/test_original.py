@@ -104,7 +104,7 @@ def published() -> dict[str, dict]:
     medium_35 = size(24, 24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)))
     return {
         "SD3 medium": PRESETS["sd3-medium"], "SD3.5 medium": medium_35, "SD3.5 large": size(38, 38),
-        "MM-DiT of 8 layers x 256": PRESETS["emoji"],
+        "MM-DiT of 6 layers x 256": PRESETS["emoji"],
     }  # fmt: skip
 
 
