@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentfm import LatentFMPipeline, MMDiT, bundled_model
 from latentfm.models.presets import PRESETS
 from latentfm.models.schedule import Precomputed
+from latentfm.planning.cost import Network, forward_flops
 
 PARTS = ("forward", "compiled", "training", "sampling", "profile")
 TEXT_TOKENS = 77 + 256
@@ -48,14 +49,12 @@ def twins(config: dict, device: str, dtype: torch.dtype) -> dict[str, torch.nn.M
     return {"diffusers": theirs, "latentfm": ours}
 
 
-def inputs(
-    config: dict, pixels: int, batch: int, device: str, dtype: torch.dtype, text: int = TEXT_TOKENS
-) -> dict[str, torch.Tensor]:
-    """Latents of `pixels` x `pixels` pictures through a factor-8 VAE, with as many tokens of `text`, SD3's if not given."""
-    side, channels = pixels // 8, config["in_channels"]
+def inputs(config: dict, pixels: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Latents of `pixels` x `pixels` pictures through a factor-8 VAE, with SD3's text."""
+    side = pixels // 8
     return {
-        "hidden_states": torch.randn(batch, channels, side, side, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], device=device, dtype=dtype),
+        "hidden_states": torch.randn(batch, 16, side, side, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, config["joint_attention_dim"], device=device, dtype=dtype),
         "pooled_projections": torch.randn(batch, config["pooled_projection_dim"], device=device, dtype=dtype),
         "timestep": torch.full((batch,), 500.0, device=device),
     }
@@ -72,10 +71,10 @@ def compare(calls: dict[str, Callable[[], object]], device: str, repeats: int) -
     return {name: statistics.median(values) for name, values in taken.items()}, repeats
 
 
-def flops(config: dict, pixels: int, training: bool, text: int = TEXT_TOKENS) -> float:
+def flops(config: dict, pixels: int, training: bool) -> float:
     """Floating-point operations of one picture's forward pass, or forward and backward, in SD3Transformer2DModel."""
     with torch.device("meta"):
-        network, given = SD3Transformer2DModel(**config), inputs(config, pixels, 1, "meta", torch.float32, text)
+        network, given = SD3Transformer2DModel(**config), inputs(config, pixels, 1, "meta", torch.float32)
     with FlopCounterMode(display=False) as counter:
         out = network(**given).sample
         if training:
@@ -163,8 +162,8 @@ def sampling(options: argparse.Namespace) -> None:
         fused = LatentFMPipeline.from_pretrained(bundled_model()).to(options.device, dtype)
         fused.transformer.fuse_qkv_projections()
         pipes["with fused qkv"] = fused
-        roof, config = ceilings(options.device, dtype), dict(pipes["diffusers"].transformer.config)
-        work = 2 * STEPS * flops({name: value for name, value in config.items() if not name.startswith("_")}, 128, False, 77 + 32)
+        roof, net = ceilings(options.device, dtype), Network.of(pipes["diffusers"].transformer.config)
+        work = 2 * STEPS * sum(forward_flops(net, (16 // net.patch) ** 2, 77 + 32).values())
         print(f"\nsampling with the bundled model, {STEPS} steps, guidance 3, T5 length 32, {dtype}; {in_words(roof)}")
         for batch in (1, 8):
             calls, latents = {}, {}

@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _check_att
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor
 
+from latentfm.bounds import SHORT_ATTENTION
 from latentfm.errors import InputError, nearest
 
 # our names for diffusers' attention backends; diffusers' own names (flash, sage, ...) are taken too where they are no name of ours
@@ -29,7 +30,6 @@ BACKENDS = {
 }
 ENVIRONMENT = "LATENTFM_ATTENTION"
 PLAIN_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
-SHORT = 256  # keys, up to which a CPU trains attention sooner in float32 than in bfloat16: in four tenths of the time at 56, eight at 200
 
 
 def attention_backend(name: str) -> AttentionBackendName | None:
@@ -92,7 +92,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
 
 def sooner_in_float32(query: Tensor, key: Tensor) -> bool:
     """Whether this is training on a CPU in bfloat16 with few keys, for which the backward pass of PyTorch's kernel is slow."""
-    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and key.shape[1] <= SHORT
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and key.shape[1] <= SHORT_ATTENTION
 
 
 class Backend:

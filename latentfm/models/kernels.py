@@ -112,8 +112,10 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if torch.is_grad_enabled() and sparing(x):
         return ModulatedNorm.apply(x, scale, shift)
     normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    if torch.is_grad_enabled() or normed.dtype != shift.dtype:  # autocast normalises in float32
+    if torch.is_grad_enabled():
         return for_linears(torch.addcmul(shift, normed, scale))
+    if normed.dtype != shift.dtype:  # autocast normalises in float32
+        return torch.addcmul(shift, normed, scale)
     return torch.addcmul(shift, normed, scale, out=normed)
 
 

@@ -7,7 +7,7 @@ precision on the CPU and on a traced GPU. Left out: the GPU's context and what i
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from latentfm.bounds import EMA_CHUNK, OPTIMIZER_CHUNK
+from latentfm.bounds import EMA_CHUNK, OPTIMIZER_CHUNK, SHORT_ATTENTION
 from latentfm.optimizers import MOMENTS
 from latentfm.planning.cost import (
     TIME_FEATURES,
@@ -25,7 +25,6 @@ from latentfm.planning.cost import (
 Precision = Literal["float32", "autocast", "bfloat16"]
 Quantised = Literal["nf4", "int8"]
 LAID_OUT = 2**30  # bytes of weights that models/onednn.py makes a copy of at most; a test holds this to it
-SHORT_ATTENTION = 256  # keys, up to which models/backends.py trains attention in float32 on a CPU: a test holds this to it
 MODULATIONS = 128  # prompts times steps whose modulations models/schedule.py has together, as it says: a test holds this to it
 
 

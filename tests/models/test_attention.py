@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from latentfm.bounds import SHORT_ATTENTION
 from latentfm.errors import InputError
 from latentfm.models.attention import Attention
-from latentfm.models.backends import ENVIRONMENT, SHORT, Backend, attend, attention_backend, available_backends
+from latentfm.models.backends import ENVIRONMENT, Backend, attend, attention_backend, available_backends
 from latentfm.models.fused_qkv import side_by_side
 from latentfm.models.mmdit import MMDiT
 
@@ -86,7 +87,8 @@ def test_long_attention_and_sampling_stay_in_bfloat16():
             attend(query, key, key, None)
         return any(event.key == "aten::to" for event in seen.key_averages())
 
-    assert widened(True, SHORT) and not widened(True, SHORT + 1) and not widened(False, SHORT) and not widened(True, 8, torch.float32)
+    assert widened(True, SHORT_ATTENTION) and not widened(True, SHORT_ATTENTION + 1)
+    assert not widened(False, SHORT_ATTENTION) and not widened(True, 8, torch.float32)
 
 
 @pytest.mark.parametrize("variant", ["sd3", "sd3.5-medium"])

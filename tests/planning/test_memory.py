@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentfm import flow
-from latentfm.models import backends, onednn, schedule
+from latentfm.models import onednn, schedule
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
 from latentfm.planning import memory, sampling
@@ -272,10 +272,6 @@ def test_sample_pictures_and_the_cache_have_moments_of_their_own():
     aside = phases["drawing sample pictures"].parts
     assert aside["weights put aside"] == 4 * sum(parameters(NET).values()) and aside["working memory"] == 10**9
     assert "drawing sample pictures" not in {phase.name for phase in training_phases(NET, RUN)}
-
-
-def test_what_is_short_for_the_attention_is_short_for_its_memory():
-    assert memory.SHORT_ATTENTION == backends.SHORT
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
