@@ -218,7 +218,8 @@ class OptimisationOptions(Section):
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
     optimizer: Literal[tuple(OPTIMIZERS)] = Field(
-        "adamw", description="prodigy finds its own rate: give it learning_rate 1; lion likes a tenth"
+        "adamw", description="muon for an MM-DiT of many tokens from scratch; prodigy finds its own rate: give it learning_rate 1; "
+        "lion likes a tenth"
     )
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="of matrices; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)

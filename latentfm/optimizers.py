@@ -16,7 +16,8 @@ class Optimizer:
     """target: "module:class". package: what is installed for it, None with PyTorch. state: bytes it keeps for a trained number.
 
     split: whether it looks at single numbers alone, and not at a parameter's rows, norm or blocks: then a process may have a part of each.
-    least_rate: below it somebody gave another optimizer's rate. keywords: what its class is made with besides.
+    least_rate: below it somebody gave another optimizer's rate. keywords: what its class is made with besides. matrices: whether the
+    blocks' matrices are a group of their own that says "muon": True.
     """
 
     target: str
@@ -25,6 +26,7 @@ class Optimizer:
     split: bool = True
     betas: bool = True
     least_rate: float = 0.0
+    matrices: bool = False
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -44,6 +46,8 @@ OPTIMIZERS = {
         "prodigyopt:Prodigy", "prodigyopt", 16.0, split=False, least_rate=0.1,
         keywords={"use_bias_correction": True, "safeguard_warmup": True},
     ),
+    # the blocks' matrices move orthogonally (Jordan et al. 2024), all else as by adamw; of a matrix it keeps half of what `state` counts
+    "muon": Optimizer("latentfm.training.optimizers.muon:MuonAdamW", split=False, matrices=True),
     # steps of equal size in every weight (Chen et al. 2023)
     "lion": Optimizer("lion_pytorch:Lion", "lion_pytorch", 4.0),
 }  # fmt: skip

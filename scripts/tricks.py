@@ -14,7 +14,7 @@ plain        AdamW, the flow-matching loss
 contrastive  less 0.05 |v - u'|^2, u' the target of the batch's next sample (Stoica et al. 2025). Its minimiser is not the flow's velocity v
              but (v - 0.05 m) / 0.95, m the mean target: guidance of a kind, which costs held-out loss; a row has it with that taken back
 curriculum   t's shift falls from 4 to 1 over half of the steps that plain took
-muon         torch.optim.Muon for the blocks' matrices (Jordan et al. 2024), AdamW for the rest
+muon         train.optimizer=muon: Muon for the blocks' matrices (Jordan et al. 2024), AdamW for the rest
 tread        half of the image tokens go round the middle blocks (Krause et al. 2025): train.token_routing
 repa         an early block's tokens are aligned to a frozen encoder's features of the clean picture (Yu et al. 2024), by cosine, weight
              0.5; the features are made once, before the time counts
@@ -26,7 +26,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,35 +105,6 @@ class Curriculum(Plain):
         return super().losses(batch)
 
 
-class Muon(Plain):
-    def prepare(self, resources: Any) -> None:
-        super().prepare(resources)
-        self.weights.optimizer = MuonAdamW(self.weights.shards.parameters, self.weights.optimizer)
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for the blocks' matrices among the named parameters, the rest in the groups of the `adamw` whose place it takes.
-
-    A matrix's step is scaled to the root mean square of AdamW's (Liu et al. 2025), so that one rate and one decay serve both.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], adamw: torch.optim.Optimizer):
-        matrices = [p for name, p in parameters.items() if p.ndim == 2 and "transformer_blocks." in name]
-        apart, first = {id(p) for p in matrices}, adamw.param_groups[0]
-        groups = [group | {"params": [p for p in group["params"] if id(p) not in apart]} for group in adamw.param_groups]
-        self.parts = [
-            torch.optim.Muon(matrices, lr=first["lr"], weight_decay=first["weight_decay"], adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups, fused=True),
-        ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        for part, groups in zip(self.parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
-            part.param_groups = groups  # the trainer sets their rate
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-
 class Aligned(Plain):
     encoder: Path
 
@@ -190,7 +160,7 @@ class Trick:
 
 TRICKS = {
     "plain": Trick(),
-    "muon": Trick(Muon, optimizer="muon"),
+    "muon": Trick(options=("train.optimizer=muon",), optimizer="muon"),
     "tread": Trick(options=("train.token_routing={keep: 0.5, first: 1, last: -2}",)),
     "contrastive": Trick(Contrastive),
     "curriculum": Trick(Curriculum),

@@ -53,18 +53,22 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions
     which begin as the parameters are here. Raises InputError as check_optimizer does.
     """
     check_optimizer(options)
-    trainable = [p for p in parameters.values() if p.requires_grad]
+    name, rate = options.optimizer, options.learning_rate
+    kind = OPTIMIZERS[name]
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    apart = {name for name, p in trainable.items() if kind.matrices and p.ndim == 2 and "transformer_blocks." in name}
+    if kind.matrices and not apart:
+        raise InputError(f"train.optimizer={name} moves the matrices of an MM-DiT's blocks, and none trains here; take adamw")
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable.items() if name in apart], "weight_decay": options.weight_decay, "muon": True},
+        {"params": [p for name, p in trainable.items() if name not in apart and p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # a LoRA has matrices alone
-    name, rate = options.optimizer, options.learning_rate
     narrow = options.weights == "bfloat16" and options.adapter is None  # an adapter's own weights are float32 always
     if name == "adamw" and (narrow or options.moments != "float32"):
         moments = getattr(torch, options.moments)
         return AdamW(groups, rate, options.betas, master_weights=options.master_weights, moments=moments, seed=options.seed)
-    kind = OPTIMIZERS[name]
     module, target = kind.target.split(":")
     made = getattr(package(module, f"train.optimizer={name}"), target)
     return made(groups, lr=rate, **({"betas": options.betas} if kind.betas else {}), **kind.keywords)

@@ -88,14 +88,15 @@ def test_the_groups_of_a_network_and_of_an_adapter(tiny_folder):
 
 
 class Net(nn.Module):
-    """A matrix that bitsandbytes keeps in 8 bits (4,096 numbers or more), one that it does not, a convolution and a norm."""
+    """A block's matrix that bitsandbytes keeps in 8 bits (4,096 numbers or more), one that it does not, a convolution and a norm."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.wide, self.norm, self.out = nn.Conv2d(3, 8, 2), nn.Linear(8, 700), nn.LayerNorm(700), nn.Linear(700, 5)
+        self.conv, wide, self.norm, self.out = nn.Conv2d(3, 8, 2), nn.Linear(8, 700), nn.LayerNorm(700), nn.Linear(700, 5)
+        self.transformer_blocks = nn.ModuleList([wide])
 
     def forward(self, x):
-        return self.out(self.norm(self.wide(self.conv(x).flatten(2).mean(-1)).tanh()))
+        return self.out(self.norm(self.transformer_blocks[0](self.conv(x).flatten(2).mean(-1)).tanh()))
 
 
 def options_of(name, **more):
@@ -164,8 +165,9 @@ def test_a_restored_optimizer_goes_on_to_the_bit(tmp_path, name, more):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert value.dtype == found[key].dtype and torch.equal(value, found[key]), key
-    mine, theirs = next(iter(optimizer.state.values())), next(iter(other.state.values()))
-    assert {key: type(value) for key, value in mine.items()} == {key: type(value) for key, value in theirs.items()}
+    for mine, theirs in zip(network.parameters(), again.parameters(), strict=True):
+        kinds = [{key: type(value) for key, value in made.state[p].items()} for made, p in ((optimizer, mine), (other, theirs))]
+        assert kinds[0] == kinds[1]
 
 
 def test_what_prodigy_has_found_is_in_the_checkpoint():
@@ -181,7 +183,7 @@ def test_what_prodigy_has_found_is_in_the_checkpoint():
     restore_optimizer_state(other, forgetful, names_of(again))
     for moved, opt in ((network, optimizer), (again, other)):
         steps(moved, opt, options, 8, 9)
-    assert not torch.equal(network.wide.weight, again.wide.weight)
+    assert not torch.equal(network.transformer_blocks[0].weight, again.transformer_blocks[0].weight)
 
 
 @UNPAGED
@@ -190,9 +192,10 @@ def test_large_parameters_have_8_bit_moments_and_no_table_is_saved(name):
     network, optimizer, options = started(name)
     steps(network, optimizer, options, 0, 1)
     state = optimizer_state(optimizer, names_of(network))
-    assert state["state1/wide.weight"].dtype == state["state2/wide.weight"].dtype == torch.uint8
-    assert state["state1/out.weight"].dtype == torch.float32 and state["absmax1/wide.weight"].shape == (22,)  # 5,600 in blocks of 256
-    assert not any("qmap" in key for key in state) and "qmap1" in optimizer.state[network.wide.weight]
+    wide = "transformer_blocks.0.weight"
+    assert state[f"state1/{wide}"].dtype == state[f"state2/{wide}"].dtype == torch.uint8
+    assert state["state1/out.weight"].dtype == torch.float32 and state[f"absmax1/{wide}"].shape == (22,)  # 5,600 in blocks of 256
+    assert not any("qmap" in key for key in state) and "qmap1" in optimizer.state[network.transformer_blocks[0].weight]
 
 
 def test_another_network_is_refused():
