@@ -216,7 +216,9 @@ class OptimisationOptions(Section):
     gradient_accumulation: int = Field(1, ge=1, le=MOST_BATCH, description="forward passes an optimizer step is split into")
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
-    decay: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up, down to 0 at the last step")
+    decay: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="after the warm-up, down to 0 at the last step; wsd: over the last fifth of the steps, constant before it"
+    )
     optimizer: Literal[tuple(OPTIMIZERS)] = Field(
         "adamw", description="muon for an MM-DiT of many tokens from scratch; prodigy finds its own rate: give it learning_rate 1; "
         "lion likes a tenth"

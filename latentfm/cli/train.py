@@ -20,7 +20,7 @@ def train(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file of options; see configs/.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder; with decay=constant to more steps too.")
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output folder; decay=constant: to more steps too.")
     ] = False,
     options: Annotated[bool, typer.Option("--options", help="List every option with its meaning and default, and leave.")] = False,
     dry_run: Annotated[

@@ -12,6 +12,7 @@ from latentfm.errors import InputError
 from latentfm.files import expanded, read_json
 from latentfm.models.folder import read_info
 from latentfm.training.checkpoint import storage
+from latentfm.training.optimizers.factory import learning_rate
 from latentfm.training.records.json_lines import number
 from latentfm.words import shown
 
@@ -23,6 +24,7 @@ FREE_ON_RESUME = {
     "train.gradient_checkpointing", "train.gradient_accumulation", "train.attention", "train.ema_device",
     "train.deterministic",
 }  # fmt: skip
+COURSE = ("train.steps was ", "train.decay was ")
 PLACES = ("path", "url", "dataset")  # of a source
 LONGEST = 120  # characters of a value
 
@@ -57,21 +59,33 @@ def without_places(sources: Any) -> Any:
 def check_options(path: Path, info: Mapping[str, Any], config: Section) -> None:
     """Raises InputError when the run of a checkpoint cannot go on with these options.
 
-    Its number of steps may change where the learning rate of a step does not depend on it, and is not below what is done.
+    Its number of steps and its decay may change where that leaves the learning rates of the steps that are done as they were.
     """
     now, done = config.model_dump(mode="json"), number(info.get("step")) or 0
-    changed = differences(info.get("config") or {}, now, options_of(type(config)))
-    steps = [line for line in changed if line.startswith("train.steps was ")]
-    if steps and config.train.decay == "constant" and config.train.steps >= done:
-        changed.remove(steps[0])
+    before = info.get("config") or {}
+    changed = differences(before, now, options_of(type(config)))
+    course = [line for line in changed if line.startswith(COURSE)]
+    if config.train.steps >= done and same_rates(before, config, done):
+        changed, course = [line for line in changed if line not in course], []
     if not changed:
         return
     why = ""
-    if steps and config.train.steps < done:
+    if course and config.train.steps < done:
         why = f" (step {done} is done)"
-    elif steps and config.train.decay != "constant":
-        why = f" (with train.decay={config.train.decay} they set the learning rate of every step)"
+    elif course:
+        why = " (steps and decay set the learning rates of the steps that are done)"
     raise InputError(f"{shown(path)} was made with other options: {'; '.join(changed)}{why}. Restore them, or {way_on(config)}")
+
+
+def same_rates(before: Mapping[str, Any], config: Section, done: int) -> bool:
+    """Whether steps and decay of a run with the options `before` gave its first `done` steps the learning rates that `config` gives."""
+    now, given = config.train, before.get("train")
+    try:
+        own = {"warmup_steps": now.warmup_steps, "learning_rate": now.learning_rate}
+        was = type(now)(steps=given["steps"], decay=given["decay"], **own)
+    except (ValueError, LookupError, TypeError):  # of something else than a run's options
+        return False
+    return all(learning_rate(step, was) == learning_rate(step, now) for step in range(done))
 
 
 def check_same_run(path: Path, info: Mapping[str, Any], config: Section, inputs: Mapping[str, str]) -> None:

@@ -14,6 +14,8 @@ from latentfm.errors import InputError
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.training.optimizers.adamw import AdamW
 
+COOLING = 0.2  # of all steps: where train.decay=wsd falls
+
 
 def package(name: str, option: str) -> Any:
     """The optional package `name`, imported. Raises InputError saying that `option` needs it and how to install it."""
@@ -75,9 +77,15 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up over warmup_steps, then the decay to 0 at `steps`."""
+    """The rate of optimizer step `step` (from 0): linear warm-up over warmup_steps, then the decay to 0 at `steps`.
+
+    "wsd", warm-up, stable, decay, is constant but for the last fifth, which is linear (Hu et al. 2024, "MiniCPM", section 4).
+    """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    left = 1.0 - (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    factor = {
+        "constant": 1.0, "linear": left, "cosine": 0.5 * (1.0 - math.cos(math.pi * left)),
+        "wsd": min(1.0, (options.steps - step) / (COOLING * options.steps)),
+    }  # fmt: skip
     return options.learning_rate * factor[options.decay]

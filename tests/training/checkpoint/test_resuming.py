@@ -12,7 +12,7 @@ from latentfm.config import SourceOptions, load_config
 from latentfm.errors import InputError
 from latentfm.training import trainer
 from latentfm.training.checkpoint import storage
-from latentfm.training.checkpoint.resuming import FREE_ON_RESUME, check_options, differences, without_places
+from latentfm.training.checkpoint.resuming import FREE_ON_RESUME, check_options, differences, same_rates, without_places
 from latentfm.training.dry_run import dry_run
 
 CONSTANT = ["train.decay=constant", "train.steps=3", "output.checkpoint_every=1", "sample.every=2"]
@@ -36,6 +36,12 @@ def finished(run, tmp_path_factory):
 def again(finished, tmp_path):
     """A copy of it."""
     return Path(shutil.copytree(finished, tmp_path / "again"))
+
+
+@pytest.fixture
+def config_of(options, tmp_path):
+    """config_of(*overrides) -> the options of a run."""
+    return lambda *more: load_config(None, options(tmp_path / "run", *more))
 
 
 @pytest.fixture
@@ -65,10 +71,33 @@ def test_a_finished_run_asked_for_more_becomes_what_a_longer_one_is(tmp_path, ru
     assert "warning: sample.prompts, sample.seed came too late" in capsys.readouterr().out
 
 
+def test_a_constant_run_may_be_given_its_end_where_what_is_done_stays(tmp_path, run, again, train):
+    ended = run(tmp_path / "ended", *CONSTANT, "train.steps=5", "train.decay=wsd")
+    train(again, "train.steps=5", "train.decay=wsd")
+    rates = column(again, "learning_rate")
+    assert rates == column(ended, "learning_rate") and rates[3] == rates[2] and column(again, "loss") == column(ended, "loss")
+    with pytest.raises(InputError, match=r"steps was 5, is 6; train\.decay was 'wsd', is 'linear' \(steps and decay set .* that are done"):
+        train(again, "train.steps=6", "train.decay=linear")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "most"),
+    [(("constant", 20), ("constant", 90), 49), (("constant", 100), ("wsd", 50), 41), (("wsd", 50), ("wsd", 100), 41),
+     (("wsd", 50), ("constant", 100), 41), (("cosine", 50), ("cosine", 100), 3), (("cosine", 50), ("linear", 50), 3)],
+)  # fmt: skip
+def test_steps_and_decay_may_change_as_long_as_the_rates_of_what_is_done_do_not(config_of, before, now, most):
+    def of(decay, steps):
+        return config_of(f"train.decay={decay}", f"train.steps={steps}", "train.warmup_steps=2")
+
+    was = of(*before).model_dump(mode="json")
+    found = [same_rates(was, of(*now), done) for done in range(1, 50)]
+    assert found == [done <= most for done in range(1, 50)]
+    assert not same_rates({"train": {"steps": "x", "decay": 3}}, of(*now), 1) and not same_rates({}, of(*now), 1)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["train.steps=5", "train.decay=cosine"], r"train\.steps was 3, is 5; train\.decay was 'constant', is 'cosine' .*set the"),
         (["train.steps=5", "train.learning_rate=2e-3"], r"train\.learning_rate was 0\.001, is 0\.002\. .*train its result on in a new run"),
         (["train.steps=5", "train.warmup_steps=1"], r"train\.warmup_steps was 2, is 1"),
         (["train.seed=5"], r"is finished, with other options: train\.seed was 0, is 5\. Restore them, or train its result on"),

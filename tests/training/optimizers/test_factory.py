@@ -24,7 +24,7 @@ from latentfm.training.optimizers.factory import (
 )
 from latentfm.training.optimizers.state import optimizer_state, restore_optimizer_state
 
-DECAYS = ["constant", "linear", "cosine"]
+DECAYS = ["constant", "linear", "cosine", "wsd"]
 RATES = {"lion": 1e-4, "prodigy": 1.0}  # the others' is AdamW's
 UNPAGED = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -48,14 +48,16 @@ def test_it_never_rises_after_the_warm_up_and_stays_positive(decay):
     assert all(rate > 0 for rate in rates)
 
 
-def test_the_three_ends_and_the_middle():
+def test_the_ends_and_the_middle():
     settings = {"steps": 104, "warmup_steps": 4, "learning_rate": 1.0}
     assert set(course(decay="constant", **settings)[4:]) == {1.0}
     linear, cosine = course(decay="linear", **settings), course(decay="cosine", **settings)
     assert linear[54] == pytest.approx(0.5) and linear[-1] == pytest.approx(0.01)
     assert cosine[54] == pytest.approx(0.5) and cosine[29] == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert cosine[-1] == pytest.approx((1 + math.cos(math.pi * 0.99)) / 2)
-    for decay in ("linear", "cosine"):  # at the step after the last, were there one
+    wsd = course(decay="wsd", **settings)
+    assert set(wsd[4:84]) == {1.0} and wsd[84] < 1 and wsd[94] == pytest.approx(10 / 20.8) and wsd[-1] == pytest.approx(1 / 20.8)
+    for decay in ("linear", "cosine", "wsd"):  # at the step after the last, were there one
         assert learning_rate(104, TrainOptions(decay=decay, **settings)) == pytest.approx(0, abs=1e-12)
 
 
