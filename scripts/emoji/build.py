@@ -37,12 +37,12 @@ STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "
 VAE = (  # options of `latentfm train-vae`
     "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
-    "train.steps=40000", "train.batch_size=16", "train.learning_rate=8e-4", "train.weight_decay=1e-4", "train.compile=true",
+    "train.steps=8000", "train.batch_size=16", "train.learning_rate=8e-4", "train.weight_decay=1e-4", "train.compile=true",
     "loss.l1=1", "loss.l2=10", "loss.edges=0.5", "loss.kl=3.6e-3", "loss.kl_warmup=1000",
     "validation.every=2000", "output.dtype=float16",
 )  # fmt: skip
 SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
-TEXT_STEPS = {"clip": 3000, "open_clip": 3000, "t5": 8000}
+TEXT_STEPS = {"clip": 3000, "open_clip": 3000, "t5": 4500}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
@@ -186,7 +186,7 @@ def long(work: Path) -> None:
     write_rows(folder, rows)
     own = [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", f"data.sources={json.dumps([{'path': str(folder)}])}"]
     own += [f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}", f"output.folder={work / 'long'}"]
-    own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50"]
+    own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50", "train.decay=cosine"]
     subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
 
 
