@@ -7,7 +7,8 @@
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
 pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
-configs/emoji.yaml`) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
+configs/emoji.yaml`) -> refine (its rate falls to 0, times nearer to the picture) -> long (a little more, with T5 padded as stock diffusers
+pads it) -> export (half precision, into assets/).
 `python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
 interrupted goes on.
 """
@@ -33,7 +34,7 @@ from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "long", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "refine", "long", "export")
 VAE = (  # options of `latentfm train-vae`
     "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
@@ -169,6 +170,15 @@ def mmdit(work: Path) -> None:
         subprocess.run(training_command(work), check=True, cwd=ROOT)
 
 
+def refine(work: Path) -> None:
+    """Let the rate fall to 0, at times nearer to the picture: layouts are learnt under much noise, edges and small things under little."""
+    if (work / "refine" / "model" / "model_index.json").exists():
+        return
+    own = [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", f"output.folder={work / 'refine'}"]
+    own += ["train.steps=3000", "train.warmup_steps=100", "train.decay=linear", "train.t_shift=2"]
+    subprocess.run(training_command(work, *own, folder="refine"), check=True, cwd=ROOT)
+
+
 def long(work: Path) -> None:
     """Go on for a little with T5 padded to LONG tokens, on some captions of everything: all of them would be 20 GB in the cache."""
     folder = work / "pictures" / "long"
@@ -184,9 +194,9 @@ def long(work: Path) -> None:
             os.link(work / "pictures" / part / row["file_name"], folder / name)
             rows.append({"file_name": name, "text": row["text"][:texts]})
     write_rows(folder, rows)
-    own = [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", f"data.sources={json.dumps([{'path': str(folder)}])}"]
+    own = [f"model.pipeline={work / 'refine' / 'model'}", "model.preset=", f"data.sources={json.dumps([{'path': str(folder)}])}"]
     own += [f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}", f"output.folder={work / 'long'}"]
-    own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50", "train.decay=cosine"]
+    own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50", "train.decay=cosine", "train.t_shift=2"]
     subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
 
 

@@ -36,7 +36,7 @@ RUN = (
      "output.checkpoint_every=3", "sample.steps=1", "sample.every=6", "data.workers=1"]
     if SHRUNK else
     [f"train.steps={os.environ.get('KIT_STEPS', '30000')}", "train.batch_size=512", "train.ema_decay=0.9995", "train.warmup_steps=1000",
-     "data.workers=12", "output.checkpoint_every=1000", "sample.every=2500"]
+     "train.decay=wsd", "train.t_shift=3", "data.workers=12", "output.checkpoint_every=1000", "sample.every=2500"]
 )  # fmt: skip
 
 
