@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.0])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     pictures, out, model = given.work / "pictures", given.work / "eval", given.model or given.work / "long" / "model"
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ def main() -> None:
         return
     from latentfm import LatentFMPipeline
 
-    pipe = LatentFMPipeline.from_pretrained(model)
+    pipe = LatentFMPipeline.from_pretrained(model, torch_dtype=getattr(torch, given.dtype))
     pipe.set_progress_bar_config(disable=True)
     icons, _ = read_catalogue(given.work / "catalogue.jsonl.gz")
     renders = Renders(icons, pictures)
