@@ -282,3 +282,31 @@ def test_the_vae_is_trained_by_options_that_there_are(tmp_path):
     size, plan = data_plan(config)
     assert size == (64, 64) and plan.factor == 8 and config.model.latent_channels == 16 and config.output.dtype == "float16"
     assert build.resumed(tmp_path / "vae") == []
+
+
+def test_the_stages_of_the_network_are_runs_of_the_trainer_each_on_the_result_of_the_one_before(tmp_path, monkeypatch):
+    import build
+
+    from latentfm.config import load_config
+
+    found = {}
+
+    def run(command, **more):
+        config = load_config(command[command.index("--config") + 1], command[command.index("--config") + 2 :])
+        found[Path(config.output.folder).name] = config
+        (tmp_path / Path(config.output.folder).name / "model").mkdir(parents=True)
+
+    monkeypatch.setattr("subprocess.run", run)
+    for part in ("plain", "styled", "scenes"):
+        (tmp_path / "pictures" / part).mkdir(parents=True)
+        build.write_rows(tmp_path / "pictures" / part, [{"file_name": "0.png", "text": ["a", "b"]}])
+        (tmp_path / "pictures" / part / "0.png").touch()
+    for stage in ("mmdit", "balance", "refine", "long"):
+        getattr(build, stage)(tmp_path)
+    assert {name: Path(config.model.pipeline).parent.name for name, config in found.items()} == {
+        "mmdit": tmp_path.name, "balance": "mmdit", "refine": "balance", "long": "refine",
+    }  # fmt: skip
+    weights = {name: [(Path(source.path).name, source.weight) for source in config.data.sources] for name, config in found.items()}
+    assert weights["mmdit"] == [("plain", 8), ("styled", 1), ("scenes", 0.3)] and weights["long"] == [("long", 1)]
+    assert weights["balance"] == weights["refine"] == [("plain", 3), ("styled", 1.4), ("scenes", 0.4)]
+    assert [found[name].train.t_shift for name in ("mmdit", "balance", "refine", "long")] == [4, 3, 2, 2]

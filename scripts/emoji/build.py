@@ -7,8 +7,8 @@
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
 pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
-configs/emoji.yaml`) -> refine (its rate falls to 0, times nearer to the picture) -> long (a little more, with T5 padded as stock diffusers
-pads it) -> export (half precision, into assets/).
+configs/emoji.yaml`) -> balance (mostly styles and scenes, which take longer to learn than plain things) -> refine (the rate falls to 0, at
+times nearer to the picture) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
 `python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
 interrupted goes on.
 """
@@ -34,7 +34,7 @@ from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "refine", "long", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "balance", "refine", "long", "export")
 VAE = (  # options of `latentfm train-vae`
     "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
@@ -170,13 +170,21 @@ def mmdit(work: Path) -> None:
         subprocess.run(training_command(work), check=True, cwd=ROOT)
 
 
+def balance(work: Path) -> None:
+    """Go on with more of what takes longer: styles of everything, and scenes. Plain things are known by then."""
+    train_on(work, "mmdit", "balance", f"data.sources={balanced(work)}", "train.steps=20000", "train.warmup_steps=100", "train.t_shift=3")
+
+
+def balanced(work: Path) -> str:
+    """The sources of the later stages: a sixth of what is drawn is plain, 44 % styled, 40 % scenes."""
+    weights = {"plain": 3, "styled": 1.4, "scenes": 0.4}
+    return json.dumps([{"path": str(work / "pictures" / name), "weight": weight} for name, weight in weights.items()])
+
+
 def refine(work: Path) -> None:
     """Let the rate fall to 0, at times nearer to the picture: layouts are learnt under much noise, edges and small things under little."""
-    if (work / "refine" / "model" / "model_index.json").exists():
-        return
-    own = [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", f"output.folder={work / 'refine'}"]
-    own += ["train.steps=3000", "train.warmup_steps=100", "train.decay=linear", "train.t_shift=2"]
-    subprocess.run(training_command(work, *own, folder="refine"), check=True, cwd=ROOT)
+    own = ["train.steps=3000", "train.warmup_steps=100", "train.decay=linear", "train.t_shift=2"]
+    train_on(work, "balance", "refine", f"data.sources={balanced(work)}", *own)
 
 
 def long(work: Path) -> None:
@@ -194,10 +202,16 @@ def long(work: Path) -> None:
             os.link(work / "pictures" / part / row["file_name"], folder / name)
             rows.append({"file_name": name, "text": row["text"][:texts]})
     write_rows(folder, rows)
-    own = [f"model.pipeline={work / 'refine' / 'model'}", "model.preset=", f"data.sources={json.dumps([{'path': str(folder)}])}"]
-    own += [f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}", f"output.folder={work / 'long'}"]
+    own = [f"data.sources={json.dumps([{'path': str(folder)}])}", f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}"]
     own += ["train.steps=600", "train.learning_rate=2e-4", "train.warmup_steps=50", "train.decay=cosine", "train.t_shift=2"]
-    subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
+    train_on(work, "refine", "long", *own)
+
+
+def train_on(work: Path, before: str, stage: str, *own: str) -> None:
+    """Train the result of the stage `before` further, as the stage `stage`; its `own` options come after those of configs/emoji.yaml."""
+    if not (work / stage / "model" / "model_index.json").exists():
+        places = f"model.pipeline={work / before / 'model'}", "model.preset=", f"output.folder={work / stage}"
+        subprocess.run(training_command(work, *places, *own, folder=stage), check=True, cwd=ROOT)
 
 
 def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]:
@@ -206,9 +220,10 @@ def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]
     sources = yaml.safe_load(config.read_text("utf-8"))["data"]["sources"]
     there = [source | {"path": str(work / Path(source["path"]).relative_to("build/emoji"))} for source in sources]
     folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / "mmdit"}
-    command = [sys.executable, "-m", "latentfm", "train", "--config", str(config), f"data.sources={json.dumps(there)}"]
-    command += [*(f"{option}={folder}" for option, folder in folders.items()), *more]
-    return command + resumed(work / folder)
+    command = [sys.executable, "-m", "latentfm", "train", "--config", str(config)]
+    if not any(option.startswith("data.sources=") for option in more):  # a list that is given twice has the values of both
+        command.append(f"data.sources={json.dumps(there)}")
+    return [*command, *(f"{option}={folder}" for option, folder in folders.items()), *more, *resumed(work / folder)]
 
 
 def export(work: Path) -> None:
