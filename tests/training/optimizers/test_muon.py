@@ -9,7 +9,7 @@ from latentfm.config import TrainOptions
 from latentfm.errors import InputError
 from latentfm.models.mmdit import MMDiT
 from latentfm.training.optimizers.factory import make_optimizer
-from latentfm.training.optimizers.muon import orthogonal
+from latentfm.training.optimizers.muon import alike, orthogonal
 
 OPTIONS = TrainOptions(optimizer="muon", learning_rate=0.01, weight_decay=0.1, betas=(0.8, 0.9))
 
@@ -71,6 +71,13 @@ def test_its_one_state_dict_goes_on_to_the_bit(network):
         step(resumed, [other], number)
     assert same(network, resumed)
     assert {tuple(sorted(state)) for state in ours.state.values()} == {("momentum_buffer",), ("exp_avg", "exp_avg_sq", "step")}
+
+
+def test_matrices_are_taken_together_by_shape_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr("latentfm.training.optimizers.muon.OPTIMIZER_CHUNK", 12)
+    matrices = [torch.empty(shape) for shape in ((2, 3), (3, 2), (4, 4), (3, 2), (5, 5))]
+    found = [[tuple(each.shape) for each in group] for group in alike(matrices)]
+    assert found == [[(2, 3), (3, 2)], [(3, 2)], [(4, 4)], [(5, 5)]]
 
 
 def test_what_moves_a_matrix_is_nearly_orthogonal():
