@@ -30,6 +30,11 @@ def missing(name: str, option: str) -> InputError:
     return InputError(f"{option} needs {name.split('.')[0].replace('_', '-')}, which is not installed: pip install 'latentfm[optimizers]'")
 
 
+def without_blocks(name: str) -> InputError:
+    """What to say where an optimizer of the blocks' matrices has none."""
+    return InputError(f"train.optimizer={name} moves the matrices of an MM-DiT's blocks, and none trains here; take adamw")
+
+
 def check_optimizer(options: TrainOptions) -> None:
     """Raises InputError where train.optimizer is not installed, or cannot use what other options ask of it. Imports nothing."""
     name = options.optimizer
@@ -60,7 +65,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     apart = {name for name, p in trainable.items() if kind.matrices and p.ndim == 2 and "transformer_blocks." in name}
     if kind.matrices and not apart:
-        raise InputError(f"train.optimizer={name} moves the matrices of an MM-DiT's blocks, and none trains here; take adamw")
+        raise without_blocks(name)
     groups = [
         {"params": [p for name, p in trainable.items() if name in apart], "weight_decay": options.weight_decay, "muon": True},
         {"params": [p for name, p in trainable.items() if name not in apart and p.ndim > 1], "weight_decay": options.weight_decay},

@@ -10,10 +10,11 @@ from latentfm.data.sources import Dataset
 from latentfm.errors import InputError, Problems
 from latentfm.files import check_can_be_written, expanded
 from latentfm.interchange.weights import open_component
+from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.run import Parallelism, check_batch
 from latentfm.training.checks import cautions as common_cautions
 from latentfm.training.checks import check_output, check_packages, check_source, given_places
-from latentfm.training.optimizers.factory import check_optimizer
+from latentfm.training.optimizers.factory import check_optimizer, without_blocks
 from latentfm.training.vae.networks import LPIPS, SMALLEST
 from latentfm.training.vae.options import VAEConfig, VAEDataOptions
 from latentfm.training.vae.weights import settings_of, vae_folder
@@ -26,7 +27,7 @@ def check(config: VAEConfig, resume: bool = False, parallelism: Parallelism | No
     problems, processes = Problems(), (parallelism or Parallelism.here()).processes
     checks = [
         (check_output, config, resume, "model.vae"), (check_can_be_written, expanded(config.data.cache), "data.cache"),
-        (check_batch, config.train, processes), (check_optimizer, config.train), (check_packages, config), (data_plan, config),
+        (check_batch, config.train, processes), (check_vae_optimizer, config), (check_packages, config), (data_plan, config),
     ]  # fmt: skip
     if config.model.vae:
         checks.append((lambda: open_component(vae_folder(config.model.vae), "vae"),))
@@ -43,6 +44,13 @@ def check(config: VAEConfig, resume: bool = False, parallelism: Parallelism | No
         with problems.collected():
             check_source(option, place)
     problems.raise_all()
+
+
+def check_vae_optimizer(config: VAEConfig) -> None:
+    """As check_optimizer, for a network without blocks."""
+    check_optimizer(config.train)
+    if OPTIMIZERS[config.train.optimizer].matrices:
+        raise without_blocks(config.train.optimizer)
 
 
 def check_apart(judged: Path, trained: Path) -> None:

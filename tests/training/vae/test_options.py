@@ -68,6 +68,8 @@ def test_a_run_that_cannot_be_is_told_before_it_starts(config_of, tmp_path):
         check(config_of("data.folder=x", "validation.folder=x/y/../z"), sources=False)
     with pytest.raises(InputError, match="loss.lpips sees nothing of 8 pixels a side: leave it out, or take 16"):
         data_plan(config_of("data.size=8", "loss.lpips=x", "loss.perceptual=1"))
+    with pytest.raises(InputError, match="muon moves the matrices of an MM-DiT's blocks, and none trains here; take adamw"):
+        check(config_of("train.optimizer=muon"), sources=False)
     with pytest.raises(InputError, match="holds no AutoencoderKL"):
         check(config_of(f"model.vae={tmp_path}"))
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "in_channels": 4, "out_channels": 4}')
