@@ -15,6 +15,6 @@ MOST_BATCH = 1_000_000  # pictures an optimizer step
 IMAGES_AT_ONCE, CAPTIONS_AT_ONCE = 8, 32  # that are encoded together for a cache
 LARGE = 512**2  # pixels: pictures beyond it are encoded one by one
 DEFAULT_PROMPTS = 8  # that are drawn while training where the options have none
-OPTIMIZER_CHUNK = 1 << 23  # numbers whose float32 copies a step of AdamW makes together on a GPU
+OPTIMIZER_CHUNK = 1 << 23  # numbers whose float32 copies a step makes together, of AdamW on a GPU, of Muon anywhere
 EMA_CHUNK = 1 << 24  # and the averages
 SHORT_ATTENTION = 256  # keys, up to which a CPU trains sooner in float32 than in bfloat16: in four tenths of the time at 56, eight at 200

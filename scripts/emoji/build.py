@@ -166,8 +166,7 @@ def base(work: Path) -> None:
 
 def mmdit(work: Path) -> None:
     """Train the MM-DiT with this package's own trainer."""
-    if not (work / "mmdit" / "model" / "model_index.json").exists():
-        subprocess.run(training_command(work), check=True, cwd=ROOT)
+    trained(work, "mmdit")
 
 
 def balance(work: Path) -> None:
@@ -190,7 +189,7 @@ def refine(work: Path) -> None:
 def long(work: Path) -> None:
     """Go on for a little with T5 padded to LONG tokens, on some captions of everything: all of them would be 20 GB in the cache."""
     folder = work / "pictures" / "long"
-    if (work / "long" / "model" / "model_index.json").exists():
+    if finished(work, "long"):
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -209,9 +208,17 @@ def long(work: Path) -> None:
 
 def train_on(work: Path, before: str, stage: str, *own: str) -> None:
     """Train the result of the stage `before` further, as the stage `stage`; its `own` options come after those of configs/emoji.yaml."""
-    if not (work / stage / "model" / "model_index.json").exists():
-        places = f"model.pipeline={work / before / 'model'}", "model.preset=", f"output.folder={work / stage}"
-        subprocess.run(training_command(work, *places, *own, folder=stage), check=True, cwd=ROOT)
+    trained(work, stage, f"model.pipeline={work / before / 'model'}", "model.preset=", *own)
+
+
+def trained(work: Path, stage: str, *own: str) -> None:
+    """Train the network of a stage, or go on with it, unless it is done."""
+    if not finished(work, stage):
+        subprocess.run(training_command(work, *own, folder=stage), check=True, cwd=ROOT)
+
+
+def finished(work: Path, stage: str) -> bool:
+    return (work / stage / "model" / "model_index.json").exists()
 
 
 def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]:
@@ -219,7 +226,7 @@ def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]
     config = ROOT / "configs" / "emoji.yaml"
     sources = yaml.safe_load(config.read_text("utf-8"))["data"]["sources"]
     there = [source | {"path": str(work / Path(source["path"]).relative_to("build/emoji"))} for source in sources]
-    folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / "mmdit"}
+    folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / folder}
     command = [sys.executable, "-m", "latentfm", "train", "--config", str(config)]
     if not any(option.startswith("data.sources=") for option in more):  # a list that is given twice has the values of both
         command.append(f"data.sources={json.dumps(there)}")

@@ -65,7 +65,7 @@ def check_options(path: Path, info: Mapping[str, Any], config: Section) -> None:
     before = info.get("config") or {}
     changed = differences(before, now, options_of(type(config)))
     course = [line for line in changed if line.startswith(COURSE)]
-    if config.train.steps >= done and same_rates(before, config, done):
+    if course and config.train.steps >= done and same_rates(before, config, done):
         changed, course = [line for line in changed if line not in course], []
     if not changed:
         return
