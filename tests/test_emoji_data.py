@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -288,8 +289,9 @@ def test_the_stages_of_the_network_are_runs_of_the_trainer_each_on_the_result_of
     import build
 
     from latentfm.config import load_config
+    from latentfm.models.mmdit import MMDiT
 
-    found = {}
+    found, tables = {}, []
 
     def run(command, **more):
         config = load_config(command[command.index("--config") + 1], command[command.index("--config") + 2 :])
@@ -297,16 +299,41 @@ def test_the_stages_of_the_network_are_runs_of_the_trainer_each_on_the_result_of
         (tmp_path / Path(config.output.folder).name / "model").mkdir(parents=True)
 
     monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(build, "write_network", lambda base, network, folder: tables.append(network.config.pos_embed_max_size))
     for part in ("plain", "styled", "scenes"):
         (tmp_path / "pictures" / part).mkdir(parents=True)
         build.write_rows(tmp_path / "pictures" / part, [{"file_name": "0.png", "text": ["a", "b"]}])
         (tmp_path / "pictures" / part / "0.png").touch()
-    for stage in ("mmdit", "balance", "refine", "long"):
+    build.small(tmp_path)
+    MMDiT.from_preset("emoji", pos_embed_max_size=8).save_pretrained(tmp_path / "small" / "model" / "transformer")
+    for stage in ("mmdit", "refine", "long"):
         getattr(build, stage)(tmp_path)
-    assert {name: Path(config.model.pipeline).parent.name for name, config in found.items()} == {
-        "mmdit": tmp_path.name, "balance": "mmdit", "refine": "balance", "long": "refine",
+    assert {name: Path(config.model.pipeline).relative_to(tmp_path).parts[0] for name, config in found.items()} == {
+        "small": "start", "mmdit": "grown", "refine": "mmdit", "long": "refine",
     }  # fmt: skip
+    assert tables == [8, 16] and [found[name].data.size for name in ("small", "mmdit", "refine", "long")] == [64, None, None, None]
+    assert all(config.model.preset is None for config in found.values())
     weights = {name: [(Path(source.path).name, source.weight) for source in config.data.sources] for name, config in found.items()}
-    assert weights["mmdit"] == [("plain", 8), ("styled", 1), ("scenes", 0.3)] and weights["long"] == [("long", 1)]
-    assert weights["balance"] == weights["refine"] == [("plain", 3), ("styled", 1.4), ("scenes", 0.4)]
-    assert [found[name].train.t_shift for name in ("mmdit", "balance", "refine", "long")] == [4, 3, 2, 2]
+    assert weights["small"] == weights["refine"] == [("plain", 4), ("styled", 1.4), ("scenes", 0.4)] and weights["long"] == [("long", 1)]
+    assert [found[name].train.t_shift for name in ("small", "mmdit", "refine", "long")] == [3, 3, 2, 2]
+
+
+def test_a_network_grows_to_twice_the_side_with_all_that_it_has_learnt(tmp_path, monkeypatch):
+    """At the full side the positions are those of half the side, with as many again between them."""
+    import build
+
+    from latentfm.models.mmdit import MMDiT
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    monkeypatch.setattr(build, "trained", lambda *given: None)
+    build.small(tmp_path)
+    before = MMDiT.from_pretrained(tmp_path / "start" / "transformer")
+    torch.nn.init.normal_(before.proj_out.weight)
+    before.save_pretrained(tmp_path / "small" / "model" / "transformer")
+    build.mmdit(tmp_path)
+    after = MMDiT.from_pretrained(tmp_path / "grown" / "transformer")
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(old, new), name
+    coarse, fine = before.pos_embed.crop(4, 4).view(4, 4, -1), after.pos_embed.crop(8, 8).view(8, 8, -1)
+    assert torch.allclose(coarse, fine[::2, ::2], atol=1e-6)

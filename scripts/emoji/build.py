@@ -6,9 +6,10 @@
     bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
-pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
-configs/emoji.yaml`) -> balance (mostly styles and scenes, which take longer to learn than plain things) -> refine (the rate falls to 0, at
-times nearer to the picture) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
+pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> small (`latentfm train --config
+configs/emoji.yaml`, at half the side: a quarter of the tokens) -> mmdit (the same network at the full side) -> refine (the rate falls to
+0, at times nearer to the picture) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into
+assets/).
 `python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
 interrupted goes on.
 """
@@ -34,16 +35,16 @@ from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "balance", "refine", "long", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "small", "mmdit", "refine", "long", "export")
 VAE = (  # options of `latentfm train-vae`
     "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
-    "train.steps=8000", "train.batch_size=16", "train.learning_rate=8e-4", "train.weight_decay=1e-4", "train.compile=true",
+    "train.steps=5000", "train.batch_size=16", "train.learning_rate=8e-4", "train.weight_decay=1e-4", "train.compile=true",
     "loss.l1=1", "loss.l2=10", "loss.edges=0.5", "loss.kl=3.6e-3", "loss.kl_warmup=1000",
     "validation.every=2000", "output.dtype=float16",
 )  # fmt: skip
 SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
-TEXT_STEPS = {"clip": 3000, "open_clip": 3000, "t5": 4500}
+TEXT_STEPS = {"clip": 1500, "open_clip": 1500, "t5": 3000}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
@@ -164,26 +165,44 @@ def base(work: Path) -> None:
     (folder / "latentfm.json").write_text(json.dumps(info, indent=2) + "\n", "utf-8")
 
 
+def small(work: Path) -> None:
+    """Train at half the side first: what things are, and where, is learnt of a quarter of the tokens in less than half of the time."""
+    import torch
+
+    from latentfm.models.mmdit import MMDiT
+
+    start = work / "start"
+    if not (start / "model_index.json").exists():
+        torch.manual_seed(0)
+        write_network(work / "base", MMDiT.from_preset("emoji", pos_embed_max_size=8), start)  # half as fine as the preset's 16
+    own = ["data.size=64", "train.steps=12000", "train.t_shift=3"]
+    trained(work, "small", f"model.pipeline={start}", "model.preset=", *own)
+
+
 def mmdit(work: Path) -> None:
-    """Train the MM-DiT with this package's own trainer."""
-    trained(work, "mmdit")
+    """Go on at the full side: the position table is the same square, read twice as finely."""
+    from latentfm.models.mmdit import MMDiT
+
+    grown = work / "grown"
+    if not (grown / "model_index.json").exists():
+        before, after = MMDiT.from_pretrained(work / "small" / "model" / "transformer"), MMDiT.from_preset("emoji")
+        after.load_state_dict(before.state_dict() | dict(after.named_buffers()))
+        write_network(work / "base", after, grown)
+    trained(work, "mmdit", f"model.pipeline={grown}", "model.preset=", "train.steps=20000", "train.warmup_steps=100", "train.t_shift=3")
 
 
-def balance(work: Path) -> None:
-    """Go on with more of what takes longer: styles of everything, and scenes. Plain things are known by then."""
-    train_on(work, "mmdit", "balance", f"data.sources={balanced(work)}", "train.steps=20000", "train.warmup_steps=100", "train.t_shift=3")
-
-
-def balanced(work: Path) -> str:
-    """The sources of the later stages: a sixth of what is drawn is plain, 44 % styled, 40 % scenes."""
-    weights = {"plain": 3, "styled": 1.4, "scenes": 0.4}
-    return json.dumps([{"path": str(work / "pictures" / name), "weight": weight} for name, weight in weights.items()])
+def write_network(base: Path, network, folder: Path) -> None:
+    """Write a pipeline folder: the frozen models of `base` and a network."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer", "model_index.json"))
+    network.save_pretrained(folder / "transformer")
+    shutil.copy(base / "model_index.json", folder)  # last, when all is there
 
 
 def refine(work: Path) -> None:
     """Let the rate fall to 0, at times nearer to the picture: layouts are learnt under much noise, edges and small things under little."""
     own = ["train.steps=3000", "train.warmup_steps=100", "train.decay=linear", "train.t_shift=2"]
-    train_on(work, "balance", "refine", f"data.sources={balanced(work)}", *own)
+    train_on(work, "mmdit", "refine", *own)
 
 
 def long(work: Path) -> None:

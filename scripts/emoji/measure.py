@@ -24,6 +24,7 @@ from captions import named
 from english import article
 from judge import Judge, features
 from PIL import Image
+from render import SIZE
 from scenes import scene_from, vocabulary
 from sets import PLAIN, Icon, read_catalogue
 
@@ -77,14 +78,14 @@ def requests(part: str, icons: list[Icon], pictures: Path, number: int) -> list[
     return [(article(name), plain[code]) for code, row in held_out["synonyms"].items() for name in row["names"]] * 3
 
 
-def draw(pipe, prompts: list[str], guidance: float, steps: int, batch: int) -> list[Image.Image]:
-    """One picture a prompt, seeded by its place."""
+def draw(pipe, prompts: list[str], guidance: float, steps: int, batch: int, size: int | None) -> list[Image.Image]:
+    """One picture a prompt, seeded by its place; drawn with `size` pixels a side or the model's own, brought to the renders' SIZE."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        images += pipe(part, guidance_scale=guidance, num_inference_steps=steps, generator=seeds).images
-    return images
+        images += pipe(part, height=size, width=size, guidance_scale=guidance, num_inference_steps=steps, generator=seeds).images
+    return [image.resize((SIZE, SIZE)) for image in images]
 
 
 def composed(images: list[Image.Image], rows: list[dict], judge: Judge) -> dict:
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.0])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--size", type=int, help="pixels a side; the model's own if not given. 64 for build.py's stage `small`")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     pictures, out, model = given.work / "pictures", given.work / "eval", given.model or given.work / "long" / "model"
@@ -159,7 +161,7 @@ def main() -> None:
 
     def single(part: str, guidance: float) -> dict:
         wanted = requests(part, icons, pictures, given.number)
-        images = draw(pipe, [prompt for prompt, _ in wanted], guidance, given.steps, given.batch)
+        images = draw(pipe, [prompt for prompt, _ in wanted], guidance, given.steps, given.batch, given.size)
         shown = [(image, prompt) for image, (prompt, _) in zip(images[:SHOWN], wanted, strict=False)]
         beside = [each for (image, prompt), (_, icon) in zip(shown, wanted, strict=False) for each in
                   ((open_rgb(renders.path[icon]), "render"), (image, prompt))]  # fmt: skip
@@ -172,7 +174,7 @@ def main() -> None:
         things = vocabulary(icons, pictures / "large")[PLAIN]
         large = {thing.code: pictures / "large" / f"{PLAIN}-{thing.code.lower()}.png" for thing in things}
         judge = Judge({code: Image.open(path).convert("RGBA") for code, path in large.items()})
-        images = draw(pipe, [row["text"][0] for row in rows], guidance, given.steps, given.batch)
+        images = draw(pipe, [row["text"][0] for row in rows], guidance, given.steps, given.batch, given.size)
         shown = range(0, len(images), max(1, len(images) // SHOWN))
         grid([images[i] for i in shown], columns=8, labels=[rows[i]["text"][0] for i in shown]).save(out / f"composed-{guidance:g}.png")
         return composed(images, rows, judge)

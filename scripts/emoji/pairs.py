@@ -10,7 +10,7 @@ from PIL import Image
 from render import SIZE
 from torch import Tensor, nn
 
-PARTS = {"plain": 0.4, "styled": 0.3, "scenes": 0.3}  # how often the pictures of each are drawn: configs/emoji.yaml's sources
+PARTS = {"plain": 0.4, "styled": 0.3, "scenes": 0.3}  # how often the pictures of each are drawn
 MEANINGS = 64  # meanings of words in a batch
 VISION_SIZE = 64
 
