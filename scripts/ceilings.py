@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from latentfm.models.onednn import AS_IT_IS, BFLOAT16, ONEDNN
+
 
 def seconds(call: Callable[[], object], device: str) -> float:
     """How long `call` takes, its work on the device included."""
@@ -18,12 +20,18 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def ceilings(device: str, dtype: torch.dtype, shrunk: bool = False) -> dict[str, float]:
-    """{"tflops", "gb_per_second"}: the best of several products of large squares and of copies, bytes read and written counted."""
+    """{"tflops", "gb_per_second"}: the best of several products of large squares and of copies, bytes read and written counted.
+
+    On a CPU the products are PyTorch's and oneDNN's: which of the two is faster differs between processors, in float32 up to twofold.
+    """
     on_gpu = device == "cuda"
     size, length = (8192, 1 << 32) if on_gpu else (2048, 1 << 29)
     size, length = (512, 1 << 22) if shrunk else (size, length)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = min(seconds(lambda: a @ b, device) for _ in range(3 if shrunk else 20))
+    ways: list[Callable[[], object]] = [lambda: a @ b]
+    if ONEDNN is not None and not on_gpu and (BFLOAT16 or dtype == torch.float32):
+        ways.append(lambda: ONEDNN(a, b, None, *AS_IT_IS))
+    product = min(seconds(way, device) for way in ways for _ in range(3 if shrunk else 20))
     x = torch.empty(length, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
     copy = min(seconds(lambda: y.copy_(x), device) for _ in range(3 if shrunk else 10))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentfm.models import kernels
 from latentfm.models.kernels import HeadNorm, gelu_linear, modulated_norm
-from latentfm.models.onednn import LAID, ONEDNN, Linear, laid_out, laid_out_weights, linear_gelu
+from latentfm.models.onednn import LAID, ONEDNN, Linear, laid_out, laid_out_weights, linear_gelu, mkl_is_held_back
 
 
 class Kernels(TorchDispatchMode):
@@ -351,6 +351,73 @@ def test_laid_out_weights_give_the_same_products_and_leave_nothing_behind(change
         if layer is other and ONEDNN is not None and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             assert sum("_reorder_linear_weight" in name for name in seen.names) == 2
         assert not LAID
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """As on a processor on which float32 trains by oneDNN."""
+    monkeypatch.setattr("latentfm.models.onednn.mkl_is_held_back", lambda: True)
+    if ONEDNN is None:
+        pytest.skip("PyTorch without oneDNN")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 7, 24)])
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.usefixtures("held_back")
+def test_float32_trains_by_onednn_with_pytorchs_gradients_of_first_and_second_order(shape, gelu, bias):
+    layer, x = Linear(24, 40, bias=bias), torch.randn(shape, requires_grad=True)
+    direction = torch.randn(*shape[:-1], 40)
+
+    def derivatives(found: Tensor) -> list[Tensor]:
+        inputs = [x, *layer.parameters()]
+        first = torch.autograd.grad((found * direction).sum() + found.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), inputs)
+        return [found, *first, *second]
+
+    with Kernels() as seen:
+        mine = derivatives(layer(x, gelu=gelu))
+    assert sum("_linear_pointwise" in name for name in seen.names) >= 3
+    plainly = F.linear(x, layer.weight, layer.bias)
+    for found, expected in zip(mine, derivatives(F.gelu(plainly, approximate="tanh") if gelu else plainly), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("trains", ["input", "weight", "both", "none"])
+@pytest.mark.usefixtures("held_back")
+def test_what_trains_by_onednn_keeps_what_pytorch_keeps(trains):
+    layer, x = Linear(24, 40).requires_grad_(trains in ("weight", "both")), torch.randn(5, 24, requires_grad=trains in ("input", "both"))
+
+    def kept(call) -> set[int]:
+        saved = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: (saved.add(value.data_ptr()), value)[1], lambda value: value):
+            call()
+        return saved
+
+    assert kept(lambda: layer(x)) == kept(lambda: F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.usefixtures("held_back")
+def test_only_float32_outside_autocast_and_transforms_trains_by_onednn():
+    layer, x = Linear(24, 40), torch.randn(7, 24)
+    with Kernels() as seen:
+        layer.double()(x.double())
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        torch.func.grad(lambda given: layer(given).sum())(x)
+    assert not any("_linear_pointwise" in name for name in seen.names)
+
+
+def test_which_processors_hold_mkl_back(monkeypatch):
+    for name, instructions, expected in (
+        ("AMD Ryzen 9 9950X", "AVX512", True), ("AMD Ryzen 7 5800X", "AVX2", False), ("Intel(R) Xeon(R) Platinum", "AVX512", False)
+    ):  # fmt: skip
+        monkeypatch.setattr("latentfm.models.onednn.processor", lambda name=name: name)
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda instructions=instructions: instructions)
+        mkl_is_held_back.cache_clear()
+        assert mkl_is_held_back() == (expected and torch.backends.mkl.is_available())
+    mkl_is_held_back.cache_clear()
 
 
 def test_a_gradient_passes_through_laid_out_layers():
