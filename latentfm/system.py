@@ -29,6 +29,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     from latentfm.models.backends import available_backends
+    from latentfm.models.onednn import processor
 
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     versions = {"latentfm": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
@@ -56,15 +57,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    """The processor's name, as Linux tells it, or else Python."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def gpu(device: Any) -> dict[str, str]:

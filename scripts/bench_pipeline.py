@@ -123,7 +123,7 @@ def warm(options: argparse.Namespace, model: Path) -> None:
 
 def main() -> None:
     from latentfm.bundled import bundled_model
-    from latentfm.system import processor
+    from latentfm.models.onednn import processor
 
     parts = {"cold": cold, "warm": warm}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)

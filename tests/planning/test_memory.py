@@ -81,6 +81,12 @@ def to_traced_gpu(network: MMDiT) -> None:
             module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
 
 
+@pytest.fixture(autouse=True)
+def pytorchs_products(monkeypatch):
+    """Those of most processors. By oneDNN's, which are taken on some, no copy of the attention's output is kept: a little less."""
+    monkeypatch.setattr(onednn, "mkl_is_held_back", lambda: False)
+
+
 def kept_for_backward(network: MMDiT, run: Training, device: str) -> int:
     """Bytes of all storages that autograd keeps of one forward pass, the parameters aside."""
     config, dtype = network.config, torch.bfloat16 if run.precision == "bfloat16" else torch.float32
