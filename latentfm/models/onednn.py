@@ -119,12 +119,13 @@ def takes(weight: Tensor, x: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, parts: Sequence[Tensor] = ()) -> Tensor:
-    """`plain` without gradients, by oneDNN where that is faster: on a CPU, with a weight that is laid out, or with the GELU.
+    """`plain` without gradients, by oneDNN where that is faster: on a CPU, with a weight that is laid out, with the GELU, or without MKL.
 
     parts: the weights that `weight` is a view of, where those are several.
     """
     laid = LAID.get(weight.data_ptr()) if LAID else None
-    if (laid is None and not gelu) or not takes(weight, x):
+    slow = x.dtype == torch.float32 and mkl_is_held_back()
+    if (laid is None and not gelu and not slow) or not takes(weight, x):
         return plain(x, weight, bias, gelu)
     rows = x.reshape(-1, x.shape[-1])
     kept = weight if laid is None else laid.out(weight, len(rows), parts or (weight,))
