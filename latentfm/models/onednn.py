@@ -5,8 +5,9 @@ Linear     nn.Linear, whose product can go through GELU (tanh) before it is writ
 laid_out   lays the weights out once, in the order that the kernels read, for the length of one sampling, where nn.Linear's product does so
            at every step: a sixth of the time less in float32, a quarter in bfloat16, more where the tokens are few. The copies go with the
            sampling, so that no weight changed between two can be missed.
-Trained    the product with its gradients, in float32 on an AMD processor with AVX-512: MKL, which multiplies for PyTorch, has AVX2 for
-           those, and takes twice as long forward and backward (256 to 6,144 numbers wide, Zen 5; on an Intel it is the faster one).
+ALWAYS     says whether float32 is multiplied by oneDNN in training too: on an AMD processor with AVX-512. MKL, which multiplies for
+           PyTorch, has AVX2 for those, and takes twice as long forward and backward (256 to 6,144 numbers wide, Zen 5; on an Intel it is
+           the faster one).
 
 Compiled blocks call the same products, as the operation latentfm::linear; what is between them is the compiler's.
 """
@@ -15,13 +16,12 @@ import platform
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.library import Library, register_fake
+from torch.library import Library, register_autograd, register_fake
 from torch.nn import functional as F
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -46,36 +46,17 @@ class Linear(nn.Linear):
         weight = self.weight
         if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu":
             return plain(x, weight, self.bias, gelu)
+        known = not transformed() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
+        if not known or torch.is_autocast_enabled("cpu"):
+            return plain(x, weight, self.bias, gelu)
         if torch.is_grad_enabled():
-            if not transformed() and x.dtype == torch.float32 and mkl_is_held_back() and takes(weight, x):
-                found = Trained.apply(x, weight, self.bias)
-                return F.gelu(found, approximate="tanh") if gelu else found
-        elif not transformed():
-            return product(x, weight, self.bias, gelu)
-        elif torch.compiler.is_compiling() and not (torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu")):
+            if not (ALWAYS and x.dtype == torch.float32 and takes(weight, x)):
+                return plain(x, weight, self.bias, gelu)
+            found = torch.ops.latentfm.linear(x, weight, self.bias, False)
+            return F.gelu(found, approximate="tanh") if gelu else found
+        if torch.compiler.is_compiling():
             return torch.ops.latentfm.linear(x, weight, self.bias, gelu)
-        return plain(x, weight, self.bias, gelu)
-
-
-class Trained(torch.autograd.Function):
-    """x [..., K], weight [N, K], bias [N] or None -> [..., N] by oneDNN; so are the products of its gradients, and of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_x, of_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return ONEDNN(x.reshape(-1, x.shape[-1]), weight, bias, *AS_IT_IS).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        return (
-            # layerwise casting has put the weight back into eight bits by now
-            Trained.apply(gradient, weight.to(gradient.dtype).t(), None) if of_x else None,
-            Trained.apply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if of_weight else None,
-            rows.sum(dim=0) if of_bias else None,
-        )
+        return product(x, weight, self.bias, gelu)
 
 
 def processor() -> str:
@@ -87,10 +68,12 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@cache
 def mkl_is_held_back() -> bool:
     """Whether this is an AMD processor with AVX-512: by its name and not by a measurement, so that a resumed run multiplies as before."""
     return "AMD" in processor() and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkl.is_available()
+
+
+ALWAYS = mkl_is_held_back()  # whether float32 is multiplied by oneDNN in every case, with gradients too
 
 
 def untouched(layer: nn.Module) -> bool:
@@ -111,7 +94,8 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
 
 def takes(weight: Tensor, x: Tensor) -> bool:
     """Whether oneDNN may multiply x by this weight: both on the CPU and of one dtype that it knows, and no autocast."""
-    if ONEDNN is None or not torch.backends.mkldnn.enabled or not x.numel() or not weight.is_contiguous():
+    dense = weight.is_contiguous() or weight.t().is_contiguous()
+    if ONEDNN is None or not torch.backends.mkldnn.enabled or not x.numel() or not dense:
         return False
     if not x.device.type == weight.device.type == "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
@@ -119,13 +103,12 @@ def takes(weight: Tensor, x: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, parts: Sequence[Tensor] = ()) -> Tensor:
-    """`plain` without gradients, by oneDNN where that is faster: on a CPU, with a weight that is laid out, with the GELU, or without MKL.
+    """`plain` without gradients, by oneDNN where that is faster: on a CPU, with a weight that is laid out, with the GELU, or where ALWAYS.
 
     parts: the weights that `weight` is a view of, where those are several.
     """
     laid = LAID.get(weight.data_ptr()) if LAID else None
-    slow = x.dtype == torch.float32 and mkl_is_held_back()
-    if (laid is None and not gelu and not slow) or not takes(weight, x):
+    if (laid is None and not gelu and not (ALWAYS and x.dtype == torch.float32)) or not takes(weight, x):
         return plain(x, weight, bias, gelu)
     rows = x.reshape(-1, x.shape[-1])
     kept = weight if laid is None else laid.out(weight, len(rows), parts or (weight,))
@@ -141,6 +124,26 @@ LIBRARY.impl("linear", product, "CPU")
 def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    (x, weight, *_), (of_x, of_weight, *_) = inputs, ctx.needs_input_grad
+    ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+
+
+def gradients_of_linear(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x [..., K], weight [N, K] and bias [N], by the same operation; of the product alone, not through GELU."""
+    (x, weight), (of_x, of_weight, of_bias, _) = ctx.saved_tensors, ctx.needs_input_grad
+    rows, multiply = gradient.reshape(-1, gradient.shape[-1]), torch.ops.latentfm.linear
+    return (
+        # layerwise casting has put the weight back into eight bits by now
+        multiply(gradient, weight.to(gradient.dtype).t(), None, False) if of_x else None,
+        multiply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None, False) if of_weight else None,
+        rows.sum(dim=0) if of_bias else None,
+        None,
+    )
+
+
+register_autograd("latentfm::linear", gradients_of_linear, setup_context=keep, lib=LIBRARY)
 
 class Laid:
     """A weight in oneDNN's order, made when it is first asked for and again when the weight is another.

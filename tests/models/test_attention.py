@@ -221,6 +221,7 @@ class Products:
     """Counts the products an attention computes of its projections: how many, and how wide."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("latentfm.models.onednn.ALWAYS", False)  # as on most processors: PyTorch multiplies
         self.widths: list[int] = []
         plain = F.linear
 

@@ -356,7 +356,7 @@ def test_laid_out_weights_give_the_same_products_and_leave_nothing_behind(change
 @pytest.fixture
 def held_back(monkeypatch):
     """As on a processor on which float32 trains by oneDNN."""
-    monkeypatch.setattr("latentfm.models.onednn.mkl_is_held_back", lambda: True)
+    monkeypatch.setattr("latentfm.models.onednn.ALWAYS", True)
     if ONEDNN is None:
         pytest.skip("PyTorch without oneDNN")
 
@@ -377,7 +377,7 @@ def test_float32_trains_by_onednn_with_pytorchs_gradients_of_first_and_second_or
 
     with Kernels() as seen:
         mine = derivatives(layer(x, gelu=gelu))
-    assert sum("_linear_pointwise" in name for name in seen.names) >= 3
+    assert sum("latentfm.linear" in name for name in seen.names) >= 3
     plainly = F.linear(x, layer.weight, layer.bias)
     for found, expected in zip(mine, derivatives(F.gelu(plainly, approximate="tanh") if gelu else plainly), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
@@ -406,7 +406,7 @@ def test_only_float32_outside_autocast_and_transforms_trains_by_onednn():
         with torch.autocast("cpu", torch.bfloat16):
             layer(x)
         torch.func.grad(lambda given: layer(given).sum())(x)
-    assert not any("_linear_pointwise" in name for name in seen.names)
+    assert not any("latentfm.linear" in name for name in seen.names)
 
 
 def test_which_processors_hold_mkl_back(monkeypatch):
@@ -415,9 +415,7 @@ def test_which_processors_hold_mkl_back(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr("latentfm.models.onednn.processor", lambda name=name: name)
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda instructions=instructions: instructions)
-        mkl_is_held_back.cache_clear()
         assert mkl_is_held_back() == (expected and torch.backends.mkl.is_available())
-    mkl_is_held_back.cache_clear()
 
 
 def test_a_gradient_passes_through_laid_out_layers():

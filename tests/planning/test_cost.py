@@ -13,7 +13,6 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from latentfm.errors import InputError
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.onednn import ONEDNN
 from latentfm.planning.cost import (
     Decoder,
     Network,
@@ -33,8 +32,8 @@ ON_CPU = {  # the attention of CPUs, which torch's own list may lack: as a GPU's
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, out_shape, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
-    # float32 on some processors
-    **({ONEDNN: lambda x, weight, *_, out_shape, **__: 2 * math.prod(x) * weight[0]} if ONEDNN is not None else {}),
+    # the products of float32 on some processors
+    torch.ops.latentfm.linear: lambda x, weight, *_, out_shape, **__: 2 * math.prod(x) * weight[0],
 }
 VARIANTS = {
     "sd3": {},

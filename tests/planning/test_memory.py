@@ -84,7 +84,7 @@ def to_traced_gpu(network: MMDiT) -> None:
 @pytest.fixture(autouse=True)
 def pytorchs_products(monkeypatch):
     """Those of most processors. By oneDNN's, which are taken on some, no copy of the attention's output is kept: a little less."""
-    monkeypatch.setattr(onednn, "mkl_is_held_back", lambda: False)
+    monkeypatch.setattr(onednn, "ALWAYS", False)
 
 
 def kept_for_backward(network: MMDiT, run: Training, device: str) -> int:
