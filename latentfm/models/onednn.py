@@ -126,6 +126,7 @@ def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) 
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What the gradients that are wanted need: no x of a frozen weight, no weight of an x without gradient."""
     (x, weight, *_), (of_x, of_weight, *_) = inputs, ctx.needs_input_grad
     ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
@@ -144,6 +145,7 @@ def gradients_of_linear(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]
 
 
 register_autograd("latentfm::linear", gradients_of_linear, setup_context=keep, lib=LIBRARY)
+
 
 class Laid:
     """A weight in oneDNN's order, made when it is first asked for and again when the weight is another.
