@@ -163,22 +163,23 @@ def sampling(options: argparse.Namespace) -> None:
         fused.transformer.fuse_qkv_projections()
         pipes["with fused qkv"] = fused
         roof, net = ceilings(options.device, dtype), Network.of(pipes["diffusers"].transformer.config)
-        work = 2 * STEPS * sum(forward_flops(net, (16 // net.patch) ** 2, 77 + 32).values())
+        config = pipes["diffusers"].transformer.config
+        work = 2 * STEPS * sum(forward_flops(net, (config.sample_size // net.patch) ** 2, 77 + 32).values())
         print(f"\nsampling with the bundled model, {STEPS} steps, guidance 3, T5 length 32, {dtype}; {in_words(roof)}")
         for batch in (1, 8):
             calls, latents = {}, {}
-            width, tokens = pipes["diffusers"].transformer.config.joint_attention_dim, 77 + 32
+            width, tokens = config.joint_attention_dim, 77 + 32
             text = {
                 "prompt_embeds": torch.randn(batch, tokens, width), "negative_prompt_embeds": torch.randn(batch, tokens, width),
                 "pooled_prompt_embeds": torch.randn(batch, 320), "negative_pooled_prompt_embeds": torch.randn(batch, 320),
             }  # fmt: skip
             text = {name: value.to(options.device, dtype) for name, value in text.items()}
-            start = torch.randn(batch, 12, 16, 16).to(options.device, dtype)
+            start = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size).to(options.device, dtype)
             for name, pipe in pipes.items():
                 pipe.set_progress_bar_config(disable=True)
 
                 def sample(name=name, pipe=pipe, text=text, start=start, latents=latents) -> None:
-                    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent", "height": 64, "width": 64}
+                    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
                     latents[name] = pipe(**text, **call, latents=start.clone()).images
 
                 calls[name] = sample

@@ -306,16 +306,17 @@ def test_the_stages_of_the_network_are_runs_of_the_trainer_each_on_the_result_of
         (tmp_path / "pictures" / part / "0.png").touch()
     build.small(tmp_path)
     MMDiT.from_preset("emoji", pos_embed_max_size=8).save_pretrained(tmp_path / "small" / "model" / "transformer")
-    for stage in ("mmdit", "refine", "long"):
+    for stage in ("mmdit", "long"):
         getattr(build, stage)(tmp_path)
     assert {name: Path(config.model.pipeline).relative_to(tmp_path).parts[0] for name, config in found.items()} == {
-        "small": "start", "mmdit": "grown", "refine": "mmdit", "long": "refine",
+        "small": "start", "mmdit": "grown", "long": "mmdit",
     }  # fmt: skip
-    assert tables == [8, 16] and [found[name].data.size for name in ("small", "mmdit", "refine", "long")] == [64, None, None, None]
+    assert tables == [8, 16] and [found[name].data.size for name in ("small", "mmdit", "long")] == [64, None, None]
     assert all(config.model.preset is None for config in found.values())
     weights = {name: [(Path(source.path).name, source.weight) for source in config.data.sources] for name, config in found.items()}
-    assert weights["small"] == weights["refine"] == [("plain", 4), ("styled", 1.4), ("scenes", 0.4)] and weights["long"] == [("long", 1)]
-    assert [found[name].train.t_shift for name in ("small", "mmdit", "refine", "long")] == [3, 3, 2, 2]
+    assert weights["small"] == weights["mmdit"] == [("plain", 8), ("styled", 1.4), ("scenes", 0.4)] and weights["long"] == [("long", 1)]
+    assert [found[name].train.t_shift for name in ("small", "mmdit", "long")] == [3, 2.5, 2.5]
+    assert [found[name].train.decay for name in ("small", "mmdit", "long")] == ["constant", "wsd", "cosine"]
 
 
 def test_a_network_grows_to_twice_the_side_with_all_that_it_has_learnt(tmp_path, monkeypatch):

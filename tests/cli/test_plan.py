@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from latentfm.bundled import bundled_model
 from latentfm.cli.main import app
+from latentfm.models.folder import read_info, t5_length
 from latentfm.models.presets import PRESETS
 from latentfm.planning.devices import GIB, GPUS, RESERVE
 
@@ -21,6 +23,12 @@ def run(monkeypatch):
     return lambda *args: CliRunner().invoke(app, ["plan", *map(str, args)])
 
 
+def bundled_tokens() -> tuple[int, int]:
+    """Of a picture and of a prompt, by the bundled model's own files."""
+    network, clip = (json.loads((bundled_model() / part / "config.json").read_text()) for part in ("transformer", "text_encoder"))
+    return (network["sample_size"] // network["patch_size"]) ** 2, clip["max_position_embeddings"] + t5_length(read_info(bundled_model()))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("mode", ["full", "lora", "generate"])
 def test_every_preset_and_mode_has_a_plan(run, in_json, preset, mode):
@@ -30,8 +38,8 @@ def test_every_preset_and_mode_has_a_plan(run, in_json, preset, mode):
     for title in ("Parameters", "FLOP an image", "Memory of a GPU", "images/s at 40% of the peak"):
         assert title in answer.stdout
     found = in_json("--preset", preset, *words)
-    assert found["tokens"]["image"] == [16 if preset == "emoji" else 4096]
-    assert found["tokens"]["text"] == (32 if preset == "emoji" else 333)
+    image, text = bundled_tokens() if preset == "emoji" else (4096, 333)
+    assert found["tokens"]["image"] == [image] and found["tokens"]["text"] == text
 
 
 def test_the_sums_are_right_for_sd3_medium(in_json):
@@ -192,7 +200,7 @@ def test_a_runs_configuration_is_planned_as_it_stands(in_json):
     run = load_config(configs / "sd35-large-lora.yaml", ["data.folder=-"])
     assert "lora of rank" in found["run"]["trains"] and found["memory"]["fits"]
     assert found["time"]["hours"] == pytest.approx(run.train.steps * run.train.batch_size / found["time"]["images a second"] / 3600)
-    assert in_json("--config", configs / "quickstart.yaml")["tokens"]["text"] == 32  # the bundled model, as the run has it
+    assert in_json("--config", configs / "quickstart.yaml")["tokens"]["text"] == bundled_tokens()[1]  # as the run has it
 
 
 def test_the_help_teaches(run):
