@@ -272,17 +272,23 @@ def test_a_set_whose_licence_changed_is_refused(packages: Path, monkeypatch) -> 
         sets.fetch(packages)
 
 
-def test_the_vae_is_trained_by_options_that_there_are(tmp_path):
+def test_the_vae_is_trained_by_options_that_there_are_and_then_its_decoder(tmp_path, monkeypatch):
     import build
 
     from latentfm.config import load_config
     from latentfm.training.vae.checks import data_plan
     from latentfm.training.vae.options import VAEConfig
 
-    config = load_config(None, [*build.VAE, f"data.folder={tmp_path}", f"output.folder={tmp_path / 'vae'}"], VAEConfig)
-    size, plan = data_plan(config)
-    assert size == (64, 64) and plan.factor == 8 and config.model.latent_channels == 16 and config.output.dtype == "float16"
-    assert build.resumed(tmp_path / "vae") == []
+    found = []
+    monkeypatch.setattr("subprocess.run", lambda command, **more: found.append(load_config(None, command[4:], VAEConfig)))
+    build.vae(tmp_path)
+    build.decoder(tmp_path)
+    whole, decoder = found
+    size, plan = data_plan(whole)
+    assert size == (64, 64) and plan.factor == 8 and whole.model.latent_channels == 16 and whole.output.dtype == "float16"
+    assert whole.model.part == "all" and Path(whole.output.folder) == tmp_path / "vae" and build.resumed(tmp_path / "vae") == []
+    assert decoder.model.part == "decoder" and Path(decoder.model.vae) == tmp_path / "vae" / "model"
+    assert decoder.data == whole.data and Path(decoder.output.folder) == tmp_path / "decoder"
 
 
 def test_the_stages_of_the_network_are_runs_of_the_trainer_each_on_the_result_of_the_one_before(tmp_path, monkeypatch):

@@ -6,9 +6,9 @@
     bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
-pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> small (`latentfm train --config
-configs/emoji.yaml`, at half the side: a quarter of the tokens) -> mmdit (the same network at the full side, the rate falling to 0) ->
-long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
+pictures) -> vae -> decoder (its decoder alone, further) -> text (three encoders) -> base (those as a pipeline folder without network) ->
+small (`latentfm train --config configs/emoji.yaml`, at half the side: a quarter of the tokens) -> mmdit (the same network at the full
+side, the rate falling to 0) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
 `python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
 interrupted goes on.
 """
@@ -34,14 +34,17 @@ from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "small", "mmdit", "long", "export")
-VAE = (  # options of `latentfm train-vae`
-    "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "decoder", "text", "base", "small", "mmdit", "long", "export")
+VAE = (  # options of `latentfm train-vae`, of both its runs
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
-    "train.steps=5000", "train.batch_size=16", "train.learning_rate=8e-4", "train.weight_decay=1e-4", "train.compile=true",
-    "loss.l1=1", "loss.l2=10", "loss.edges=0.5", "loss.kl=3.6e-3", "loss.kl_warmup=1000",
-    "validation.every=2000", "output.dtype=float16",
+    "train.batch_size=16", "train.weight_decay=1e-4", "train.compile=true", "loss.l1=1", "loss.l2=10", "loss.edges=0.5",
+    "output.dtype=float16",
 )  # fmt: skip
+WHOLE = (
+    "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
+    "train.steps=5000", "train.learning_rate=8e-4", "loss.kl=3.6e-3", "loss.kl_warmup=1000", "validation.every=2000",
+)  # fmt: skip
+DECODER = ("model.part=decoder", "train.steps=1500", "train.learning_rate=4e-4", "validation.every=500")
 SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
 TEXT_STEPS = {"clip": 1500, "open_clip": 1500, "t5": 1500}
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
@@ -68,12 +71,22 @@ def scenes(work: Path) -> None:
 
 
 def vae(work: Path) -> None:
-    """Train the VAE with this package's own trainer; its held-out renders are those of the report."""
+    """Train the VAE with this package's own trainer."""
+    train_vae(work, "vae", *WHOLE)
+
+
+def decoder(work: Path) -> None:
+    """Train its decoder further. The latents stay what they are, whatever was trained on them."""
+    train_vae(work, "decoder", f"model.vae={work / 'vae' / 'model'}", *DECODER)
+
+
+def train_vae(work: Path, stage: str, *own: str) -> None:
+    """Train an autoencoder, or go on with it, unless it is done; the held-out renders are those of its report."""
     folders = {"data.folder": work / "pictures" / "vae", "validation.folder": work / "pictures" / "held_out"}
-    folders |= {"data.cache": work / "cache", "output.folder": work / "vae"}
-    if not (work / "vae" / "model" / "config.json").exists():
-        command = [sys.executable, "-m", "latentfm", "train-vae", *VAE, *(f"{option}={folder}" for option, folder in folders.items())]
-        subprocess.run(command + resumed(work / "vae"), check=True, cwd=ROOT)
+    folders |= {"data.cache": work / "cache", "output.folder": work / stage}
+    if not (work / stage / "model" / "config.json").exists():
+        command = [sys.executable, "-m", "latentfm", "train-vae", *VAE, *own, *(f"{option}={folder}" for option, folder in folders.items())]
+        subprocess.run(command + resumed(work / stage), check=True, cwd=ROOT)
 
 
 def resumed(run: Path) -> list[str]:
@@ -142,7 +155,7 @@ def base(work: Path) -> None:
     folder = work / "base"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / "text", folder, ignore=shutil.ignore_patterns("clip", "open_clip", "t5"))  # their checkpoints
-    shutil.copytree(work / "vae" / "model", folder / "vae", ignore=shutil.ignore_patterns("latentfm*"))  # a folder's own notes
+    shutil.copytree(work / "decoder" / "model", folder / "vae", ignore=shutil.ignore_patterns("latentfm*"))  # a folder's own notes
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": ["diffusers", "AutoencoderKL"]}

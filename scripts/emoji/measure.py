@@ -2,7 +2,7 @@
 
     python scripts/emoji/build.py --work build/emoji fetch catalogue render captions scenes
     python scripts/emoji/measure.py --work build/emoji --model build/emoji/long/model       # everything, at guidance 3 and 1
-    python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/vae/model
+    python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/decoder/model
 
 Parts: `vae` (PSNR, SSIM and edge strength of held-out renders), `plain` (names without style words, against the plain style's renders),
 `styled` (known style and concept), `pairs` (the held-out ones, three seeds), `wordings` (the held-out synonyms), `composed` (scenes with
