@@ -162,8 +162,8 @@ def sampling(options: argparse.Namespace) -> None:
         fused = LatentFMPipeline.from_pretrained(bundled_model()).to(options.device, dtype)
         fused.transformer.fuse_qkv_projections()
         pipes["with fused qkv"] = fused
-        roof, net = ceilings(options.device, dtype), Network.of(pipes["diffusers"].transformer.config)
         config = pipes["diffusers"].transformer.config
+        roof, net = ceilings(options.device, dtype), Network.of(config)
         work = 2 * STEPS * sum(forward_flops(net, (config.sample_size // net.patch) ** 2, 77 + 32).values())
         print(f"\nsampling with the bundled model, {STEPS} steps, guidance 3, T5 length 32, {dtype}; {in_words(roof)}")
         for batch in (1, 8):
