@@ -3,12 +3,11 @@
     pip install -e ".[test]"                                   # brings resvg_py; npm is needed too, for the fetch
     python scripts/emoji/build.py --work build/emoji           # every stage in order; hours on two CPU cores
     python scripts/emoji/build.py --work build/emoji vae text  # some stages; each goes on where it was interrupted
-    bash scripts/gpu/kit.sh bundled                            # the network alone, on a GPU: half an hour (scripts/gpu/part_bundled.py)
+    bash scripts/gpu/kit.sh bundled                            # render to mmdit on a GPU: half an hour (scripts/gpu/part_bundled.py)
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
-pictures) -> vae -> decoder (its decoder alone, further) -> text (three encoders) -> base (those as a pipeline folder without network) ->
-small (`latentfm train --config configs/emoji.yaml`, at half the side: a quarter of the image tokens) -> mmdit (the same network at the full
-side, the rate falling to 0) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
+pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
+configs/emoji.yaml`) -> long (a little more, with T5 padded as stock diffusers pads it) -> export (half precision, into assets/).
 `python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
 interrupted goes on.
 """
@@ -21,32 +20,30 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import encoders
-import numpy as np
 import sets
 import yaml
 from captions import write_captions, write_rows
-from pairs import Pairs
+from pairs import Pairs, opened
 from render import write_pictures
 from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "decoder", "text", "base", "small", "mmdit", "long", "export")
-VAE = (  # options of `latentfm train-vae`, of both its runs
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "long", "export")
+VAE = (  # options of `latentfm train-vae`
+    "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
     "train.batch_size=16", "train.weight_decay=1e-4", "train.compile=true", "loss.l1=1", "loss.l2=10", "loss.edges=0.5",
+    "train.steps=8000", "train.learning_rate=8e-4", "loss.kl=3.6e-3", "loss.kl_warmup=1000", "validation.every=2000",
     "output.dtype=float16",
 )  # fmt: skip
-WHOLE = (  # 33.2 dB on held-out renders; 8,000 steps gave 36.8, where the decoder alone comes to 33.6: a VAE made anew should have those
-    "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
-    "train.steps=5000", "train.learning_rate=8e-4", "loss.kl=3.6e-3", "loss.kl_warmup=1000", "validation.every=2000",
-)  # fmt: skip
-DECODER = ("model.part=decoder", "train.steps=1500", "train.learning_rate=4e-4", "validation.every=500")
-SCENES, EXAMINED = 24_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
-TEXT_STEPS = 1500  # of each encoder
+SCENES, EXAMINED = 48_000, 200  # composed pictures to learn, and of each kind of combination to be examined in
+TEXT_STEPS = 3000  # of each encoder
+TOKENIZERS = {"t5": "tokenizer_3", "clip": "tokenizer", "open_clip": "tokenizer_2"}  # written last, when an encoder is done
 SHORT, LONG = encoders.LENGTH, 256  # T5 lengths: the model's own, and what stock diffusers pads to
 
 
@@ -55,7 +52,12 @@ def fetch(work: Path) -> None:
 
 
 def catalogue(work: Path) -> None:
+    """Write the icons, and which words mean the same, each as one file: all that the later stages need of what was fetched."""
     sets.write_catalogue(work / "npm", work / "catalogue.jsonl.gz")
+    icons, _ = sets.read_catalogue(work / "catalogue.jsonl.gz")
+    words = {word for icon in icons for word in (icon.label, *icon.names, *icon.tags)}
+    meanings = [texts for texts in WordNet(work / "npm" / "wordnet" / "dict").meanings(THINGS) if words & set(texts)]
+    (work / "meanings.json").write_text(json.dumps(meanings) + "\n", "utf-8")
 
 
 def render(work: Path) -> None:
@@ -70,23 +72,13 @@ def scenes(work: Path) -> None:
     write_scenes(sets.read_catalogue(work / "catalogue.jsonl.gz")[0], work / "pictures", SCENES, EXAMINED)
 
 
-def vae(work: Path) -> None:
-    """Train the VAE with this package's own trainer."""
-    train_vae(work, "vae", *WHOLE)
-
-
-def decoder(work: Path) -> None:
-    """Train its decoder further. The latents stay what they are, whatever was trained on them."""
-    train_vae(work, "decoder", f"model.vae={work / 'vae' / 'model'}", *DECODER)
-
-
-def train_vae(work: Path, stage: str, *own: str) -> None:
-    """Train an autoencoder, or go on with it, unless it is done; the held-out renders are those of its report."""
+def vae(work: Path, *more: str) -> None:
+    """Train the VAE with this package's own trainer, or go on with it; the held-out renders are those of its report."""
     folders = {"data.folder": work / "pictures" / "vae", "validation.folder": work / "pictures" / "held_out"}
-    folders |= {"data.cache": work / "cache", "output.folder": work / stage}
-    if not (work / stage / "model" / "config.json").exists():
-        command = [sys.executable, "-m", "latentfm", "train-vae", *VAE, *own, *(f"{option}={folder}" for option, folder in folders.items())]
-        subprocess.run(command + resumed(work / stage), check=True, cwd=ROOT)
+    folders |= {"data.cache": work / "cache", "output.folder": work / "vae"}
+    if not (work / "vae" / "model" / "config.json").exists():
+        options = [*VAE, *more, *(f"{option}={folder}" for option, folder in folders.items()), *resumed(work / "vae")]
+        subprocess.run([sys.executable, "-m", "latentfm", "train-vae", *options], check=True, cwd=ROOT)
 
 
 def resumed(run: Path) -> list[str]:
@@ -101,14 +93,14 @@ def latents_of(paths: list[Path], folder: Path):
     import torch
     from diffusers import AutoencoderKL
 
-    from latentfm.data.images import open_rgb, to_tensor
+    from latentfm.data.images import to_tensor
 
-    model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    means = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, len(paths), 64):
-            pictures = torch.stack([to_tensor(np.asarray(open_rgb(path))) for path in paths[start : start + 64]])
-            means.append(model.encode(pictures).latent_dist.mean.float())
+    model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(encoders.DEVICE)
+    pictures, means = opened(paths), []
+    with torch.no_grad(), torch.autocast(encoders.DEVICE, torch.bfloat16):
+        while some := list(islice(pictures, 64)):
+            batch = torch.stack([to_tensor(picture) for picture in some]).to(encoders.DEVICE)
+            means.append(model.encode(batch).latent_dist.mean.float().cpu())
     return ((torch.cat(means) - model.config.shift_factor) * model.config.scaling_factor).half()
 
 
@@ -117,10 +109,7 @@ def text_encoder(work: Path, name: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    icons, _ = sets.read_catalogue(work / "catalogue.jsonl.gz")
-    words = {word for icon in icons for word in (icon.label, *icon.names, *icon.tags)}
-    meanings = [texts for texts in WordNet(work / "npm" / "wordnet" / "dict").meanings(THINGS) if words & set(texts)]
-    pairs, out = Pairs(work / "pictures", meanings), work / "text"
+    pairs, out = Pairs(work / "pictures", json.loads((work / "meanings.json").read_text("utf-8"))), work / "text"
     if name == "clip":
         encoders.train_clip(pairs, out, TEXT_STEPS, batch=256, seed=1)
     elif name == "open_clip":
@@ -131,8 +120,7 @@ def text_encoder(work: Path, name: str, threads: int) -> None:
 
 def text(work: Path) -> None:
     """Train the text encoders two at a time, each on half the cores: their matrices are too small to share."""
-    tokenizers = {"t5": "tokenizer_3", "clip": "tokenizer", "open_clip": "tokenizer_2"}  # written last, when all is done
-    missing = [name for name, folder in tokenizers.items() if not (work / "text" / folder / "tokenizer_config.json").exists()]
+    missing = [name for name, folder in TOKENIZERS.items() if not (work / "text" / folder / "tokenizer_config.json").exists()]
     threads = max(1, (os.cpu_count() or 2) // 2)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for done in [pool.submit(text_encoder, work, name, threads) for name in missing]:
@@ -155,7 +143,7 @@ def base(work: Path) -> None:
     folder = work / "base"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / "text", folder, ignore=shutil.ignore_patterns("clip", "open_clip", "t5"))  # their checkpoints
-    shutil.copytree(work / "decoder" / "model", folder / "vae", ignore=shutil.ignore_patterns("latentfm*"))  # a folder's own notes
+    shutil.copytree(work / "vae" / "model", folder / "vae", ignore=shutil.ignore_patterns("latentfm*"))  # a folder's own notes
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": ["diffusers", "AutoencoderKL"]}
@@ -177,42 +165,10 @@ def base(work: Path) -> None:
     (folder / "latentfm.json").write_text(json.dumps(info, indent=2) + "\n", "utf-8")
 
 
-def small(work: Path) -> None:
-    """Train at half the side first: what things are, and where, of a quarter of the image tokens, in 0.6 of a step's time."""
-    import torch
-
-    from latentfm.models.mmdit import MMDiT
-
-    start = work / "start"
-    if not (start / "model_index.json").exists():
-        torch.manual_seed(0)
-        write_network(work / "base", MMDiT.from_preset("emoji", pos_embed_max_size=8), start)  # half as fine as the preset's 16
-    own = ["data.size=64", "train.steps=6292", "train.t_shift=3"]
-    trained(work, "small", f"model.pipeline={start}", "model.preset=", *own)
-
-
 def mmdit(work: Path) -> None:
-    """Go on at the full side: the position table is the same square, read twice as finely. The rate falls to 0 over the last fifth.
-
-    Times are drawn nearer to the picture than at half the side: layouts are learnt under much noise, edges and small things under little.
-    """
-    from latentfm.models.mmdit import MMDiT
-
-    grown = work / "grown"
-    if not (grown / "model_index.json").exists():
-        before, after = MMDiT.from_pretrained(work / "small" / "model" / "transformer"), MMDiT.from_preset("emoji")
-        after.load_state_dict(before.state_dict() | dict(after.named_buffers()))
-        write_network(work / "base", after, grown)
-    own = ["train.steps=16000", "train.warmup_steps=100", "train.decay=wsd", "train.t_shift=2.5"]
-    trained(work, "mmdit", f"model.pipeline={grown}", "model.preset=", *own)
-
-
-def write_network(base: Path, network, folder: Path) -> None:
-    """Write a pipeline folder: the frozen models of `base` and a network."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer", "model_index.json"))
-    network.save_pretrained(folder / "transformer")
-    shutil.copy(base / "model_index.json", folder)  # last, when all is there
+    """Train the network by this package's own trainer, with the options of configs/emoji.yaml."""
+    if not finished(work, "mmdit"):
+        subprocess.run(training_command(work), check=True, cwd=ROOT)
 
 
 def long(work: Path) -> None:
@@ -232,13 +188,8 @@ def long(work: Path) -> None:
     write_rows(folder, rows)
     own = [f"data.sources={json.dumps([{'path': str(folder)}])}", f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}"]
     own += ["train.steps=200", "train.learning_rate=2e-4", "train.warmup_steps=20", "train.decay=cosine", "train.t_shift=2.5"]
-    trained(work, "long", f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset=", *own)
-
-
-def trained(work: Path, stage: str, *own: str) -> None:
-    """Train the network of a stage, or go on with it, unless it is done."""
-    if not finished(work, stage):
-        subprocess.run(training_command(work, *own, folder=stage), check=True, cwd=ROOT)
+    own += [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset="]
+    subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
 
 
 def finished(work: Path, stage: str) -> bool:

@@ -26,6 +26,7 @@ VISION_WIDTH, VISION_LAYERS = 128, 2  # of the CLIPs' image towers: patches of 1
 T5_WIDTH = 320  # at least the sum of the CLIP widths: SD3 pads their concatenation up to it
 VOCABULARY = 4096
 MEANT = 0.2  # the weight of what words mean
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def clip_tokenizer(texts: list[str], pad_token: str):
@@ -79,14 +80,18 @@ def t5_tokenizer(texts: list[str], folder: Path):
 
 
 def train(module: nn.Module, loss_at: Callable[[int], Tensor], steps: int, rate: float, out: Path) -> None:
-    """AdamW with warm-up and cosine decay in bf16 autocast, resuming from out/checkpoints; prints the loss and speed every 50 steps."""
+    """AdamW with warm-up and cosine decay in bf16 autocast, resuming from out/checkpoints; prints the loss and speed every 50 steps.
+
+    The module is on DEVICE while it learns, and on the CPU before and after.
+    """
+    module.to(DEVICE)
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
     run = Run(module, optimizer, out / "checkpoints", {"steps": steps, "rate": rate})
     began = time.monotonic()
     for step in range(run.start, steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -97,6 +102,7 @@ def train(module: nn.Module, loss_at: Callable[[int], Tensor], steps: int, rate:
             print(f"{out.name} step {step + 1}/{steps} loss {loss.item():.4f} {pace:.2f} steps/s", flush=True)
         if run.due() or step + 1 == steps:
             run.save(step + 1)
+    module.cpu()
 
 
 def spread_tokens(embedding: nn.Embedding) -> None:
@@ -156,8 +162,8 @@ def train_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) -> No
 
     def loss_at(step: int) -> Tensor:
         indices, captions, rng = pairs.batch(batch, step, seed)
-        images, ids = pairs.images(indices, rng), tokens_of(tokenizer, captions, LENGTH)
-        words = model.text_model(tokens_of(tokenizer, pairs.same_meaning(rng), LENGTH)).pooler_output
+        images, ids = pairs.images(indices, rng).to(DEVICE), tokens_of(tokenizer, captions, LENGTH).to(DEVICE)
+        words = model.text_model(tokens_of(tokenizer, pairs.same_meaning(rng), LENGTH).to(DEVICE)).pooler_output
         return model(input_ids=ids, pixel_values=images, return_loss=True).loss + MEANT * contrast(model.text_projection(words))
 
     train(model, loss_at, steps, 5e-4, out / "clip")
@@ -190,8 +196,8 @@ def train_open_clip(pairs: Pairs, out: Path, steps: int, batch: int, seed: int) 
 
     def loss_at(step: int) -> Tensor:
         indices, captions, rng = pairs.batch(batch, step, seed)
-        images, ids = pairs.images(indices, rng), tokens_of(tokenizer, captions, LENGTH)
-        words = model.encode_text(tokens_of(tokenizer, pairs.same_meaning(rng), LENGTH))
+        images, ids = pairs.images(indices, rng).to(DEVICE), tokens_of(tokenizer, captions, LENGTH).to(DEVICE)
+        words = model.encode_text(tokens_of(tokenizer, pairs.same_meaning(rng), LENGTH).to(DEVICE))
         return loss_function(*model(images, ids)) + MEANT * contrast(words)
 
     train(model, loss_at, steps, 5e-4, out / "open_clip")
@@ -251,12 +257,13 @@ def train_t5(pairs: Pairs, latents: Tensor, out: Path, steps: int, batch: int, s
     variance = (latents[:: max(1, len(latents) // 2000)].float() - mean).square().mean()
 
     def hidden_of(texts: list[str], length: int) -> Tensor:
-        ids = tokens_of(tokenizer, texts, length)
+        ids = tokens_of(tokenizer, texts, length).to(encoder.device)
         return encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
     def unexplained(texts: list[str], indices: list[int], length: int) -> Tensor:
         """Mean squared error over the latents' variance: 1 for an encoder that says nothing, 0 for one that knows all."""
-        return (head(hidden_of(texts, length)).float() + mean - latents[indices].float()).square().mean() / variance
+        wanted = (latents[indices].float() - mean).to(encoder.device)
+        return (head(hidden_of(texts, length)).float() - wanted).square().mean() / variance
 
     def loss_at(step: int) -> Tensor:
         indices, captions, rng = pairs.batch(batch, step, seed)

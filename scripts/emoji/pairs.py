@@ -1,14 +1,18 @@
 """What the text encoders learn from: pictures with captions, and words that mean the same. Used by encoders.py."""
 
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from render import SIZE
 from torch import Tensor, nn
+
+from latentfm.data.cache.fill import map_ahead
+from latentfm.data.images import open_rgb
 
 PARTS = {"plain": 0.4, "styled": 0.3, "scenes": 0.3}  # how often the pictures of each are drawn
 MEANINGS = 64  # meanings of words in a batch
@@ -28,8 +32,7 @@ class Pairs:
             self.captions += [row["text"] for row in rows]
             self.paths += [pictures / part / row["file_name"] for row in rows]
         self.meanings = meanings
-        arrays = [np.asarray(Image.open(path).convert("RGB").reduce(SIZE // VISION_SIZE)) for path in self.paths]
-        self.pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+        self.pictures = torch.from_numpy(np.stack(list(opened(self.paths, SIZE // VISION_SIZE)))).permute(0, 3, 1, 2).contiguous()
 
     def texts(self) -> list[str]:
         """Everything that is said, for the tokenizers: captions three times, what words mean once."""
@@ -54,8 +57,13 @@ class Pairs:
         return [one for one, _ in twos] + [other for _, other in twos]
 
 
+def opened(paths: list[Path], factor: int = 1) -> Iterator[np.ndarray]:
+    """Pictures, uint8 [H, W, 3], a `factor` smaller, in order."""
+    yield from map_ahead(lambda path: np.asarray(open_rgb(path).reduce(factor)), paths, os.cpu_count() or 1, 256)
+
+
 def contrast(features: Tensor, temperature: float = 0.07) -> Tensor:
     """InfoNCE between the two halves of features [2 N, D]: row i of the first should find row i of the second, and back."""
     one, other = nn.functional.normalize(features.float(), dim=-1).chunk(2)
-    scores, own = one @ other.T / temperature, torch.arange(len(one))
+    scores, own = one @ other.T / temperature, torch.arange(len(one), device=one.device)
     return (nn.functional.cross_entropy(scores, own) + nn.functional.cross_entropy(scores.T, own)) / 2

@@ -2,11 +2,11 @@
 # Everything that only a GPU can tell about latentfm, in half an hour on a bare machine without network.
 #
 #   bash scripts/gpu/kit.sh prepare            here, where latentfm is installed, with pip and npm: packs what is lacking there into build/gpu
-#   then copy the repository there with build/gpu (assets/emoji/transformer may stay behind), and, in order of worth, run
+#   then copy the repository there with build/gpu (assets/emoji may stay behind), and, in order of worth, run
 #   bash scripts/gpu/kit.sh tests              the gpu-marked tests
 #   bash scripts/gpu/kit.sh sampling           SD3 medium's sampling beside diffusers; 3.5 medium and large by forward steps
 #   bash scripts/gpu/kit.sh training           training beside a plain diffusers loop; the loader's cost; start-up
-#   bash scripts/gpu/kit.sh bundled            trains the bundled model's network
+#   bash scripts/gpu/kit.sh bundled            trains the bundled model; KIT_LAST=1: so that it ends in this call
 #   bash scripts/gpu/kit.sh kernels            one step of sampling and of training, as tables of kernels
 #   bash scripts/gpu/kit.sh report             README's table from the results; report A B compares two folders of results
 #
@@ -37,13 +37,13 @@ prepare() { # packages for Python KIT_PYTHON (3.12), x86-64 Linux, CUDA KIT_CUDA
     tar -C "$work/site" -c . | xz -T0 -6 > "$kit/site.tar.xz"
     "$python" scripts/emoji/build.py --work "$work/emoji" fetch catalogue
     mv "$work/emoji/catalogue.jsonl.gz" "$kit/emoji.jsonl.gz"
-    rm -rf "$kit/base" # the frozen models of scripts/emoji/build.py, where it has made them; else the bundled model's go
+    gzip < "$work/emoji/meanings.json" > "$kit/meanings.json.gz"
+    rm -rf "$kit/base" # the frozen models of scripts/emoji/build.py, where it has made them, for KIT_FROZEN=packed; else the bundled model's
     if [ -d build/emoji/base ]; then cp -rL build/emoji/base "$kit/base"; fi
     ls -l "$kit"/*.[xg]z
     git ls-files -z | xargs -0 du -cb | awk -v kit="$(du -cb "$kit"/*.[xg]z "$kit"/base 2> /dev/null | awk 'END {print $1}')" '
-        $2 == "total" {whole = $1} $2 ~ /^assets\/emoji\/transformer\/.*safetensors/ {network += $1}
-        END {printf "what travels: %.1f MiB; without the weights in assets/emoji/transformer %.1f MiB\n",
-             (whole + kit) / 2^20, (whole - network + kit) / 2^20}'
+        $2 == "total" {whole = $1} $2 ~ /^assets\/emoji\// {model += $1}
+        END {printf "what travels: %.1f MiB; without assets/emoji %.1f MiB\n", (whole + kit) / 2^20, (whole - model + kit) / 2^20}'
 }
 
 unpack() { # once a machine: what is packed goes before what is installed
@@ -75,7 +75,7 @@ run() { # a part, started again where a fault ended its process
         mkdir -p "$OUT"
         tail -c 900000 "$RESULTS/$part.log" > "$OUT/$part.log"
         cp "$RESULTS/$part.json" "$OUT/"
-        [ "$part" = bundled ] && cp "$RESULTS"/weights-*.part "$RESULTS"/progress.png "$OUT/" 2> /dev/null
+        [ "$part" = bundled ] && cp "$RESULTS"/model-*.part "$RESULTS"/progress.png "$OUT/" 2> /dev/null
     fi
     return "$code"
 }

@@ -1,22 +1,28 @@
-"""The bundled model's network, trained on a GPU by scripts/emoji/build.py's stages, on its frozen models or the bundled pipeline's.
+"""The bundled model trained on a GPU, by the stages of scripts/emoji/build.py from `render` to `mmdit`.
 
     bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
-    python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the weights together again, and says where they belong
+    KIT_LAST=1 bash scripts/gpu/kit.sh bundled     # the last call: the network's steps end, and its rate falls, within what is left of it
+    python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the pipeline folder together again
 
-Renders and scenes are made there from the packed icons; the weights (the averages, half precision) come back as pieces of 15 MiB beside
-bundled.json, with a sheet of pictures through time.
+Renders and scenes are made there from the packed icons, the frozen models too, unless KIT_FROZEN=packed takes those that `prepare` found;
+the pipeline (averages, half precision) comes back as pieces of 15 MiB beside bundled.json, with a sheet of pictures through time.
 """
 
 import argparse
+import gzip
 import hashlib
+import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +36,14 @@ WORK = Path(os.environ.get("KIT_EMOJI", tempfile.gettempdir() + ("/latentfm-emoj
 ICONS = ROOT / "build" / "gpu" / "emoji.jsonl.gz"
 BASE = next(folder for folder in (ROOT / "build" / "gpu" / "base", ROOT / "assets" / "emoji") if folder.is_dir())
 PIECE = 15 * 2**20
-SECONDS_TO_SAVE = 40
+SECONDS_TO_SAVE, SECONDS_TO_START = 30, 60
+FROZEN = os.environ.get("KIT_FROZEN", "packed" if SHRUNK else "trained")
 RUN = (
     ["train.steps=6", "train.batch_size=8", "train.compile=false", "train.mixed_precision=no", "train.warmup_steps=2",
      "output.checkpoint_every=3", "sample.steps=1", "sample.every=6", "data.workers=1"]
     if SHRUNK else
-    [f"train.steps={os.environ.get('KIT_STEPS', '30000')}", "train.batch_size=512", "train.ema_decay=0.9995", "train.warmup_steps=1000",
-     "train.decay=wsd", "train.t_shift=3", "data.workers=12", "output.checkpoint_every=1000", "sample.every=2500"]
+    ["train.batch_size=512", "train.ema_decay=0.9995", "train.warmup_steps=500", "train.t_shift=3", "data.workers=10",
+     "output.checkpoint_every=1000", "sample.every=2000"]
 )  # fmt: skip
 
 
@@ -46,6 +53,7 @@ def prepared() -> dict[str, Any]:
         raise FileNotFoundError(f"{ICONS}: made by `bash scripts/gpu/kit.sh prepare`")
     WORK.mkdir(parents=True, exist_ok=True)
     shutil.copy(ICONS, WORK / "catalogue.jsonl.gz")
+    (WORK / "meanings.json").write_bytes(gzip.decompress(ICONS.with_name("meanings.json.gz").read_bytes()))
     if SHRUNK:  # a few of them
         icons, _ = build.sets.read_catalogue(ICONS)
         things = [icon for icon in icons if icon.group == 3 and icon.style in ("noto", "flat")]  # animals
@@ -55,16 +63,42 @@ def prepared() -> dict[str, Any]:
     build.render(WORK)
     build.captions(WORK)
     build.scenes(WORK)
-    if not (WORK / "base" / "model_index.json").exists():
-        build.base_of(BASE, WORK)
     return {name: len(list((WORK / "pictures" / name).glob("*.png"))) for name in ("plain", "styled", "scenes")}
+
+
+def frozen() -> dict[str, Any]:
+    """The VAE, the text encoders and, of those, the pipeline folder without network that the training begins with."""
+    if (WORK / "base" / "model_index.json").exists():
+        return {"made": "before"}
+    if FROZEN == "packed":
+        build.base_of(BASE, WORK)
+        return {"made": str(BASE.relative_to(ROOT))}
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        done = {name: (WORK / "text" / folder / "tokenizer_config.json").exists() for name, folder in build.TOKENIZERS.items()}
+        clips = [pool.submit(build.text_encoder, WORK, name, 2) for name in ("clip", "open_clip") if not done[name]]
+        build.vae(WORK, "data.workers=5")
+        if not done["t5"]:  # it learns the VAE's latents
+            pool.submit(build.text_encoder, WORK, "t5", 4).result()
+        for clip in clips:
+            clip.result()
+    build.base(WORK)
+    return {"made": "here"}
+
+
+def steps(deadline: float) -> list[str]:
+    """The option of the training's steps: KIT_STEPS of them, or in the last call as many as its time is enough for, as fast as before."""
+    if SHRUNK or not os.environ.get("KIT_LAST"):
+        return [] if SHRUNK else [f"train.steps={os.environ.get('KIT_STEPS', '100000')}"]
+    rows = [json.loads(line) for line in (WORK / "mmdit" / "metrics.jsonl").read_text().splitlines()]
+    pace = sorted(row["images_per_second"] for row in rows[-200:])[len(rows[-200:]) // 2] / 512
+    return [f"train.steps={rows[-1]['step'] + int(pace * (deadline - SECONDS_TO_SAVE - SECONDS_TO_START - time.time()))}"]
 
 
 def trained(deadline: float) -> dict[str, Any]:
     """Trains until the run is done or the time is up, saved either way; what it reached."""
     done = WORK / "mmdit" / "model" / "model_index.json"
     if not done.exists():
-        with subprocess.Popen(build.training_command(WORK, *RUN), cwd=ROOT) as process:
+        with subprocess.Popen(build.training_command(WORK, *RUN, *steps(deadline)), cwd=ROOT) as process:
             while process.poll() is None:
                 time.sleep(0.5)
                 if time.time() > deadline - SECONDS_TO_SAVE:
@@ -81,14 +115,18 @@ def trained(deadline: float) -> dict[str, Any]:
 
 
 def packed(results: Path) -> dict[str, Any]:
-    """The newest weights as pieces in `results`, and the pictures through time."""
+    """The newest pipeline as pieces in `results`, and the pictures through time."""
     checkpoints = sorted((WORK / "mmdit" / "checkpoints").glob("step-*/model"))
     folder = WORK / "mmdit" / "model" if (WORK / "mmdit" / "model").is_dir() else checkpoints[-1]
-    data = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    for old in results.glob("weights-*.part"):
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        archive.add(WORK / "base", "model")
+        archive.add(folder / "transformer", "model/transformer")
+    data = written.getvalue()
+    for old in results.glob("model-*.part"):
         old.unlink()
     for number, start in enumerate(range(0, len(data), PIECE)):
-        (results / f"weights-{number:02d}.part").write_bytes(data[start : start + PIECE])
+        (results / f"model-{number:02d}.part").write_bytes(data[start : start + PIECE])
     sheet = WORK / "mmdit" / "samples" / "progress.png"
     if sheet.exists():
         shutil.copy(sheet, results / "progress.png")
@@ -96,27 +134,29 @@ def packed(results: Path) -> dict[str, Any]:
 
 
 def join(folder: Path) -> Path:
-    """folder/diffusion_pytorch_model.safetensors, put together from its pieces. Raises ValueError when one is missing or damaged."""
+    """folder/model, the pipeline put together from its pieces. Raises ValueError when one is missing or damaged."""
     said = json.loads((folder / "bundled.json").read_text())["rows"]["weights"]
-    data = b"".join(path.read_bytes() for path in sorted(folder.glob("weights-*.part")))
+    data = b"".join(path.read_bytes() for path in sorted(folder.glob("model-*.part")))
     if hashlib.sha256(data).hexdigest() != said["sha256"]:
         raise ValueError(f"{folder}: {len(data):,} bytes in pieces, not the {said['bytes']:,} that were sent; fetch them again")
-    target = folder / "diffusion_pytorch_model.safetensors"
-    target.write_bytes(data)
-    return target
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "model"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--join", type=Path, metavar="DIR", help="put the weights together from the pieces in DIR")
+    parser.add_argument("--join", type=Path, metavar="DIR", help="put the pipeline together from the pieces in DIR")
     given = parser.parse_args()
     if given.join:
-        print(f"{join(given.join)}: belongs into assets/emoji/transformer; then measure it with scripts/emoji/measure.py")
+        print(f"{join(given.join)}: the model/ of build.py's stage mmdit; `long` and `export` are next, and scripts/emoji/measure.py")
         return
     cells = Cells("bundled")
-    for name in ("data", "training", "weights"):  # each goes on by itself
+    for name in ("data", "frozen", "training", "weights"):  # each goes on by itself
         cells.rows.pop(name, None)
     if not cells.run("data", prepared, 120):
+        raise SystemExit(1)
+    if not cells.run("frozen", frozen, 60):
         raise SystemExit(1)
     row = cells.run("training", lambda: trained(cells.deadline) | {"on": DEVICE}, 60)
     if not row:

@@ -58,7 +58,7 @@ def sampler(pipe, settings: dict, pictures: int, steps: int = STEPS):
 def compare(pipes: dict, settings: dict, pictures: int, peak: float) -> dict:
     """The row of the pipelines: seconds, rate and memory of each; of two the ratio of their speeds and the latents' difference."""
     calls = {name: sampler(pipe, settings, pictures) for name, pipe in pipes.items()}
-    found = timed(calls, repeats=3, warm=1)
+    found = timed(calls, repeats=3 if pictures == 1 else 1, warm=1)
     work = flops(settings, PIXELS, training=False) * 2 * pictures * STEPS
     for values in found.values():
         values |= rate(work, values["seconds"], peak)
@@ -92,28 +92,39 @@ def main() -> None:
     quiet()
     cells = Cells("sampling")
     peak, settings = cells.ceilings()["tflops"], network_settings("sd3-medium")
-    wanted = [f"{way}, {PIXELS} px, {pictures}" for way in ("eager", "compiled") for pictures in (1, 4)]
-    pipes = pipelines(settings) if not all(cells.rows.get(name, {}).get("state") == "done" for name in wanted) else {}
-    for pictures in (1, 4):
-        cells.run(f"eager, {PIXELS} px, {pictures}", lambda n=pictures: compare(pipes, settings, n, peak), 40 * pictures)
+    names = {way: [f"{way}, {PIXELS} px, {pictures}" for pictures in (1, 4)] for way in ("eager", "compiled")}
+    pipes: dict = {}
+
+    def measured(name: str, pictures: int, about: float) -> None:
+        """The cell of both pipelines; they are made for the first that is missing."""
+        if not pipes and cells.rows.get(name, {}).get("state") != "done":
+            pipes.update(pipelines(settings))
+        cells.run(name, lambda: compare(pipes, settings, pictures, peak), about)
 
     def by_backend(name: str) -> dict:
-        own = pipelines(settings)["latentfm"] if not pipes else pipes["latentfm"]
+        own = pipes["latentfm"] if pipes else pipelines(settings)["latentfm"]
         own.transformer.set_attention(name)
         try:
             return compare({"latentfm": own}, settings, 1, peak)
         finally:
             own.transformer.set_attention("auto")
 
-    for name in available_backends(torch.device(DEVICE), DTYPE, 64):
+    measured(names["eager"][0], 1, 40)
+    slow = ("math", "flex")
+    for name in sorted(available_backends(torch.device(DEVICE), DTYPE, 64), key=lambda name: name in slow):
         if name not in ("auto", "native"):  # measured above
-            cells.run(f"attention {name}, {PIXELS} px, 1", lambda name=name: by_backend(name), 60 if name in ("math", "flex") else 30)
+            cells.run(f"attention {name}, {PIXELS} px, 1", lambda name=name: by_backend(name), 60 if name in slow else 20)
     for preset in ("sd3.5-medium", "sd3.5-large"):
-        cells.run(f"forward {preset}, {PIXELS} px, 2", lambda preset=preset: forward_steps(preset, peak), 45)
+        cells.run(f"forward {preset}, {PIXELS} px, 2", lambda preset=preset: forward_steps(preset, peak), 35)
+    measured(names["eager"][1], 4, 90)
     for pipe in pipes.values():
         compile_blocks(pipe.transformer)
-    for pictures in (1, 4):
-        cells.run(f"compiled, {PIXELS} px, {pictures}", lambda n=pictures: compare(pipes, settings, n, peak), 120)
+    for name, pictures in zip(names["compiled"], (1, 4), strict=True):
+        if not pipes and cells.rows.get(name, {}).get("state") != "done":
+            pipes.update(pipelines(settings))
+            for pipe in pipes.values():
+                compile_blocks(pipe.transformer)
+        measured(name, pictures, 90)
 
 
 if __name__ == "__main__":
