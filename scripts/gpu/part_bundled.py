@@ -87,10 +87,14 @@ def frozen() -> dict[str, Any]:
 
 def steps(deadline: float) -> list[str]:
     """The option of the training's steps: KIT_STEPS of them, or in the last call as many as its time is enough for, as fast as before."""
-    if SHRUNK or not os.environ.get("KIT_LAST"):
-        return [] if SHRUNK else [f"train.steps={os.environ.get('KIT_STEPS', '100000')}"]
-    rows = [json.loads(line) for line in (WORK / "mmdit" / "metrics.jsonl").read_text().splitlines()]
-    pace = sorted(row["images_per_second"] for row in rows[-200:])[len(rows[-200:]) // 2] / 512
+    if SHRUNK:
+        return []
+    metrics = WORK / "mmdit" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() and os.environ.get("KIT_LAST") else []
+    if not rows:
+        return [f"train.steps={os.environ.get('KIT_STEPS', '12000')}"]
+    newest = rows[-200:]
+    pace = sorted(row["images_per_second"] for row in newest)[len(newest) // 2] / 512
     return [f"train.steps={rows[-1]['step'] + int(pace * (deadline - SECONDS_TO_SAVE - SECONDS_TO_START - time.time()))}"]
 
 
