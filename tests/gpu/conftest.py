@@ -69,7 +69,7 @@ def counted_waits(found: list[str], but: tuple[str, ...] = ()) -> Iterator[None]
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        found += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+        found += [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
         return
     with pytest.MonkeyPatch.context() as patch:
         for name in set(READS) - set(but):
