@@ -31,7 +31,7 @@ from latentfm.data.stream import Stream
 from latentfm.data.table import SampleTable
 
 PROMPTS = {  # by model: the shapes of a prompt's embeddings
-    "bundled": {"clip_1": (16, 128), "pooled_1": (128,), "clip_2": (16, 192), "pooled_2": (192,), "t5": (16, 320)},
+    "bundled": {"clip_1": (24, 128), "pooled_1": (128,), "clip_2": (24, 192), "pooled_2": (192,), "t5": (24, 320)},
     "sd3": {"clip_1": (77, 768), "pooled_1": (768,), "clip_2": (77, 1280), "pooled_2": (1280,), "t5": (256, 4096)},
 }
 DISTINCT = 64  # entries of random numbers; the others repeat them
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--moments", type=int, nargs=3, default=(24, 16, 16), help="2C h w")
+    parser.add_argument("--moments", type=int, nargs=3, default=(32, 16, 16), help="2C h w")
     parser.add_argument("--prompts", choices=PROMPTS, default="bundled")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -30,10 +30,10 @@ OURS, ENCODING, CACHED, BARE = "latentfm", "diffusers, encoding", "diffusers, ca
 PARTS = (OURS, ENCODING, CACHED, BARE)
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 CASES = {
-    "bundled": {"size": 64, "batch": 16, "length": 16, "steps": 40, "pictures": 64},
+    "bundled": {"size": 128, "batch": 16, "length": 24, "steps": 40, "pictures": 64},
     "large": {"size": 256, "batch": 4, "length": 64, "steps": 12, "pictures": 16},
 }  # fmt: skip
-NAMES = {"bundled": "bundled, 64 px, batch 16", "large": "8 x 512, 256 px, batch 4"}
+NAMES = {"bundled": "bundled, 128 px, batch 16", "large": "8 x 512, 256 px, batch 4"}
 WARM_UP = 4  # steps left out
 LEARNING_RATE = 1e-5
 

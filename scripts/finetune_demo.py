@@ -28,10 +28,10 @@ COLOURS = {
 MOODS = ("happy", "sad", "surprised", "sleepy", "angry")
 UNSEEN = {("red", "angry"), ("blue", "happy"), ("green", "sad"), ("yellow", "sleepy"), ("pink", "surprised")}
 PROMPTS = ["a happy red zorp", "a sad purple zorp", "a sleepy green zorp", "a surprised orange zorp",
-           "a happy blue zorp", "a sad green zorp", "a slice of pizza, noto style", "a red apple, fluent style"]  # fmt: skip
+           "a happy blue zorp", "a sad green zorp", "a slice of pizza", "a red apple, flat style"]  # fmt: skip
 
 
-def zorp(colour: str, mood: str, side: int = 64) -> Image.Image:
+def zorp(colour: str, mood: str, side: int = 128) -> Image.Image:
     """A picture of a zorp: a round body, two antennae, three legs, one eye, and a mouth that shows its mood."""
     scale = 8
     image = Image.new("RGB", (64 * scale, 64 * scale), "white")

@@ -49,7 +49,7 @@ from latentfm.training.trainer import Trainer
 SMALL = "tricks-small"
 SIZES = {SMALL: size(4, 2), "tricks-large": size(6, 3)}
 for settings in SIZES.values():
-    settings |= {"sample_size": 16, "patch_size": 4, "pos_embed_max_size": 16}
+    settings |= {"sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8}
 RATES = {"adamw": 1e-3, "muon": 2e-3}  # the first that is tried
 RATES_SEED = 100
 LAMBDA = 0.05  # contrastive flow matching's

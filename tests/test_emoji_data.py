@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -272,75 +271,41 @@ def test_a_set_whose_licence_changed_is_refused(packages: Path, monkeypatch) -> 
         sets.fetch(packages)
 
 
-def test_the_vae_is_trained_by_options_that_there_are_and_then_its_decoder(tmp_path, monkeypatch):
+def test_the_vae_is_trained_by_options_that_there_are(tmp_path):
     import build
 
     from latentfm.config import load_config
     from latentfm.training.vae.checks import data_plan
     from latentfm.training.vae.options import VAEConfig
 
-    found = []
-    monkeypatch.setattr("subprocess.run", lambda command, **more: found.append(load_config(None, command[4:], VAEConfig)))
-    build.vae(tmp_path)
-    build.decoder(tmp_path)
-    whole, decoder = found
-    size, plan = data_plan(whole)
-    assert size == (64, 64) and plan.factor == 8 and whole.model.latent_channels == 16 and whole.output.dtype == "float16"
-    assert whole.model.part == "all" and Path(whole.output.folder) == tmp_path / "vae" and build.resumed(tmp_path / "vae") == []
-    assert decoder.model.part == "decoder" and Path(decoder.model.vae) == tmp_path / "vae" / "model"
-    assert decoder.data == whole.data and Path(decoder.output.folder) == tmp_path / "decoder"
+    config = load_config(None, build.vae_command(tmp_path, "data.workers=5")[4:], VAEConfig)
+    size, plan = data_plan(config)
+    assert size == (64, 64) and plan.factor == 8 and config.model.latent_channels == 16 and config.output.dtype == "float16"
+    assert Path(config.output.folder) == tmp_path / "vae" and config.data.workers == 5 and build.resumed(tmp_path / "vae") == []
 
 
-def test_the_stages_of_the_network_are_runs_of_the_trainer_each_on_the_result_of_the_one_before(tmp_path, monkeypatch):
+def test_the_network_is_trained_on_the_frozen_models_and_its_last_stage_goes_on_with_it(tmp_path, monkeypatch):
     import build
 
     from latentfm.config import load_config
-    from latentfm.models.mmdit import MMDiT
 
-    found, tables = {}, []
+    found = {}
 
     def run(command, **more):
         config = load_config(command[command.index("--config") + 1], command[command.index("--config") + 2 :])
         found[Path(config.output.folder).name] = config
-        (tmp_path / Path(config.output.folder).name / "model").mkdir(parents=True)
 
     monkeypatch.setattr("subprocess.run", run)
-    monkeypatch.setattr(build, "write_network", lambda base, network, folder: tables.append(network.config.pos_embed_max_size))
     for part in ("plain", "styled", "scenes"):
         (tmp_path / "pictures" / part).mkdir(parents=True)
         build.write_rows(tmp_path / "pictures" / part, [{"file_name": "0.png", "text": ["a", "b"]}])
         (tmp_path / "pictures" / part / "0.png").touch()
-    build.small(tmp_path)
-    MMDiT.from_preset("emoji", pos_embed_max_size=8).save_pretrained(tmp_path / "small" / "model" / "transformer")
     for stage in ("mmdit", "long"):
         getattr(build, stage)(tmp_path)
-    assert {name: Path(config.model.pipeline).relative_to(tmp_path).parts[0] for name, config in found.items()} == {
-        "small": "start", "mmdit": "grown", "long": "mmdit",
-    }  # fmt: skip
-    assert tables == [8, 16] and [found[name].data.size for name in ("small", "mmdit", "long")] == [64, None, None]
-    assert all(config.model.preset is None for config in found.values())
+    whole, long = found["mmdit"], found["long"]
+    assert Path(whole.model.pipeline) == tmp_path / "base" and whole.model.preset == "emoji"
+    assert Path(long.model.pipeline) == tmp_path / "mmdit" / "model" and long.model.preset is None
     weights = {name: [(Path(source.path).name, source.weight) for source in config.data.sources] for name, config in found.items()}
-    assert weights["small"] == weights["mmdit"] == [("plain", 8), ("styled", 1.4), ("scenes", 0.4)] and weights["long"] == [("long", 1)]
-    assert [found[name].train.t_shift for name in ("small", "mmdit", "long")] == [3, 2.5, 2.5]
-    assert [found[name].train.decay for name in ("small", "mmdit", "long")] == ["constant", "wsd", "cosine"]
-
-
-def test_a_network_grows_to_twice_the_side_with_all_that_it_has_learnt(tmp_path, monkeypatch):
-    """At the full side the positions are those of half the side, with as many again between them."""
-    import build
-
-    from latentfm.models.mmdit import MMDiT
-
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model_index.json").write_text("{}")
-    monkeypatch.setattr(build, "trained", lambda *given: None)
-    build.small(tmp_path)
-    before = MMDiT.from_pretrained(tmp_path / "start" / "transformer")
-    torch.nn.init.normal_(before.proj_out.weight)
-    before.save_pretrained(tmp_path / "small" / "model" / "transformer")
-    build.mmdit(tmp_path)
-    after = MMDiT.from_pretrained(tmp_path / "grown" / "transformer")
-    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
-        assert torch.equal(old, new), name
-    coarse, fine = before.pos_embed.crop(4, 4).view(4, 4, -1), after.pos_embed.crop(8, 8).view(8, 8, -1)
-    assert torch.allclose(coarse, fine[::2, ::2], atol=1e-6)
+    assert weights == {"mmdit": [("plain", 8), ("styled", 1.4), ("scenes", 0.2)], "long": [("long", 1)]}
+    assert whole.data.t5_lengths == {24: 1} and set(long.data.t5_lengths) == {24, 256}
+    assert (whole.train.decay, long.train.decay) == ("wsd", "cosine") and long.train.steps < whole.train.steps

@@ -67,15 +67,16 @@ def test_training(tmp_path):
 
 @pytest.mark.slow
 def test_the_bundled_network(tmp_path, request):
-    """Stopped when the time is up and gone on with; its pieces are its weights."""
+    """What comes back in pieces is the pipeline that was trained."""
     if not (ROOT / "build" / "gpu" / "emoji.jsonl.gz").exists():
         pytest.skip("bash scripts/gpu/kit.sh prepare has not been run: it fetches the icons")
     rows = finished(tmp_path, "bundled")
     assert rows["training"]["step"] == 6 and rows["training"]["finished"] and rows["data"]["styled"] == 24 and rows["data"]["scenes"] == 4
     subprocess.run([sys.executable, KIT / "part_bundled.py", "--join", tmp_path / "out"], check=True, env=os.environ | ENVIRONMENT)
     whole = tmp_path / "latentfm-emoji-shrunk" / "mmdit" / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "out" / whole.name).read_bytes() == whole.read_bytes()
-    assert max(path.stat().st_size for path in (tmp_path / "out").glob("weights-*.part")) < 16 * 2**20
+    assert (tmp_path / "out" / "model" / "transformer" / whole.name).read_bytes() == whole.read_bytes()
+    assert (tmp_path / "out" / "model" / "model_index.json").exists()
+    assert max(path.stat().st_size for path in (tmp_path / "out").glob("model-*.part")) < 16 * 2**20
 
 
 @pytest.mark.slow

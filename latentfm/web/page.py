@@ -108,9 +108,7 @@ def drawing(studio: Studio, blocks: gr.Blocks) -> None:
 def essentials(studio: Studio) -> dict[str, gr.components.Component]:
     """What is to be drawn."""
     return {
-        "prompt": gr.Textbox(
-            label="Prompt", lines=3, max_lines=8, autofocus=True, elem_id="prompt", placeholder="a slice of pizza, noto style"
-        ),
+        "prompt": gr.Textbox(label="Prompt", lines=3, max_lines=8, autofocus=True, elem_id="prompt", placeholder="a slice of pizza"),
         "negative": gr.Textbox(label="Negative prompt", lines=1, max_lines=4, elem_id="negative", placeholder="what to steer away from"),
     }
 

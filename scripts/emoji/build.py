@@ -72,13 +72,18 @@ def scenes(work: Path) -> None:
     write_scenes(sets.read_catalogue(work / "catalogue.jsonl.gz")[0], work / "pictures", SCENES, EXAMINED)
 
 
-def vae(work: Path, *more: str) -> None:
+def vae(work: Path) -> None:
     """Train the VAE with this package's own trainer, or go on with it; the held-out renders are those of its report."""
+    if not (work / "vae" / "model" / "config.json").exists():
+        subprocess.run(vae_command(work), check=True, cwd=ROOT)
+
+
+def vae_command(work: Path, *more: str) -> list[str]:
+    """The command that trains the VAE, or goes on with it; `more` are further overrides."""
     folders = {"data.folder": work / "pictures" / "vae", "validation.folder": work / "pictures" / "held_out"}
     folders |= {"data.cache": work / "cache", "output.folder": work / "vae"}
-    if not (work / "vae" / "model" / "config.json").exists():
-        options = [*VAE, *more, *(f"{option}={folder}" for option, folder in folders.items()), *resumed(work / "vae")]
-        subprocess.run([sys.executable, "-m", "latentfm", "train-vae", *options], check=True, cwd=ROOT)
+    options = [*VAE, *more, *(f"{option}={folder}" for option, folder in folders.items()), *resumed(work / "vae")]
+    return [sys.executable, "-m", "latentfm", "train-vae", *options]
 
 
 def resumed(run: Path) -> list[str]:
@@ -187,7 +192,8 @@ def long(work: Path) -> None:
             rows.append({"file_name": name, "text": row["text"][:texts]})
     write_rows(folder, rows)
     own = [f"data.sources={json.dumps([{'path': str(folder)}])}", f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}"]
-    own += ["train.steps=200", "train.learning_rate=2e-4", "train.warmup_steps=20", "train.decay=cosine", "train.t_shift=2.5"]
+    own += ["train.steps=200", "train.batch_size=64", "train.gradient_accumulation=1", "train.learning_rate=2e-4"]
+    own += ["train.warmup_steps=20", "train.decay=cosine", "train.t_shift=2.5"]
     own += [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset="]
     subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
 

@@ -1,4 +1,4 @@
-"""A training that goes on where it was interrupted: weights and the optimizer, saved every few minutes. Used by encoders.py."""
+"""A training that goes on where it was interrupted: weights and the optimizer, saved every minute. Used by encoders.py."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ class Run:
     """
 
     def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, options: dict[str, Any], every_seconds: float = 180
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, options: dict[str, Any], every_seconds: float = 60
     ):
         self.folder, self.options, self.every_seconds = folder, options, every_seconds
         self.optimizer, self.accelerator = optimizer, Accelerator()

@@ -2,7 +2,7 @@
 
     python scripts/emoji/build.py --work build/emoji fetch catalogue render captions scenes
     python scripts/emoji/measure.py --work build/emoji --model build/emoji/long/model       # everything, at guidance 3 and 1
-    python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/decoder/model
+    python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/vae/model
 
 Parts: `vae` (PSNR, SSIM and edge strength of held-out renders), `plain` (names without style words, against the plain style's renders),
 `styled` (known style and concept), `pairs` (the held-out ones, three seeds), `wordings` (the held-out synonyms), `composed` (scenes with
@@ -78,13 +78,13 @@ def requests(part: str, icons: list[Icon], pictures: Path, number: int) -> list[
     return [(article(name), plain[code]) for code, row in held_out["synonyms"].items() for name in row["names"]] * 3
 
 
-def draw(pipe, prompts: list[str], guidance: float, steps: int, batch: int, size: int | None) -> list[Image.Image]:
-    """One picture a prompt, seeded by its place; drawn with `size` pixels a side or the model's own, brought to the renders' SIZE."""
+def draw(pipe, prompts: list[str], guidance: float, steps: int, batch: int) -> list[Image.Image]:
+    """One picture a prompt, seeded by its place, brought to the renders' SIZE."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        images += pipe(part, height=size, width=size, guidance_scale=guidance, num_inference_steps=steps, generator=seeds).images
+        images += pipe(part, guidance_scale=guidance, num_inference_steps=steps, generator=seeds).images
     return [image.resize((SIZE, SIZE)) for image in images]
 
 
@@ -135,7 +135,6 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.0])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--size", type=int, help="pixels a side; the model's own if not given. 64 for build.py's stage `small`")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args()
     pictures, out, model = given.work / "pictures", given.work / "eval", given.model or given.work / "long" / "model"
@@ -161,7 +160,7 @@ def main() -> None:
 
     def single(part: str, guidance: float) -> dict:
         wanted = requests(part, icons, pictures, given.number)
-        images = draw(pipe, [prompt for prompt, _ in wanted], guidance, given.steps, given.batch, given.size)
+        images = draw(pipe, [prompt for prompt, _ in wanted], guidance, given.steps, given.batch)
         shown = [(image, prompt) for image, (prompt, _) in zip(images[:SHOWN], wanted, strict=False)]
         beside = [each for (image, prompt), (_, icon) in zip(shown, wanted, strict=False) for each in
                   ((open_rgb(renders.path[icon]), "render"), (image, prompt))]  # fmt: skip
@@ -174,7 +173,7 @@ def main() -> None:
         things = vocabulary(icons, pictures / "large")[PLAIN]
         large = {thing.code: pictures / "large" / f"{PLAIN}-{thing.code.lower()}.png" for thing in things}
         judge = Judge({code: Image.open(path).convert("RGBA") for code, path in large.items()})
-        images = draw(pipe, [row["text"][0] for row in rows], guidance, given.steps, given.batch, given.size)
+        images = draw(pipe, [row["text"][0] for row in rows], guidance, given.steps, given.batch)
         shown = range(0, len(images), max(1, len(images) // SHOWN))
         grid([images[i] for i in shown], columns=8, labels=[rows[i]["text"][0] for i in shown]).save(out / f"composed-{guidance:g}.png")
         return composed(images, rows, judge)

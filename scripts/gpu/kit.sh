@@ -6,7 +6,7 @@
 #   bash scripts/gpu/kit.sh tests              the gpu-marked tests
 #   bash scripts/gpu/kit.sh sampling           SD3 medium's sampling beside diffusers; 3.5 medium and large by forward steps
 #   bash scripts/gpu/kit.sh training           training beside a plain diffusers loop; the loader's cost; start-up
-#   bash scripts/gpu/kit.sh bundled            trains the bundled model; KIT_LAST=1: so that it ends in this call
+#   bash scripts/gpu/kit.sh bundled            trains the bundled model, in two calls or three
 #   bash scripts/gpu/kit.sh kernels            one step of sampling and of training, as tables of kernels
 #   bash scripts/gpu/kit.sh report             README's table from the results; report A B compares two folders of results
 #

@@ -1,7 +1,7 @@
 """The bundled model trained on a GPU, by the stages of scripts/emoji/build.py from `render` to `mmdit`.
 
     bash scripts/gpu/kit.sh bundled          # again and again: it goes on where it was; stopped and saved before the time is up
-    KIT_LAST=1 bash scripts/gpu/kit.sh bundled     # the last call: the network's steps end, and its rate falls, within what is left of it
+    KIT_STEPS=9000 bash scripts/gpu/kit.sh bundled # another number of the network's steps than configs/emoji.yaml's
     python scripts/gpu/part_bundled.py --join DIR  # where the pieces are: puts the pipeline folder together again
 
 Renders and scenes are made there from the packed icons, the frozen models too, unless KIT_FROZEN=packed takes those that `prepare` found;
@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,11 +21,10 @@ import sys
 import tarfile
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cells import DEVICE, SHRUNK, Cells
+from cells import DEVICE, OUT_OF_TIME, SHRUNK, Cells
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emoji"))
 import build  # noqa: E402, isort: skip
@@ -36,19 +34,22 @@ WORK = Path(os.environ.get("KIT_EMOJI", tempfile.gettempdir() + ("/latentfm-emoj
 ICONS = ROOT / "build" / "gpu" / "emoji.jsonl.gz"
 BASE = next(folder for folder in (ROOT / "build" / "gpu" / "base", ROOT / "assets" / "emoji") if folder.is_dir())
 PIECE = 15 * 2**20
-SECONDS_TO_SAVE, SECONDS_TO_START = 30, 60
+SECONDS_TO_SAVE = 30
 FROZEN = os.environ.get("KIT_FROZEN", "packed" if SHRUNK else "trained")
 RUN = (
-    ["train.steps=6", "train.batch_size=8", "train.compile=false", "train.mixed_precision=no", "train.warmup_steps=2",
-     "output.checkpoint_every=3", "sample.steps=1", "sample.every=6", "data.workers=1"]
+    ["train.steps=6", "train.batch_size=8", "train.gradient_accumulation=1", "train.compile=false", "train.mixed_precision=no",
+     "train.warmup_steps=2", "output.checkpoint_every=3", "sample.steps=1", "sample.every=6", "data.workers=1"]
     if SHRUNK else
-    ["train.batch_size=512", "train.ema_decay=0.9995", "train.warmup_steps=500", "train.t_shift=3", "data.workers=10",
-     "output.checkpoint_every=1000", "sample.every=2000"]
+    ["train.gradient_accumulation=1", "data.workers=10", "output.checkpoint_every=500", "sample.every=1000",
+     *([f"train.steps={os.environ['KIT_STEPS']}"] if os.environ.get("KIT_STEPS") else [])]
 )  # fmt: skip
 
 
 def prepared() -> dict[str, Any]:
     """The icons rendered, captioned and composed, and the frozen models."""
+    pictures, done = WORK / "pictures", WORK / "prepared"
+    if done.exists():
+        return json.loads(done.read_text())
     if not ICONS.exists():
         raise FileNotFoundError(f"{ICONS}: made by `bash scripts/gpu/kit.sh prepare`")
     WORK.mkdir(parents=True, exist_ok=True)
@@ -63,54 +64,66 @@ def prepared() -> dict[str, Any]:
     build.render(WORK)
     build.captions(WORK)
     build.scenes(WORK)
-    return {name: len(list((WORK / "pictures" / name).glob("*.png"))) for name in ("plain", "styled", "scenes")}
+    found = {name: len(list((pictures / name).glob("*.png"))) for name in ("plain", "styled", "scenes")}
+    done.write_text(json.dumps(found))
+    return found
 
 
-def frozen() -> dict[str, Any]:
+def frozen(deadline: float) -> dict[str, Any]:
     """The VAE, the text encoders and, of those, the pipeline folder without network that the training begins with."""
     if (WORK / "base" / "model_index.json").exists():
         return {"made": "before"}
     if FROZEN == "packed":
         build.base_of(BASE, WORK)
         return {"made": str(BASE.relative_to(ROOT))}
-    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
-        done = {name: (WORK / "text" / folder / "tokenizer_config.json").exists() for name, folder in build.TOKENIZERS.items()}
-        clips = [pool.submit(build.text_encoder, WORK, name, 2) for name in ("clip", "open_clip") if not done[name]]
-        build.vae(WORK, "data.workers=5")
-        if not done["t5"]:  # it learns the VAE's latents
-            pool.submit(build.text_encoder, WORK, "t5", 4).result()
-        for clip in clips:
-            clip.result()
+
+    def encoders(*names: str) -> list[list[str]]:
+        missing = [name for name in names if not (WORK / "text" / build.TOKENIZERS[name] / "tokenizer_config.json").exists()]
+        called = "import build, pathlib, sys; build.text_encoder(pathlib.Path(sys.argv[1]), sys.argv[2], 2)"
+        return [[sys.executable, "-c", called, str(WORK), name] for name in missing]
+
+    vae = [] if (WORK / "vae" / "model" / "config.json").exists() else [build.vae_command(WORK, "data.workers=5")]
+    run_together([*vae, *encoders("clip", "open_clip")], deadline)
+    run_together(encoders("t5"), deadline)  # it learns the VAE's latents
     build.base(WORK)
     return {"made": "here"}
 
 
-def steps(deadline: float) -> list[str]:
-    """The option of the training's steps: KIT_STEPS of them, or in the last call as many as its time is enough for, as fast as before."""
-    if SHRUNK:
-        return []
-    metrics = WORK / "mmdit" / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() and os.environ.get("KIT_LAST") else []
-    if not rows:
-        return [f"train.steps={os.environ.get('KIT_STEPS', '12000')}"]
-    newest = rows[-200:]
-    pace = sorted(row["images_per_second"] for row in newest)[len(newest) // 2] / 512
-    return [f"train.steps={rows[-1]['step'] + int(pace * (deadline - SECONDS_TO_SAVE - SECONDS_TO_START - time.time()))}"]
+def run_together(commands: list[list[str]], deadline: float) -> None:
+    """Runs commands side by side. Raises RuntimeError when one fails, SystemExit when the time is up: they go on in the next call."""
+    paths = os.pathsep.join([str(ROOT / "scripts" / "emoji"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    processes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}) for command in commands]
+    while any(process.poll() is None for process in processes) and time.time() < deadline - SECONDS_TO_SAVE:
+        time.sleep(0.5)
+    late = [process for process in processes if process.poll() is None]
+    for process in late:
+        process.terminate()
+    for process in late:
+        process.wait()
+    if late:
+        print("no time left for the frozen models: start the part again, it goes on here", flush=True)
+        raise SystemExit(OUT_OF_TIME)
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"exit codes {[process.returncode for process in processes]} of the frozen models' trainings: see the log")
 
 
 def trained(deadline: float) -> dict[str, Any]:
     """Trains until the run is done or the time is up, saved either way; what it reached."""
     done = WORK / "mmdit" / "model" / "model_index.json"
     if not done.exists():
-        with subprocess.Popen(build.training_command(WORK, *RUN, *steps(deadline)), cwd=ROOT) as process:
+        with subprocess.Popen(build.training_command(WORK, *RUN), cwd=ROOT) as process:
             while process.poll() is None:
                 time.sleep(0.5)
                 if time.time() > deadline - SECONDS_TO_SAVE:
                     process.send_signal(signal.SIGTERM)  # it saves after its step, and ends
                     process.wait()
-            if process.returncode:
+            early = process.returncode == -signal.SIGTERM  # while the cache was being filled: what is in it stays
+            if process.returncode and not early:
                 raise RuntimeError(f"the training ended with exit code {process.returncode}: see the log")
-    rows = [json.loads(line) for line in (WORK / "mmdit" / "metrics.jsonl").read_text().splitlines()]
+    metrics = WORK / "mmdit" / "metrics.jsonl"
+    if not metrics.exists():
+        return {"step": 0, "finished": False}
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     last = rows[-1]
     return {
         "step": last["step"], "finished": done.exists(), "loss": round(sum(row["loss"] for row in rows[-100:]) / len(rows[-100:]), 5),
@@ -160,12 +173,13 @@ def main() -> None:
         cells.rows.pop(name, None)
     if not cells.run("data", prepared, 120):
         raise SystemExit(1)
-    if not cells.run("frozen", frozen, 60):
+    if not cells.run("frozen", lambda: frozen(cells.deadline), 60):
         raise SystemExit(1)
     row = cells.run("training", lambda: trained(cells.deadline) | {"on": DEVICE}, 60)
     if not row:
         raise SystemExit(1)
-    cells.run("weights", lambda: packed(cells.path.parent), 0)
+    if row["step"]:
+        cells.run("weights", lambda: packed(cells.path.parent), 0)
     if not row["finished"]:
         print(f"step {row['step']}: start the part again to go on")
         raise SystemExit(75)

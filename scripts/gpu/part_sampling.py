@@ -92,14 +92,20 @@ def main() -> None:
     quiet()
     cells = Cells("sampling")
     peak, settings = cells.ceilings()["tflops"], network_settings("sd3-medium")
-    names = {way: [f"{way}, {PIXELS} px, {pictures}" for pictures in (1, 4)] for way in ("eager", "compiled")}
     pipes: dict = {}
 
-    def measured(name: str, pictures: int, about: float) -> None:
-        """The cell of both pipelines; they are made for the first that is missing."""
+    def measured(way: str, pictures: int, about: float) -> None:
+        """The cell of both pipelines, which the first that is missing makes."""
+        name = f"{way}, {PIXELS} px, {pictures}"
         if not pipes and cells.rows.get(name, {}).get("state") != "done":
             pipes.update(pipelines(settings))
+            if way == "compiled":
+                compile_all()
         cells.run(name, lambda: compare(pipes, settings, pictures, peak), about)
+
+    def compile_all() -> None:
+        for pipe in pipes.values():
+            compile_blocks(pipe.transformer)
 
     def by_backend(name: str) -> dict:
         own = pipes["latentfm"] if pipes else pipelines(settings)["latentfm"]
@@ -109,22 +115,17 @@ def main() -> None:
         finally:
             own.transformer.set_attention("auto")
 
-    measured(names["eager"][0], 1, 40)
+    measured("eager", 1, 40)
     slow = ("math", "flex")
     for name in sorted(available_backends(torch.device(DEVICE), DTYPE, 64), key=lambda name: name in slow):
         if name not in ("auto", "native"):  # measured above
             cells.run(f"attention {name}, {PIXELS} px, 1", lambda name=name: by_backend(name), 60 if name in slow else 20)
     for preset in ("sd3.5-medium", "sd3.5-large"):
         cells.run(f"forward {preset}, {PIXELS} px, 2", lambda preset=preset: forward_steps(preset, peak), 35)
-    measured(names["eager"][1], 4, 90)
-    for pipe in pipes.values():
-        compile_blocks(pipe.transformer)
-    for name, pictures in zip(names["compiled"], (1, 4), strict=True):
-        if not pipes and cells.rows.get(name, {}).get("state") != "done":
-            pipes.update(pipelines(settings))
-            for pipe in pipes.values():
-                compile_blocks(pipe.transformer)
-        measured(name, pictures, 90)
+    measured("eager", 4, 90)
+    compile_all()
+    for pictures in (1, 4):
+        measured("compiled", pictures, 90)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The gpu-marked tests, each file in a process of its own (a fault of the device ends one of them), as rows of tests.json.
 
-bash scripts/gpu/kit.sh tests
+    bash scripts/gpu/kit.sh tests
 """
 
 import os

@@ -1,7 +1,7 @@
 """The GPU kit's results as README's table, or two of them side by side.
 
-python scripts/gpu/report.py build/gpu/results            # Markdown: what was measured, on which GPU, by which command
-python scripts/gpu/report.py results/before results/after # what changed, row by row; exit code 1 where a row is over 5 % slower
+    python scripts/gpu/report.py build/gpu/results            # Markdown: what was measured, on which GPU, by which command
+    python scripts/gpu/report.py results/before results/after # what changed, row by row; exit code 1 where a row is over 5 % slower
 """
 
 import argparse
