@@ -97,7 +97,7 @@ class PairOptions(Section):
     teacher: str | None = Field(None, description="its pipeline folder; model.pipeline if not given")
     steps: int = Field(28, ge=1, le=MOST_STEPS, description="of the teacher; its solver's error is learned too")
     guidance: float | None = Field(
-        None, ge=0, le=MOST_GUIDANCE, description="what the student will draw at guidance 1; 3 if not given, of a teacher made so itself 1"
+        None, ge=0, le=MOST_GUIDANCE, description="that the student will have in its weights; the teacher's own if not given, or 3"
     )
     solver: Solver | None = Field(None, description="of the teacher; its scheduler's if not given")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="what the teacher computes in")

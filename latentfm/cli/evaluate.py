@@ -13,7 +13,7 @@ from latentfm.cli.checks import check_at_least_one, check_at_most, check_name, m
 from latentfm.cli.generate import DEVICES, DTYPES
 from latentfm.errors import InputError, nearest
 from latentfm.files import check_can_be_written
-from latentfm.models.folder import usual_guidance
+from latentfm.models.folder import Usual, usual_sampling
 from latentfm.requests import Settings, values
 from latentfm.sampling import SOLVERS, Guidance, Sampler, Schedule, Solver
 from latentfm.words import shown
@@ -45,11 +45,14 @@ def evaluate(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", "-n", help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; each next picture has the next one.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 28,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the sampler. Default: as the model's folder says, else 28.", show_default=False)
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="How strongly the prompt pulls; 1 is no guidance. Default: 3, and 1 of a model with guidance in its weights.",
+            help="How strongly the prompt pulls; 1 is no guidance. Default: as the model's folder says, else 3, and 1 of a model with "
+            "guidance in its weights.",
             show_default=False,
         ),
     ] = None,
@@ -141,7 +144,7 @@ def checked(given: SimpleNamespace) -> Wanted:
     """What the options come to. Raises InputError for whatever can be told to be wrong before a model is loaded."""
     from latentfm.evaluation.geneval import read_asked
 
-    check_at_least_one({"--seeds": given.seeds, "--batch": given.batch, "--steps": given.steps})
+    check_at_least_one({"--seeds": given.seeds, "--batch": given.batch, "--steps": 1 if given.steps is None else given.steps})
     check_at_most({"--batch": (given.batch, MOST_AT_ONCE)})
     folder = model_folder(given.model, "MODEL")
     if given.prompts is None:
@@ -150,8 +153,8 @@ def checked(given: SimpleNamespace) -> Wanted:
         given.detector = given.detector or "emoji"
     file = given.prompts or detector_folder() / "prompts.jsonl"
     asked = read_asked(file)
-    guidance = usual_guidance(folder) if given.guidance is None else given.guidance
-    sampler = Sampler(given.steps, guidance, given.solver, given.schedule, given.shift, given.guidance_rule)
+    usual, asked_for = usual_sampling(folder), {name: getattr(given, name) for name in Usual._fields if getattr(given, name) is not None}
+    sampler = Sampler(*usual._replace(**asked_for), given.solver, given.schedule, given.shift, given.guidance_rule)
     if sampler.guidance == "autoguidance":
         raise InputError("--guidance-rule autoguidance needs a weaker model beside this one, which evaluate does not take")
     width, height = (None, None) if given.size is None else parse_size(given.size)
@@ -187,7 +190,7 @@ def checked(given: SimpleNamespace) -> Wanted:
         evaluated = given.against
     elif given.against is not None:
         folder_of_other = model_folder(given.against, "--against")
-        own = base.changed({"guidance": usual_guidance(folder_of_other)}) if given.guidance is None else base
+        own = base.changed(usual_sampling(folder_of_other)._replace(**asked_for)._asdict())
         other = Variant(str(given.against), folder_of_other, own)
     return Wanted(asked, file, Variant(str(given.model or "bundled"), folder, base), sweeps, other, evaluated)
 

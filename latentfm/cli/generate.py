@@ -30,7 +30,7 @@ from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
-from latentfm.models.folder import usual_guidance
+from latentfm.models.folder import Usual, usual_sampling
 from latentfm.requests import Prompt, Request, Settings, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.series import Series
@@ -66,14 +66,21 @@ def generate(
         int | None,
         typer.Option(help="Seed of the first picture; each next picture has the next one. Default: random, printed.", show_default=False),
     ] = None,
-    steps: Annotated[str, typer.Option(help=f"Steps of the sampler: more is slower and finer. {SWEPT}")] = "28",
-    guidance: Annotated[
-        str,
+    steps: Annotated[
+        str | None,
         typer.Option(
-            help=f"How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal. {SWEPT} Of a model with "
-            "guidance in its weights, as `latentfm reflow` makes them, 1 unless given."
+            help=f"Steps of the sampler: more is slower and finer. {SWEPT} Default: the model's own, 8 of the bundled one; or 28.",
+            show_default=False,
         ),
-    ] = "3",
+    ] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How strongly the prompt pulls: 1 is no guidance, 2 to 5 usual, more is cruder and more literal. {SWEPT} Default: what "
+            "the model's folder says, 2 of the bundled one, or 3; 1 of weights with guidance in them, as `latentfm reflow` makes them.",
+            show_default=False,
+        ),
+    ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
@@ -205,17 +212,18 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         given.prompts = [before["prompt"]]
     if given.size is None and "width" in before and "height" in before:
         given.size = f"{before['width']}x{before['height']}"
-    if ctx.get_parameter_source("guidance").name == "DEFAULT" and "guidance" not in before and has_guidance(given.model):
-        given.guidance = "1"
+    usual = usual_of(given.model)
+    given.steps = usual.steps if given.steps is None else given.steps
+    given.guidance = usual.guidance if given.guidance is None else given.guidance
     return given
 
 
-def has_guidance(model: Path | None) -> bool:
-    """Whether a model's weights have guidance in them, so that 1 is their own."""
+def usual_of(model: Path | None) -> Usual:
+    """What a model is drawn with where nothing else is asked for."""
     try:
-        return usual_guidance(model_folder(model)) == 1
+        return usual_sampling(model_folder(model))
     except InputError:  # which is told when all options are checked
-        return False
+        return Usual()
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def reflow(
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Of the teacher, folded into the student. Default: 3, or 1 of a model with guidance in its weights.", show_default=False
+            help="Of the teacher, folded into the student. Default: its own, or 3; 1 if its weights have it.", show_default=False
         ),
     ] = None,
     seed: Annotated[

@@ -4,8 +4,9 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from latentfm.bounds import MOST_GUIDANCE, MOST_STEPS
 from latentfm.errors import InputError, nearest
 from latentfm.files import read_json
 from latentfm.models.encoders import ENCODERS, T5, TEXT
@@ -112,6 +113,11 @@ def wrong_info(info: Mapping[str, Any]) -> str:
     guidance = info.get("distilled_guidance", 1.0)
     if type(guidance) not in (int, float) or not 0 <= guidance < float("inf"):
         return f"distilled_guidance {shown(json.dumps(guidance), 80)}, which is no strength"
+    steps, guidance = info.get("steps", 1), info.get("guidance", 1.0)
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        return f"steps {shown(json.dumps(steps), 80)}, which is no number from 1 to {MOST_STEPS:,}"
+    if type(guidance) not in (int, float) or not 0 <= guidance <= MOST_GUIDANCE:
+        return f"guidance {shown(json.dumps(guidance), 80)}, which is no strength from 0 to {MOST_GUIDANCE:g}"
     return ""
 
 
@@ -120,9 +126,18 @@ def distilled_guidance(info: Mapping[str, Any]) -> float | None:
     return info.get("distilled_guidance")
 
 
-def usual_guidance(folder: Path) -> float:
-    """What a model's folder is drawn with where nothing else is asked for: 1 where its weights have guidance in them, else 3."""
-    return 3.0 if distilled_guidance(read_info(folder)) is None else 1.0
+class Usual(NamedTuple):
+    """What is drawn with where nothing else is asked for."""
+
+    steps: int = 28
+    guidance: float = 3.0
+
+
+def usual_sampling(folder: Path) -> Usual:
+    """What a model's folder says of itself, or the usual; guidance 1 where its weights have guidance in them."""
+    info = read_info(folder)
+    own = Usual(**{name: info[name] for name in Usual._fields if name in info})
+    return own if distilled_guidance(info) is None else own._replace(guidance=1.0)
 
 
 def t5_length(info: dict[str, Any]) -> int:

@@ -20,13 +20,11 @@ from latentfm.data.sources import Dataset
 from latentfm.data.sources.base import sha256
 from latentfm.files import expanded, read_bytes
 from latentfm.interchange.frozen import FrozenModels
-from latentfm.models.folder import check_folder, distilled_guidance, network_settings, read_info
+from latentfm.models.folder import check_folder, distilled_guidance, network_settings, read_info, usual_sampling
 from latentfm.models.text import MOST_BYTES, NULL_FILE
 from latentfm.pipelines.text_to_image import LatentFMPipeline
 from latentfm.planning.run import RunPlan
 from latentfm.requests import read_prompts
-
-GUIDANCE = 3.0  # folded into pairs where nothing else is said, as `latentfm generate` draws
 
 
 def listed_data(config: RunConfig, plan: RunPlan, models: FrozenModels, processes: Processes) -> tuple[Dataset, PreparedData]:
@@ -55,7 +53,7 @@ def folded_guidance(config: RunConfig) -> tuple[float, float | None]:
     """(the scale that the teacher draws with, the guidance that its student has in its weights; None where it has none)."""
     inherited = distilled_guidance(read_info(teacher_folder(config)))
     given = config.data.pairs.guidance
-    scale = given if given is not None else GUIDANCE if inherited is None else 1.0
+    scale = given if given is not None else usual_sampling(teacher_folder(config)).guidance
     return scale, inherited if scale == 1 else scale
 
 

@@ -19,7 +19,7 @@ def add(studio: Studio) -> None:
         prompt: str,
         negative: str = "",
         size: str = "",
-        steps: str = "28",
+        steps: str = "",
         guidance: str = "",
         guidance_rule: str = "cfg",
         solver: str = OWN,
@@ -35,7 +35,7 @@ def add(studio: Studio) -> None:
     ) -> AsyncIterator[list[dict]]:
         """Draws pictures; gives {"name", "url", "settings"} of each that is finished, the last time of all of them.
 
-        steps, guidance and solver may be several, "4,8,16". guidance: 3 unless given, or 1 of weights that have it in them. seed: a new
+        steps, guidance and solver may be several, "4,8,16". Those not given are the model's own. seed: a new
         one unless given. image, mask: gradio_client.handle_file of the picture to begin from, and of one that is white where it is drawn
         anew. A url is below the page's own.
         """

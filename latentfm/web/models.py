@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from latentfm.cli.checks import chosen_device, chosen_dtype, model_folder
 from latentfm.drawing import choose_attention, described, load, load_adapters, move
 from latentfm.errors import InputError, nearest
-from latentfm.models.folder import usual_guidance
+from latentfm.models.folder import Usual, usual_sampling
 from latentfm.words import listed, shown
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class Models:
         if lora is not None and lora not in there:
             raise InputError(f"no LoRA {shown(repr(lora), 60)}{nearest(lora, there)}; there are: {listed(there, 20) or 'none'}")
 
-    def guidance(self, model: str) -> float:
-        """The guidance that a model is drawn with where none is asked for."""
-        return usual_guidance(model_folder(self.folders[model])) if model in self.folders else 3.0
+    def usual(self, model: str) -> Usual:
+        """What a model is drawn with where nothing else is asked for."""
+        return usual_sampling(model_folder(self.folders[model])) if model in self.folders else Usual()
 
     def name_of(self, model: object) -> str | None:
         """The name on the page of a model as a picture's settings name it; None where it is not offered."""

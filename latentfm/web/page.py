@@ -115,10 +115,10 @@ def essentials(studio: Studio) -> dict[str, gr.components.Component]:
 
 def numbers(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.Button:
     """How much of it, and the seed; the button that draws a new one."""
-    limits, own = studio.limits, studio.models.guidance(studio.models.names()[0])
+    limits, own = studio.limits, studio.models.usual(studio.models.names()[0])
     with gr.Row(elem_classes="pair"):
-        controls["steps"] = gr.Slider(1, limits.steps, DEFAULTS["steps"], step=1, label="Steps", elem_id="steps", buttons=[])
-        controls["guidance"] = gr.Slider(0, 20, own, step=0.1, label="Guidance", elem_id="guidance", buttons=[])
+        controls["steps"] = gr.Slider(1, limits.steps, min(own.steps, limits.steps), step=1, label="Steps", elem_id="steps", buttons=[])
+        controls["guidance"] = gr.Slider(0, 20, own.guidance, step=0.1, label="Guidance", elem_id="guidance", buttons=[])
     with gr.Row(elem_classes="pair"):
         controls["count"] = gr.Slider(1, limits.batch, 1, step=1, label="Pictures", elem_id="count", buttons=[])
         controls["size"] = gr.Textbox(label="Size", placeholder="the model's own", elem_id="size")
@@ -134,7 +134,7 @@ def further(studio: Studio, controls: dict[str, gr.components.Component]) -> gr.
     models, loras = studio.models.names(), list(studio.models.lora_paths())
     with gr.Row(elem_classes="pair", visible=len(models) > 1):
         controls["model"] = gr.Dropdown(models, value=models[0], label="Model", elem_id="model")
-        controls["model"].input(studio.models.guidance, controls["model"], controls["guidance"], **actions.QUIET)
+        controls["model"].input(studio.models.usual, controls["model"], [controls["steps"], controls["guidance"]], **actions.QUIET)
     with gr.Row(elem_classes="pair", visible=studio.models.loras is not None):
         controls["lora"] = gr.Dropdown([NO_LORA, *loras], value=NO_LORA, label="LoRA", elem_id="lora")
         controls["lora_strength"] = gr.Slider(-2, 2, 1, step=0.05, label="LoRA strength", elem_id="lora-strength", buttons=[])

@@ -36,8 +36,9 @@ class Studio:
     def ask(self, values: dict[str, Any]) -> Job:
         """The job of what `form.checked` takes, with `canvas` in the place of files. Raises InputError for what cannot be."""
         given = {"model": self.models.names()[0]} | {name: value for name, value in values.items() if name != "canvas"}
-        if given.get("guidance") in (None, "") and isinstance(given["model"], str):
-            given["guidance"] = self.models.guidance(given["model"])
+        if isinstance(given["model"], str):
+            usual = self.models.usual(given["model"])._asdict()
+            given |= {name: value for name, value in usual.items() if given.get(name) in (None, "")}
         checked(self.limits, **given)  # first, so that nothing is kept of what is refused
         return self.line.join(checked(self.limits, **given, **sources(values.get("canvas"), self.limits, self.gallery)))
 

@@ -166,7 +166,7 @@ def base(work: Path) -> None:
     for length in (SHORT, LONG):
         null.parts(length)
     null.save(folder)
-    info = {"format": 1, "name": "emoji", "max_sequence_length": SHORT}
+    info = {"format": 1, "name": "emoji", "max_sequence_length": SHORT, "steps": 8, "guidance": 2.0}
     (folder / "latentfm.json").write_text(json.dumps(info, indent=2) + "\n", "utf-8")
 
 

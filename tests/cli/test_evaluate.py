@@ -53,7 +53,7 @@ def evaluate(run, prompts):
 
 def test_each_model_is_drawn_at_its_own_guidance(evaluate, tiny_folder, tmp_path):
     fast = tiny_pipeline(tmp_path / "fast", seed=5)
-    (fast / "latentfm.json").write_text(json.dumps({"format": 1, "distilled_guidance": 4.0}))
+    (fast / "latentfm.json").write_text(json.dumps({"format": 1, "distilled_guidance": 4.0, "steps": 4}))
     assert [model["told"]["guidance"] for model in evaluate(tiny_folder, "--against", fast)["models"]] == [3, 1]
     assert [model["told"]["guidance"] for model in evaluate(fast, "--guidance", 2, out="other")["models"]] == [2]
 

@@ -44,10 +44,35 @@ def test_a_model_with_guidance_in_its_weights_is_drawn_at_1_unless_more_is_asked
     assert read_settings(again.stdout.split()[-1])["guidance"] == 2.0  # as the picture was made
 
 
-def test_an_odd_word_on_guidance_is_damage(run, saved, tmp_path):
+def test_a_model_is_drawn_as_its_folder_says_unless_something_else_is_asked(run, saved, tmp_path):
+    from latentfm.pictures import read_settings
+
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     (folder / "latentfm_manifest.txt").unlink()
-    (folder / "latentfm.json").write_text(json.dumps({"format": 1, "distilled_guidance": "three"}))
+    info = json.loads((folder / "latentfm.json").read_text())
+    (folder / "latentfm.json").write_text(json.dumps(info | {"steps": 2, "guidance": 1.5}))
+    for words, wanted in (([], (2, 1.5)), (["--steps", "1"], (1, 1.5)), (["--guidance", "3"], (2, 3.0))):
+        answer = run("generate", "a red apple", "--model", folder, "--device", "cpu", "--out", "out", *words)
+        assert answer.exit_code == 0, answer.stderr
+        settings = read_settings(answer.stdout.split()[-1])
+        assert (settings["steps"], settings["guidance"]) == wanted
+    again = run("generate", "--like", answer.stdout.split()[-1], "--steps", "1", "--device", "cpu", "--out", "again")
+    settings = read_settings(again.stdout.split()[-1])
+    assert (settings["steps"], settings["guidance"]) == (1, 3.0)
+    (folder / "latentfm.json").write_text(json.dumps(info | {"steps": 2, "guidance": 1.5, "distilled_guidance": 3.0}))
+    answer = run("generate", "a red apple", "--model", folder, "--device", "cpu", "--out", "distilled")
+    settings = read_settings(answer.stdout.split()[-1])
+    assert (settings["steps"], settings["guidance"]) == (2, 1.0)
+
+
+@pytest.mark.parametrize("said", [
+    {"distilled_guidance": "three"}, {"steps": 0}, {"steps": True}, {"steps": 10**6}, {"guidance": -1}, {"guidance": "2"},
+])  # fmt: skip
+def test_an_odd_word_on_how_to_draw_is_damage(run, saved, tmp_path, said):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (folder / "latentfm_manifest.txt").unlink()
+    (folder / "latentfm.json").write_text(json.dumps({"format": 1, **said}))
     answer = run("generate", "a red apple", "--model", folder, "--device", "cpu")
-    assert answer.exit_code == 2 and "distilled_guidance" in answer.stderr
+    assert answer.exit_code == 2 and next(iter(said)) in answer.stderr

@@ -100,12 +100,12 @@ def test_a_model_with_guidance_in_its_weights_is_drawn_at_1_unless_more_is_asked
     shutil.copytree(saved, folder)
     (folder / "latentfm_manifest.txt").unlink()
     info = json.loads((folder / "latentfm.json").read_text())
-    (folder / "latentfm.json").write_text(json.dumps(info | {"distilled_guidance": 3.0}))
+    (folder / "latentfm.json").write_text(json.dumps(info | {"distilled_guidance": 3.0, "steps": 2}))
     models = Models([folder, saved], None, "cpu", "float32")
-    assert [models.guidance(name) for name in (*models.names()[:2], "nothing")] == [1.0, 3.0, 3.0]
+    assert [models.usual(name) for name in (*models.names()[:2], "nothing")] == [(2, 1.0), (28, 3.0), (28, 3.0)]
     studio = Studio(models, LIMITS, None, line := Line(models, LIMITS, tmp_path / "out"))
-    asked = [studio.ask({"prompt": "a cat", "steps": 1, "guidance": each}) for each in ("", 2)]
-    assert [job.wish.sweeps["guidance"] for job in asked] == [[1.0], [2.0]]
+    asked = [studio.ask({"prompt": "a cat", "steps": steps, "guidance": guidance}) for steps, guidance in (("", ""), (1, 2))]
+    assert [(job.wish.sweeps["steps"], job.wish.sweeps["guidance"]) for job in asked] == [([2], [1.0]), ([1], [2.0])]
     with line.lock:
         line.lock.wait_for(lambda: not line.jobs, timeout=1)  # which nobody tells
     while line.jobs:
