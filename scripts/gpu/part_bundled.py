@@ -46,7 +46,7 @@ RUN = (
 
 
 def prepared() -> dict[str, Any]:
-    """The icons rendered, captioned and composed, and the frozen models."""
+    """The icons rendered, captioned and composed, once; how many pictures of each part there are."""
     pictures, done = WORK / "pictures", WORK / "prepared"
     if done.exists():
         return json.loads(done.read_text())
