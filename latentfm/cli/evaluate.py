@@ -13,7 +13,7 @@ from latentfm.cli.checks import check_at_least_one, check_at_most, check_name, m
 from latentfm.cli.generate import DEVICES, DTYPES
 from latentfm.errors import InputError, nearest
 from latentfm.files import check_can_be_written
-from latentfm.models.folder import Usual, usual_sampling
+from latentfm.models.folder import usual_sampling
 from latentfm.requests import Settings, values
 from latentfm.sampling import SOLVERS, Guidance, Sampler, Schedule, Solver
 from latentfm.words import shown
@@ -153,8 +153,8 @@ def checked(given: SimpleNamespace) -> Wanted:
         given.detector = given.detector or "emoji"
     file = given.prompts or detector_folder() / "prompts.jsonl"
     asked = read_asked(file)
-    usual, asked_for = usual_sampling(folder), {name: getattr(given, name) for name in Usual._fields if getattr(given, name) is not None}
-    sampler = Sampler(*usual._replace(**asked_for), given.solver, given.schedule, given.shift, given.guidance_rule)
+    usual = usual_sampling(folder).unless(vars(given))
+    sampler = Sampler(usual["steps"], usual["guidance"], given.solver, given.schedule, given.shift, given.guidance_rule)
     if sampler.guidance == "autoguidance":
         raise InputError("--guidance-rule autoguidance needs a weaker model beside this one, which evaluate does not take")
     width, height = (None, None) if given.size is None else parse_size(given.size)
@@ -190,7 +190,7 @@ def checked(given: SimpleNamespace) -> Wanted:
         evaluated = given.against
     elif given.against is not None:
         folder_of_other = model_folder(given.against, "--against")
-        own = base.changed(usual_sampling(folder_of_other)._replace(**asked_for)._asdict())
+        own = base.changed(usual_sampling(folder_of_other).unless(vars(given)))
         other = Variant(str(given.against), folder_of_other, own)
     return Wanted(asked, file, Variant(str(given.model or "bundled"), folder, base), sweeps, other, evaluated)
 

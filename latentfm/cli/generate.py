@@ -212,9 +212,7 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         given.prompts = [before["prompt"]]
     if given.size is None and "width" in before and "height" in before:
         given.size = f"{before['width']}x{before['height']}"
-    usual = usual_of(given.model)
-    given.steps = usual.steps if given.steps is None else given.steps
-    given.guidance = usual.guidance if given.guidance is None else given.guidance
+    vars(given).update(usual_of(given.model).unless(vars(given)))
     return given
 
 

@@ -132,6 +132,10 @@ class Usual(NamedTuple):
     steps: int = 28
     guidance: float = 3.0
 
+    def unless(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """{"steps", "guidance"}: those of `given`, where they are neither missing nor None, else these."""
+        return {name: value if given.get(name) is None else given[name] for name, value in self._asdict().items()}
+
 
 def usual_sampling(folder: Path) -> Usual:
     """What a model's folder says of itself, or the usual; guidance 1 where its weights have guidance in them."""

@@ -37,8 +37,7 @@ class Studio:
         """The job of what `form.checked` takes, with `canvas` in the place of files. Raises InputError for what cannot be."""
         given = {"model": self.models.names()[0]} | {name: value for name, value in values.items() if name != "canvas"}
         if isinstance(given["model"], str):
-            usual = self.models.usual(given["model"])._asdict()
-            given |= {name: value for name, value in usual.items() if given.get(name) in (None, "")}
+            given |= self.models.usual(given["model"]).unless({name: None if value == "" else value for name, value in given.items()})
         checked(self.limits, **given)  # first, so that nothing is kept of what is refused
         return self.line.join(checked(self.limits, **given, **sources(values.get("canvas"), self.limits, self.gallery)))
 

@@ -59,7 +59,7 @@ class Pairs:
 
 def opened(paths: list[Path], factor: int = 1) -> Iterator[np.ndarray]:
     """Pictures, uint8 [H, W, 3], a `factor` smaller, in order."""
-    yield from map_ahead(lambda path: np.asarray(open_rgb(path).reduce(factor)), paths, os.cpu_count() or 1, 256)
+    return map_ahead(lambda path: np.asarray(open_rgb(path).reduce(factor)), paths, os.cpu_count() or 1, 256)
 
 
 def contrast(features: Tensor, temperature: float = 0.07) -> Tensor:
