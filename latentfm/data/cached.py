@@ -1,8 +1,10 @@
 """Training out of a cache: pictures and captions are encoded once, before the first step."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from latentfm.bounds import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE
+from latentfm.bounds import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, captions_at_once, images_at_once
 from latentfm.data.cache.entries import Entries
 from latentfm.data.cache.fill import Job, Made
 from latentfm.data.cache.store import key_of
 from latentfm.data.loader import Batch, Draws, Dropout, Reader, Request, Routing, stacked_masks
 from latentfm.data.prepared import PreparedData
+from latentfm.data.readable import Picture
 from latentfm.data.sources import Sample
 from latentfm.data.sources.base import sha256
 from latentfm.data.table import SampleTable
@@ -50,42 +53,56 @@ class CachedData(PreparedData):
 
     def jobs(self) -> list[Job]:
         """All that should be in the cache, each key once: captions by length, pictures by shape, masks."""
-        ordered = sorted(self.samples, key=lambda sample: self.inventory.bucket_by_id[sample.id])
-        pictures = [(sample, flip) for sample in ordered for flip in self.inventory.flips]
-        images = {self.image_key(*picture): picture for picture in pictures}
+        pictures = [(sample, flip) for sample in self.samples for flip in self.inventory.flips]
         masks = {self.mask_key(*picture): picture for picture in pictures if picture[0].mask}
-        return [
-            *self.caption_jobs(),
-            Job("moments", list(images.items()), self.encode_images, IMAGES_AT_ONCE, self.load_image),
-            Job("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask),
-        ]
+        mask_job = Job("masks", list(masks.items()), masks_of, IMAGES_AT_ONCE, self.load_mask)
+        return [*self.caption_jobs(), *self.image_jobs(pictures), mask_job]
+
+    def image_jobs(self, pictures: Iterable[Picture]) -> list[Job]:
+        """A job for each bucket's shape: every picture, each once."""
+        by_bucket: dict[int, dict[str, Picture]] = defaultdict(dict)
+        for sample, flip in pictures:
+            by_bucket[self.inventory.bucket_by_id[sample.id]][self.image_key(sample, flip)] = sample, flip
+        made = []
+        for bucket, images in sorted(by_bucket.items()):
+            width, height = self.inventory.buckets.shapes[bucket]
+            at_once = images_at_once(width * height, self.models.device.type == "cpu")
+            made.append(Job("moments", list(images.items()), partial(self.encode_images, at_once=at_once), at_once, self.load_image))
+        return made
 
     def caption_jobs(self) -> list[Job]:
         """A job for each T5 length: every caption, each once."""
         texts = sorted({caption for sample in self.samples for caption in sample.captions})
         prompts = [{self.caption_key(text, length): (text, length) for text in texts} for length in self.lengths]
-        return [Job("prompts", list(entries.items()), self.encode_captions, CAPTIONS_AT_ONCE) for entries in prompts]
+        at_once = [captions_at_once(length, self.models.device.type == "cpu") for length in self.lengths]
+        return [
+            Job("prompts", list(entries.items()), partial(self.encode_captions, at_once=number), number)
+            for entries, number in zip(prompts, at_once, strict=True)
+        ]
 
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         return [job.wanted[number][1] for job in jobs if job.kind == "prompts" for number in job.missing(self.cache)]
 
-    def encode_images(self, pictures: Sequence[Tensor | None]) -> list[dict[str, Tensor] | None]:
-        """The entries of pictures; None of None."""
-        dtype = getattr(torch, self.options.cache_dtype)
+    def encode_images(self, pictures: Sequence[Tensor | None], at_once: int) -> list[dict[str, Tensor] | None]:
+        """The entries of pictures of one shape; None of None.
+
+        They are encoded as `at_once`, however few: an entry made again has the bits it had, whatever else was missing then.
+        """
+        places = [place for place, picture in enumerate(pictures) if picture is not None]
         entries: list[dict[str, Tensor] | None] = [None] * len(pictures)
-        for shape in {picture.shape for picture in pictures if picture is not None}:
-            places = [place for place, picture in enumerate(pictures) if picture is not None and picture.shape == shape]
-            # always as many: an entry made again has the bits it had, whatever else was missing then
-            padded = (places + [places[0]] * IMAGES_AT_ONCE)[:IMAGES_AT_ONCE]
-            moments = self.moments(torch.stack([pictures[place] for place in padded])).to(dtype)
-            for place, value in zip(places, moments, strict=False):
+        if places:
+            padded = places + [places[0]] * (at_once - len(places))
+            moments = self.moments(torch.stack([pictures[place] for place in padded])).to(getattr(torch, self.options.cache_dtype))
+            for place, value in zip(places, moments.cpu(), strict=False):
                 entries[place] = {"moments": value}
         return entries
 
-    def encode_captions(self, items: Sequence[tuple[str, int]], dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Tensor]]:
-        """The entries of (caption, T5 length) pairs, all of one length, in `dtype`."""
+    def encode_captions(
+        self, items: Sequence[tuple[str, int]], at_once: int = CAPTIONS_AT_ONCE, dtype: torch.dtype = torch.bfloat16
+    ) -> list[dict[str, Tensor]]:
+        """The entries of (caption, T5 length) pairs, all of one length, in `dtype`; encoded as `at_once`, however few."""
         captions = [caption for caption, _ in items]
-        padded = (captions + [""] * CAPTIONS_AT_ONCE)[: max(CAPTIONS_AT_ONCE, len(captions))]
+        padded = captions + [""] * (at_once - len(captions))
         parts = self.encoded(padded, items[0][1]).map(lambda value: value.to(dtype).cpu())
         return [{name: value[row] for name, value in parts.items()} for row in range(len(items))]
 
@@ -100,7 +117,7 @@ class CachedData(PreparedData):
 
     def encode(self, prompts: Sequence[str], t5_length: int) -> PromptParts:
         def make(items: Sequence[tuple[str, int]]) -> list[dict[str, Tensor]]:
-            return self.encode_captions(items, torch.float32)
+            return self.encode_captions(items, dtype=torch.float32)
 
         found = self.condition_entries([(self.prompt_key(prompt, t5_length), (prompt, t5_length)) for prompt in prompts], make)
         return PromptParts(**{name: torch.stack([parts[name] for parts in found]) for name in found[0]})

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from latentfm.bounds import CAPTIONS_AT_ONCE, DEFAULT_PROMPTS, IMAGES_AT_ONCE, LARGE
+from latentfm.bounds import DEFAULT_PROMPTS, LARGE, captions_at_once, images_at_once
 from latentfm.config import AdapterOptions
 from latentfm.errors import InputError
 from latentfm.optimizers import OPTIMIZERS
@@ -26,9 +26,9 @@ def training_of(plan: RunPlan, cpu: bool = False, pictures: int | None = None) -
     width, height = max(plan.data.buckets.shapes, key=lambda shape: shape[0] * shape[1])
     text_width, text = WIDTHS[plan.config.model.text_encoders], plan.text_tokens[0]
     encoders = text_width * sum(model.encoder_parameters.values())
-    longest, captions = max(plan.data.t5_lengths), plan.micro_batch if data.online else CAPTIONS_AT_ONCE
-    prompt = text_width * sum(encoder.numbers(longest) for encoder in model.encoders.values())
-    at_once = IMAGES_AT_ONCE if width * height <= LARGE and not data.online else 1
+    captions = {length: plan.micro_batch if data.online else captions_at_once(length, cpu) for length in plan.data.t5_lengths}
+    prompts = max(number * sum(encoder.numbers(length) for encoder in model.encoders.values()) for length, number in captions.items())
+    at_once = images_at_once(width * height, cpu) if width * height <= LARGE and not data.online else 1
     drawn = len(plan.config.sample.prompts) or min(DEFAULT_PROMPTS, DEFAULT_PROMPTS if pictures is None else pictures)
     base = adapter.base if adapter and adapter.base != "as_weights" else None
     return Training(
@@ -38,7 +38,7 @@ def training_of(plan: RunPlan, cpu: bool = False, pictures: int | None = None) -
         master=train.master_weights, narrow_moments=train.moments == "bfloat16", state=OPTIMIZERS[train.optimizer].state,
         accumulated=train.gradient_accumulation > 1, shards=plan.parallelism.shards, offloaded=plan.parallelism.offload,
         frozen=4 * model.vae + (encoders if data.online else 0), encoders=0 if data.online else encoders,
-        encoding=max(4 * at_once * model.decoder.encoder_numbers(width * height), captions * prompt), online=data.online,
+        encoding=max(4 * at_once * model.decoder.encoder_numbers(width * height), text_width * prompts), online=data.online,
         pictures=-(-drawn // processes), decoding=4 * model.decoder.numbers(width * height), cpu=cpu,
         trains=plan.trained, wide_adapters=narrow and adapter is not None, quantised=base, routed=plan.routed((width, height)),
         everywhere=plan.beyond_attention or base == "int8",  # bitsandbytes keeps the input of every 8-bit product

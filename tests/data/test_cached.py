@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from latentfm.bounds import captions_at_once, images_at_once
 from latentfm.config import DataOptions, ModelOptions
 from latentfm.data import prepared
+from latentfm.data.cache.store import Cache
 from latentfm.data.sources import read_folder
 from latentfm.interchange import components, frozen
 from latentfm.models.tokenizers import load_tokenizer
@@ -69,6 +71,29 @@ def test_flips_have_their_own_entries_of_the_mirrored_picture(pictures, models):
     fill(mirrored)
     torch.testing.assert_close(read(mirrored.cache, mirrored.image_key(sample, False))["moments"], flipped)
     assert (plain - flipped).abs().max() > 0.1
+
+
+def test_as_many_together_as_a_gpu_takes_are_encoded_the_same(pictures, models, monkeypatch):
+    few = cached(pictures, models, flip=True)
+    assert fill(few) == 7
+    monkeypatch.setattr("latentfm.data.cached.images_at_once", lambda pixels, cpu: images_at_once(pixels, cpu=False))
+    monkeypatch.setattr("latentfm.data.cached.captions_at_once", lambda length, cpu: captions_at_once(length, cpu=False))
+    many = cached(pictures, models, flip=True)
+    many.cache = Cache(pictures.parent / "another")
+    assert {job.kind: job.at_once for job in many.jobs()} == {"prompts": 256, "moments": 128, "masks": 8}
+    assert fill(many) == 7
+    for key in keys(few).values():
+        entries = read(few.cache, key), read(many.cache, key)
+        assert entries[0].keys() == entries[1].keys()
+        for name in entries[0]:
+            torch.testing.assert_close(entries[1][name].float(), entries[0][name].float(), rtol=2**-6, atol=1e-3)
+
+
+def test_how_many_are_encoded_together():
+    assert [images_at_once(side**2, cpu=True) for side in (32, 128, 1024)] == [8, 8, 8]
+    assert [images_at_once(side**2, cpu=False) for side in (32, 128, 256, 384, 512, 1024)] == [128, 128, 32, 8, 8, 8]
+    assert [captions_at_once(length, cpu=True) for length in (24, 512)] == [32, 32]
+    assert [captions_at_once(length, cpu=False) for length in (24, 77, 256, 512)] == [256, 64, 32, 32]
 
 
 def test_another_caption_or_length_is_a_miss_of_its_own(pictures, models):
