@@ -1,10 +1,18 @@
-"""How far a set of pictures is from another, by their features [N, D]; all in float64."""
+"""How far a set of pictures is from another, by their features [N, D]; all in float64, never a whole table of pairs in memory."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 NEAREST = 5  # k of precision, recall, density and coverage, as in Naeem et al. 2020
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # of Jayasumana et al. 2024
+PAIRS_AT_ONCE = 1 << 24  # 128 MB of them; the pairs of 100,000 pictures would be 80 GB
+
+
+def in_rows(features: Tensor, others: int) -> Sequence[Tensor]:
+    """Features [N, D] in parts of which each makes at most PAIRS_AT_ONCE pairs with `others`, or is one row."""
+    return features.split(max(1, PAIRS_AT_ONCE // others))
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +40,8 @@ def cmmd(one: Tensor, other: Tensor) -> float:
     one, other = (torch.nn.functional.normalize(features.double(), dim=-1) for features in (one, other))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return torch.exp((a @ b.T - 1) / CMMD_SIGMA**2).mean()  # |a - b|^2 = 2 - 2 a.b
+        sums = [torch.exp((rows @ b.T - 1) / CMMD_SIGMA**2).sum() for rows in in_rows(a, len(b))]  # |a - b|^2 = 2 - 2 a.b
+        return torch.stack(sums).sum() / (len(a) * len(b))
 
     return (CMMD_SCALE * (kernel(one, one) + kernel(other, other) - 2 * kernel(one, other))).item()
 
@@ -44,20 +53,26 @@ def prdc(real: Tensor, drawn: Tensor, real_radius: Tensor | None = None, k: int 
     """
     real, drawn = real.double(), drawn.double()
     real_radius = radius(real, k) if real_radius is None else real_radius
-    apart = torch.cdist(real, drawn)
-    within = apart < real_radius[:, None]
+    drawn_radius, around = radius(drawn, k), torch.zeros(len(drawn), dtype=torch.long, device=drawn.device)
+    reached, covered, done = [], [], 0
+    for rows in in_rows(real, len(drawn)):
+        apart, own = torch.cdist(rows, drawn), real_radius[done : done + len(rows)]
+        around += (apart < own[:, None]).sum(dim=0)  # of each drawn one, the real ones in whose reach it is
+        reached.append((apart < drawn_radius).any(dim=1))
+        covered.append(apart.min(dim=1).values < own)
+        done += len(rows)
     return {
-        "precision": within.any(dim=0).double().mean().item(),
-        "recall": (apart < radius(drawn, k)[None]).any(dim=1).double().mean().item(),
-        "density": within.double().sum(dim=0).mean().item() / k,
-        "coverage": (apart.min(dim=1).values < real_radius).double().mean().item(),
+        "precision": (around > 0).double().mean().item(),
+        "recall": torch.cat(reached).double().mean().item(),
+        "density": around.double().mean().item() / k,
+        "coverage": torch.cat(covered).double().mean().item(),
     }
 
 
 def radius(features: Tensor, k: int = NEAREST) -> Tensor:
     """[N]: how far each feature's k-th nearest other one is."""
     features = features.double()
-    return torch.cdist(features, features).kthvalue(k + 1, dim=1).values
+    return torch.cat([torch.cdist(rows, features).kthvalue(k + 1, dim=1).values for rows in in_rows(features, len(features))])
 
 
 def spread(features: Tensor) -> float:
@@ -70,11 +85,17 @@ def spread(features: Tensor) -> float:
 def nearest(features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """(1 minus the cosine to the most alike of `known`, its index), [N] each."""
     unit, other = (torch.nn.functional.normalize(each.double(), dim=-1) for each in (features, known))
-    best = (unit @ other.T).max(dim=1)
-    return 1 - best.values, best.indices
+    best = [(rows @ other.T).max(dim=1) for rows in in_rows(unit, len(other))]
+    return 1 - torch.cat([each.values for each in best]), torch.cat([each.indices for each in best])
 
 
 def own_nearest(known: Tensor) -> Tensor:
     """[N]: 1 minus the cosine of each to the most alike other one."""
     unit = torch.nn.functional.normalize(known.double(), dim=-1)
-    return 1 - (unit @ unit.T).fill_diagonal_(-1).max(dim=1).values
+    alike, done = [], 0
+    for rows in in_rows(unit, len(unit)):
+        pairs = rows @ unit.T
+        pairs.diagonal(done).fill_(-1)  # each one's cosine to itself
+        alike.append(pairs.max(dim=1).values)
+        done += len(rows)
+    return 1 - torch.cat(alike)

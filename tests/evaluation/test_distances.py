@@ -11,6 +11,12 @@ from torch.nn import functional as F
 from latentfm.evaluation import distances
 
 
+@pytest.fixture(autouse=True, params=[distances.PAIRS_AT_ONCE, 40], ids=["together", "in rows"])
+def pairs_at_once(request, monkeypatch):
+    """All pairs in one table, and one or a few rows of it at a time."""
+    monkeypatch.setattr(distances, "PAIRS_AT_ONCE", request.param)
+
+
 def sets(dimensions: int = 12, one: int = 60, other: int = 45) -> tuple[torch.Tensor, torch.Tensor]:
     draws = torch.Generator().manual_seed(dimensions)
     mix = torch.randn(dimensions, dimensions, generator=draws, dtype=torch.float64) / dimensions**0.5
