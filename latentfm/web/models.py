@@ -1,6 +1,6 @@
 """The models and LoRAs that the page offers, by name: which folder each is, and the one that is loaded. No client names a path."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class Models:
         found: dict[str, Path] = {}
         for path in sorted(self.loras.iterdir()) if self.loras is not None and self.loras.is_dir() else ():
             if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
-                found[shown(path.stem if path.is_file() else path.name)] = path
+                found[numbered(shown(path.stem if path.is_file() else path.name), found)] = path
         return found
 
     def check(self, model: str, lora: str | None) -> None:
@@ -111,5 +111,9 @@ def stamp(place: Path) -> Stamp:
 def free_name(folder: Path, taken: dict[str, Any]) -> str:
     """What a model's folder is called on the page: its last name that is not merely `model`, numbered where that is taken."""
     parts = [part for part in folder.resolve().parts if part not in ("model", "/")]
-    name = shown(parts[-1] if parts else folder.name)
-    return next(each for each in (name, *(f"{name} {number}" for number in range(2, 1000))) if each not in taken and each != BUNDLED)
+    return numbered(shown(parts[-1] if parts else folder.name), (*taken, BUNDLED))
+
+
+def numbered(name: str, taken: Container[str]) -> str:
+    """A name, with a number after it where it is taken."""
+    return next(each for each in (name, *(f"{name} {number}" for number in range(2, 10_000))) if each not in taken)

@@ -53,6 +53,14 @@ def test_a_lora_is_taken_in_part_and_off_again_to_the_bit(tiny_folder, loras):
     assert models.lora_of(str(loras / "style")) == "style" and models.lora_of("/elsewhere") is None
 
 
+def test_a_lora_that_is_a_file_and_one_in_a_folder_of_its_name_are_both_there(tiny_folder, loras):
+    (file,) = (loras / "style").glob("*.safetensors")
+    shutil.copy(file, loras / "style.safetensors")
+    models = Models([tiny_folder], loras, "cpu", "float32")
+    assert models.lora_paths() == {"style": loras / "style", "style 2": loras / "style.safetensors"}
+    assert torch.equal(drawn(models, "style")[0], drawn(models, "style 2")[0])
+
+
 def test_a_compiled_model_takes_a_lora_and_gives_it_back(tiny_folder, loras, monkeypatch):
     monkeypatch.setenv(FOLDER, "")  # so that what the network sets is taken back
     monkeypatch.setattr(MMDiT, "compile_repeated_blocks", partialmethod(MMDiT.compile_repeated_blocks, backend="aot_eager"))
