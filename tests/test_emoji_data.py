@@ -284,7 +284,7 @@ def test_the_vae_is_trained_by_options_that_there_are(tmp_path):
     assert Path(config.output.folder) == tmp_path / "vae" and config.data.workers == 5 and build.resumed(tmp_path / "vae") == []
 
 
-def test_the_network_is_trained_on_the_frozen_models_and_its_last_stage_goes_on_with_it(tmp_path, monkeypatch):
+def test_the_network_is_trained_on_the_frozen_models_and_each_later_stage_goes_on_with_it(tmp_path, monkeypatch):
     import build
 
     from latentfm.config import load_config
@@ -300,12 +300,15 @@ def test_the_network_is_trained_on_the_frozen_models_and_its_last_stage_goes_on_
         (tmp_path / "pictures" / part).mkdir(parents=True)
         build.write_rows(tmp_path / "pictures" / part, [{"file_name": "0.png", "text": ["a", "b"]}])
         (tmp_path / "pictures" / part / "0.png").touch()
-    for stage in ("mmdit", "long"):
+    for stage in ("mmdit", "further", "long"):
         getattr(build, stage)(tmp_path)
-    whole, long = found["mmdit"], found["long"]
+    whole, further, long = found["mmdit"], found["further"], found["long"]
     assert Path(whole.model.pipeline) == tmp_path / "base" and whole.model.preset == "emoji"
-    assert Path(long.model.pipeline) == tmp_path / "mmdit" / "model" and long.model.preset is None
+    assert Path(further.model.pipeline) == tmp_path / "mmdit" / "model" and further.model.preset is None
+    assert Path(long.model.pipeline) == tmp_path / "further" / "model" and long.model.preset is None
     weights = {name: [(Path(source.path).name, source.weight) for source in config.data.sources] for name, config in found.items()}
+    assert weights.pop("further") == [("plain", 1.4), ("styled", 0.8), ("scenes", 0.2)]
     assert weights == {"mmdit": [("plain", 8), ("styled", 1.4), ("scenes", 0.2)], "long": [("long", 1)]}
+    assert (further.train.decay, further.train.batch_size) == ("wsd", 128) and further.data.t5_lengths == {24: 1}
     assert whole.data.t5_lengths == {24: 1} and set(long.data.t5_lengths) == {24, 256}
     assert (whole.train.decay, long.train.decay) == ("wsd", "cosine") and long.train.steps < whole.train.steps
