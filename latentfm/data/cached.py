@@ -73,12 +73,12 @@ class CachedData(PreparedData):
     def caption_jobs(self) -> list[Job]:
         """A job for each T5 length: every caption, each once."""
         texts = sorted({caption for sample in self.samples for caption in sample.captions})
-        prompts = [{self.caption_key(text, length): (text, length) for text in texts} for length in self.lengths]
-        at_once = [captions_at_once(length, self.models.device.type == "cpu") for length in self.lengths]
-        return [
-            Job("prompts", list(entries.items()), partial(self.encode_captions, at_once=number), number)
-            for entries, number in zip(prompts, at_once, strict=True)
-        ]
+        made = []
+        for length in self.lengths:
+            entries = {self.caption_key(text, length): (text, length) for text in texts}
+            at_once = captions_at_once(length, self.models.device.type == "cpu")
+            made.append(Job("prompts", list(entries.items()), partial(self.encode_captions, at_once=at_once), at_once))
+        return made
 
     def captions_to_encode(self, jobs: Sequence[Job]) -> list[tuple[str, int]]:
         return [job.wanted[number][1] for job in jobs if job.kind == "prompts" for number in job.missing(self.cache)]

@@ -11,7 +11,7 @@ PAIRS_AT_ONCE = 1 << 24  # 128 MB of them; the pairs of 100,000 pictures would b
 
 
 def in_rows(features: Tensor, others: int) -> Sequence[Tensor]:
-    """Features [N, D] in parts of which each makes at most PAIRS_AT_ONCE pairs with `others`, or is one row."""
+    """Features [N, D], or numbers [N], in parts of which each makes at most PAIRS_AT_ONCE pairs with `others`, or is one row."""
     return features.split(max(1, PAIRS_AT_ONCE // others))
 
 
@@ -54,13 +54,12 @@ def prdc(real: Tensor, drawn: Tensor, real_radius: Tensor | None = None, k: int 
     real, drawn = real.double(), drawn.double()
     real_radius = radius(real, k) if real_radius is None else real_radius
     drawn_radius, around = radius(drawn, k), torch.zeros(len(drawn), dtype=torch.long, device=drawn.device)
-    reached, covered, done = [], [], 0
-    for rows in in_rows(real, len(drawn)):
-        apart, own = torch.cdist(rows, drawn), real_radius[done : done + len(rows)]
+    reached, covered = [], []
+    for rows, own in zip(in_rows(real, len(drawn)), in_rows(real_radius, len(drawn)), strict=True):
+        apart = torch.cdist(rows, drawn)
         around += (apart < own[:, None]).sum(dim=0)  # of each drawn one, the real ones in whose reach it is
         reached.append((apart < drawn_radius).any(dim=1))
         covered.append(apart.min(dim=1).values < own)
-        done += len(rows)
     return {
         "precision": (around > 0).double().mean().item(),
         "recall": torch.cat(reached).double().mean().item(),

@@ -185,8 +185,7 @@ def further(work: Path) -> None:
     sources = [{"path": str(work / "pictures" / part), "weight": weight} for part, weight in weights.items()]
     own = [f"data.sources={json.dumps(sources)}", "train.steps=4000", "train.batch_size=128", "train.gradient_accumulation=2"]
     own += ["train.learning_rate=1.2e-3", "train.warmup_steps=100", "train.seed=1"]
-    own += [f"model.pipeline={work / 'mmdit' / 'model'}", "model.preset="]
-    subprocess.run(training_command(work, *own, folder="further"), check=True, cwd=ROOT)
+    subprocess.run(training_command(work, *own, folder="further", after="mmdit"), check=True, cwd=ROOT)
 
 
 def long(work: Path) -> None:
@@ -207,24 +206,28 @@ def long(work: Path) -> None:
     own = [f"data.sources={json.dumps([{'path': str(folder)}])}", f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}"]
     own += ["train.steps=200", "train.batch_size=64", "train.gradient_accumulation=1", "train.learning_rate=2e-4"]
     own += ["train.warmup_steps=20", "train.decay=cosine", "train.t_shift=2.5"]
-    own += [f"model.pipeline={work / 'further' / 'model'}", "model.preset="]
-    subprocess.run(training_command(work, *own, folder="long"), check=True, cwd=ROOT)
+    subprocess.run(training_command(work, *own, folder="long", after="further"), check=True, cwd=ROOT)
 
 
 def finished(work: Path, stage: str) -> bool:
     return (work / stage / "model" / "model_index.json").exists()
 
 
-def training_command(work: Path, *more: str, folder: str = "mmdit") -> list[str]:
-    """The command that trains the MM-DiT in a folder of `work`, or goes on with it; `more` are further overrides."""
+def training_command(work: Path, *more: str, folder: str = "mmdit", after: str | None = None) -> list[str]:
+    """The command that trains the MM-DiT in a folder of `work`, or goes on with it; `more` are further overrides.
+
+    It begins with the network that the stage `after` ended with, or, without one, from nothing on the frozen models.
+    """
     config = ROOT / "configs" / "emoji.yaml"
     sources = yaml.safe_load(config.read_text("utf-8"))["data"]["sources"]
     there = [source | {"path": str(work / Path(source["path"]).relative_to("build/emoji"))} for source in sources]
-    folders = {"data.cache": work / "cache", "model.pipeline": work / "base", "output.folder": work / folder}
+    folders = {"data.cache": work / "cache", "output.folder": work / folder}
+    folders["model.pipeline"] = work / after / "model" if after else work / "base"
     command = [sys.executable, "-m", "latentfm", "train", "--config", str(config)]
     if not any(option.startswith("data.sources=") for option in more):  # a list that is given twice has the values of both
         command.append(f"data.sources={json.dumps(there)}")
-    return [*command, *(f"{option}={folder}" for option, folder in folders.items()), *more, *resumed(work / folder)]
+    begun = ["model.preset="] if after else []  # the network is there
+    return [*command, *(f"{option}={place}" for option, place in folders.items()), *begun, *more, *resumed(work / folder)]
 
 
 def export(work: Path) -> None:
