@@ -31,6 +31,7 @@ LISTS = ("guidance_interval", "lora", "lora_strength", "without")
 LIKE = {name: kind for name, kind in OWN.items() if name != "negative"} | {
     "prompt": str, "negative_prompt": str, "guidance_interval": float, "model": str, "model_fingerprint": str, "lora": str,
     "lora_strength": float, "reference": str, "dtype": str, "attention": str, "variant": str, "without": str,
+    "compile": bool,
 }  # fmt: skip
 SAMPLER = {"steps": "num_inference_steps", "guidance": "guidance_scale", "guidance_rule": "guidance"}  # other names are the Sampler's own
 
@@ -203,7 +204,7 @@ def own_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in settings.items() if name in LIKE and value is not None}
     for name, value in found.items():
         kind, each = {float: int | float}.get(LIKE[name], LIKE[name]), value if name in LISTS else [value]
-        good = isinstance(each, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in each)
+        good = isinstance(each, list) and all(isinstance(one, kind) and isinstance(one, bool) == (kind is bool) for one in each)
         if not good or (name == "guidance_interval" and len(value) != 2):
             raise InputError(f"the settings in {shown(path)} are damaged: {name} is {shown(repr(value), 60)}")
     return found

@@ -165,7 +165,10 @@ def generate(
     ] = "auto",
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile the network's blocks: faster pictures after a start of a minute, later seconds."),
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile the network's blocks: faster pictures after a start of a minute, later seconds.",
+        ),
     ] = False,
     watch: Annotated[
         bool,
@@ -201,7 +204,7 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
     if given.lora is not None:
         before.pop("lora_strength", None)  # is of the picture's own
     for name, value in ((name, value) for name, value in before.items() if name != "model"):
-        option = {"negative_prompt": "negative"}.get(name, name)
+        option = {"negative_prompt": "negative", "compile": "compiled"}.get(name, name)
         source = ctx.get_parameter_source(option)
         if source is not None and source.name.startswith("DEFAULT"):
             paths = {"image": Path, "mask": Path, "reference": Path, "lora": lambda each: [Path(path) for path in each]}

@@ -69,9 +69,11 @@ def test_compiled_blocks_draw_the_same_picture(draw, monkeypatch):
     monkeypatch.setattr(MMDiT, "compile_repeated_blocks", partialmethod(MMDiT.compile_repeated_blocks, backend="aot_eager"))
     plain = draw("a cat", "--seed", 3)[0]
     compiled = draw("a cat", "--seed", 3, "--compile", "--out", "compiled")[0]
+    again, not_again = draw("--like", compiled, "--out", "again")[0], draw("--like", compiled, "--no-compile", "--out", "not")[0]
     torch.compiler.reset()
     assert abs(pixels(plain) - pixels(compiled)).max() <= 1
-    assert read_settings(compiled) == read_settings(plain) | {"compile": True}
+    assert read_settings(compiled) == read_settings(plain) | {"compile": True} == read_settings(again)
+    assert read_settings(not_again) == read_settings(plain)
 
 
 def test_a_missing_compiler_is_told(run, tiny_folder, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_a_picture_without_settings_is_nothing_to_be_like(draw, tmp_path):
     ("name", "value"),
     [
         ("steps", "many"), ("steps", True), ("seed", 1.5), ("guidance", [1]), ("lora", "x"), ("lora", [1]), ("without", {"t5": 1}),
-        ("guidance_interval", [0.1]), ("width", "wide"), ("model", 3), ("prompt", ["a"]),
+        ("guidance_interval", [0.1]), ("width", "wide"), ("model", 3), ("prompt", ["a"]), ("compile", 1),
     ],
 )  # fmt: skip
 def test_settings_that_are_damaged_are_told(draw, tmp_path, name, value):
