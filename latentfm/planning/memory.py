@@ -52,6 +52,7 @@ class Training:
     cpu: bool = False  # the CPU's kernels keep other things than a GPU's
     ema_on_cpu: bool = False
     state: float = MOMENTS  # bytes of the optimizer's state for each number it moves, its moments in float32
+    matrices: bool = False  # whether it keeps half of that for the blocks' matrices (Muon)
     trains: tuple[int, ...] | None = None  # numbers that train in each block, then around them; None is all, or a LoRA on LORA_TARGETS
     everywhere: bool = False  # whether adapters lie on more than LORA_TARGETS: what is kept is then counted as if all trained
     wide_adapters: bool = False  # float32 adapters on bfloat16 weights
@@ -203,6 +204,15 @@ def trained_in(net: Network, block: int, run: Training) -> int:
     return block_parameters(net, block) if run.rank is None else lora_parameters(net, block, run.rank)
 
 
+def optimizer_bytes(net: Network, run: Training, numbers: int) -> int:
+    """Bytes of the optimizer's state for all `numbers` that train, masters included."""
+    found = numbers * run.optimizer_width
+    if run.matrices:  # an adapter is matrices, but for DoRA's few magnitudes
+        trained = [trained_in(net, i, run) for i in range(net.layers)]
+        found -= run.state / 2 * sum(each if run.rank else min(each, block_matrices(net, i)) for i, each in enumerate(trained))
+    return int(found)
+
+
 def kept_in(net: Network, block: int, run: Training) -> int:
     """Bytes that one block, not checkpointed, keeps for the backward pass; nothing where nothing trains in it or before it."""
     if run.nothing_before(block + 1):
@@ -242,7 +252,7 @@ def training_phases(net: Network, run: Training) -> list[Phase]:
     always = {
         "weights": here * weights // parts,
         "position table": position_table(net) * run.width,
-        "optimizer": here * int(numbers * run.optimizer_width) // parts,
+        "optimizer": here * optimizer_bytes(net, run, numbers) // parts,
         "averages (EMA)": (here and not run.ema_on_cpu) * numbers * 4 // parts,
         "gathered weights": run.gathers * 2 * largest * (1 + (run.rank is None)) * run.compute,
         "frozen models": run.frozen,

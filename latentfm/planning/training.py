@@ -12,7 +12,7 @@ from latentfm.errors import InputError
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.planning.cost import parameters, training_flops
 from latentfm.planning.devices import EFFICIENCY, RESERVE, Device
-from latentfm.planning.memory import Phase, Training, fullest, totals, training_phases
+from latentfm.planning.memory import Phase, Training, fullest, optimizer_bytes, totals, training_phases
 from latentfm.planning.run import RunPlan, changed, plan_run
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,7 +36,8 @@ def training_of(plan: RunPlan, cpu: bool = False, pictures: int | None = None) -
         "bfloat16" if narrow else "autocast" if train.mixed_precision == "bf16" else "float32",
         rank=adapter.rank if adapter else None, checkpointing=train.gradient_checkpointing, ema_on_cpu=train.ema_device == "cpu",
         master=train.master_weights, narrow_moments=train.moments == "bfloat16", state=OPTIMIZERS[train.optimizer].state,
-        accumulated=train.gradient_accumulation > 1, shards=plan.parallelism.shards, offloaded=plan.parallelism.offload,
+        matrices=OPTIMIZERS[train.optimizer].matrices, accumulated=train.gradient_accumulation > 1,
+        shards=plan.parallelism.shards, offloaded=plan.parallelism.offload,
         frozen=4 * model.vae + (encoders if data.online else 0), encoders=0 if data.online else encoders,
         encoding=max(4 * at_once * model.decoder.encoder_numbers(width * height), text_width * prompts), online=data.online,
         pictures=-(-drawn // processes), decoding=4 * model.decoder.numbers(width * height), cpu=cpu,
@@ -88,7 +89,7 @@ def checkpoint_bytes(plan: RunPlan) -> int:
     """Bytes of one checkpoint: what trains, its averages, its optimizer, and what it is drawn with."""
     run, numbers = training_of(plan), sum(plan.trained)
     drawn_with = numbers * 4 if plan.config.train.adapter else model_bytes(plan)
-    return int(numbers * (run.trained_width + 4 + run.optimizer_width)) + drawn_with
+    return numbers * (run.trained_width + 4) + optimizer_bytes(plan.model.network, run, numbers) + drawn_with
 
 
 def model_bytes(plan: RunPlan) -> int:

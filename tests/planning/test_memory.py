@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentfm import flow
+from latentfm.config import TrainOptions
 from latentfm.models import onednn, schedule
 from latentfm.models.linears import LORA_TARGETS
 from latentfm.models.mmdit import MMDiT
@@ -29,8 +30,10 @@ from latentfm.planning.memory import (
     end_copies,
     forward_memory,
     fullest,
+    optimizer_bytes,
     training_phases,
 )
+from latentfm.training.optimizers.factory import make_optimizer
 from latentfm.training.precision import has_bfloat16
 
 SMALL = {
@@ -219,6 +222,20 @@ NET = Network.of(SMALL | {"num_layers": 8, "num_attention_heads": 12, "qk_norm":
 def at(name: str, run: Training) -> dict[str, int]:
     """The parts of the fullest of the phases whose name begins so."""
     return fullest([phase for phase in training_phases(NET, run) if phase.name.startswith(name)]).parts
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_muon_keeps_half_for_the_blocks_matrices(rank):
+    run = Training(64, 20, 1, "float32", rank, matrices=True)
+    network, net = network_of(SMALL, run), Network.of(SMALL)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(trained, TrainOptions(optimizer="muon"))
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = sum(tensor.nbytes for state in optimizer.state.values() for name, tensor in state.items() if name != "step")
+    assert kept == optimizer_bytes(net, run, sum(p.numel() for p in trained.values()))
+    assert kept < 0.6 * optimizer_bytes(net, replace(run, matrices=False), sum(p.numel() for p in trained.values()))
 
 
 def test_weights_gradients_and_optimizer_are_bytes_a_parameter():
