@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentfm.cli.checks import check_at_least_one, check_name
+from latentfm.bounds import MOST_AT_ONCE
+from latentfm.cli.checks import check_at_least_one, check_at_most, check_name
 from latentfm.cli.completion import Overrides, names
 from latentfm.errors import InputError
 from latentfm.models.presets import PRESETS
@@ -71,6 +72,7 @@ def plan(
         found = training_summary(plan_run(run, parallelism, spec), device, efficiency)
     else:
         check_at_least_one({"--generate": generate})
+        check_at_most({"--generate": (generate, MOST_AT_ONCE * gpus)})
         if generate % gpus:
             raise InputError(f"--generate {generate} does not divide by {gpus} GPUs")
         if shard != "none":

@@ -1,5 +1,6 @@
 """What drawing pictures with a model takes: memory, operations, time, and what would make it fit. Needs no torch."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class Sampling:
 
         def most(encoders: int) -> int:
             """The most pictures up to those asked for that fit; 0 when not even one does."""
-            return next((n for n in range(self.each, 0, -1) if device.fits(fullest(self.phases(n, encoders)).total)), 0)
+            return bisect_left(range(1, self.each + 1), True, key=lambda n: not device.fits(fullest(self.phases(n, encoders)).total))
 
         beside, without = most(self.encoders), most(0)
         if beside == self.each:

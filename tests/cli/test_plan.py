@@ -74,6 +74,7 @@ HARD = [
     ("--preset", "large", "--gpu", "4090", "train.batch_size=8"),
     ("--preset", "sd3.5-large", "--gpu", "4090", "--generate", 4),
     ("--preset", "sd3-medium", "--gpu", "4090", "--generate", 64),
+    ("--preset", "sd3.5-large", "--gpu", "4090", "--generate", 1024),
 ]
 
 
@@ -145,6 +146,7 @@ def test_a_pipeline_folder_is_read(in_json, tiny_folder, tmp_path):
         (("train.batch_size=8", "train.gradient_accumulation=3"), "not divisible by train.gradient_accumulation 3"),
         (("--generate", 6, "--gpus", 4), "--generate 6 does not divide by 4 GPUs"),
         (("--generate", 0), "--generate 0 must be at least 1"),
+        (("--generate", 10**9), "--generate 1000000000 is more than 1,024"),
         (("--gpus", 0), "--gpus 0 must be at least 1"),
         (("data.t5_lengths={0: 1}",), "lengths must be from 1"),
         (("train.gradient_checkpointing=1.5",), "train.gradient_checkpointing: Input should be less than or equal to 1"),
