@@ -44,6 +44,10 @@ def load(
     with reading(f"{option} {shown(folder)}", "its copy may be incomplete or damaged"):
         absent = {name: None for part in without for name in (PARTS[part], PARTS[part].replace("text_encoder", "tokenizer"))}
         pipe = LatentFMPipeline.from_pretrained(folder, verify, torch_dtype=getattr(torch, dtype), variant=variant, **absent)
+    lacking = [name for name in ("transformer", "scheduler", "vae") if getattr(pipe, name) is None]
+    if lacking or not pipe.has_encoders:
+        what = lacking[0] if lacking else "text encoder, and prompts are read by one"
+        raise InputError(f"{option} {shown(folder)} has no {what}: pictures are drawn with a whole model")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

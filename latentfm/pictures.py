@@ -1,11 +1,13 @@
 """Pictures on disk: PNGs that remember how they were made, and contact sheets. Pillow only, no torch."""
 
 import io
+import itertools
 import json
 import math
 import os
 import unicodedata
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -53,19 +55,22 @@ def png_bytes(image: Image.Image, settings: dict) -> bytes:
 
 def move_to_free_name(file: Path, folder: Path, stem: str) -> Path:
     """The first free path of folder/stem.png, stem-2.png, ..., to which `file` has been moved in one step."""
-    number = 1
-    while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+    for path in names_of(folder, stem):
         try:
             os.link(file, path)  # unlike os.replace, refuses a name that another process has taken meanwhile
             return path
         except FileExistsError:
-            number += 1
+            continue
         except OSError:  # a file system without hard links
             if not path.exists():
                 os.replace(file, path)
                 return path
-            number += 1
+
+
+def names_of(folder: Path, stem: str) -> Iterator[Path]:
+    """folder/stem.png, stem-2.png, -3, ...: where pictures of one name lie, in the order in which they take it."""
+    yield folder / f"{stem}.png"
+    yield from (folder / f"{stem}-{number}.png" for number in itertools.count(2))
 
 
 def in_words(settings: dict) -> str:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from latentfm.bounds import MOST_GUIDANCE, MOST_LETTERS, MOST_STEPS
+from latentfm.bounds import LAST_SEED, MOST_GUIDANCE, MOST_LETTERS, MOST_STEPS
 from latentfm.errors import InputError, nearest
-from latentfm.files import read_text
+from latentfm.files import SpecialFile, read_text
 from latentfm.sampling import Sampler
 from latentfm.words import is_text, listed, shortened, shown
 
@@ -92,25 +92,46 @@ class Request:
 
 
 class Prompt(str):
-    """A prompt, and what it says of its own settings, some of OWN."""
+    """A prompt, what it says of its own settings, some of OWN, and where it stands, for errors: a file and line, or nothing."""
 
     own: Mapping[str, Any]
+    where: str
 
-    def __new__(cls, text: str, own: Mapping[str, Any] | None = None) -> "Prompt":
+    def __new__(cls, text: str, own: Mapping[str, Any] | None = None, where: str = "") -> "Prompt":
         prompt = super().__new__(cls, text)
-        prompt.own = own or {}
+        prompt.own, prompt.where = own or {}, where
         return prompt
+
+    def settings(self, base: Settings) -> Settings:
+        """`base` with its own settings. Raises InputError, with its place, for those that do not go together."""
+        try:
+            return base.changed(self.own)
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}" if self.where else str(error)) from None
 
 
 def requests(prompts: Sequence[Prompt], number: int, seed: int, base: Settings, sweeps: Mapping[str, Sequence[Any]]) -> list[Request]:
-    """Every picture: of each prompt `number`, seeds counting on from `seed` or from the prompt's own, each with all swept values."""
+    """Every picture: of each prompt `number`, seeds counting on from `seed` or from the prompt's own, each with all swept values.
+
+    Raises InputError for settings that do not go together.
+    """
     found, variants = [], [dict(zip(sweeps, values, strict=True)) for values in itertools.product(*sweeps.values())]
     for variant in variants:
         for place, prompt in enumerate(prompts):
-            settings = base.changed(variant | dict(prompt.own))
+            settings = prompt.settings(base.changed(variant))
             first = prompt.own.get("seed", seed + place * number)
             found += [Request(str(prompt), first + each, settings, tuple(variant.values())) for each in range(number)]
     return found
+
+
+def check_own(prompts: Sequence[Prompt], number: int, sweeps: Mapping[str, Sequence[Any]]) -> None:
+    """Raises InputError for a prompt with a setting of its own that is swept, and for a seed that `number` pictures do not fit behind."""
+    last = LAST_SEED - (number - 1)
+    for prompt in prompts:
+        if twice := [name for name, values in sweeps.items() if len(values) > 1 and name in prompt.own]:
+            raise InputError(f"{prompt.where} has {twice[0]} {prompt.own[twice[0]]} of its own, and several are asked for; leave one out")
+        if prompt.own.get("seed", 0) > last:
+            raise InputError(f"{prompt.where}: seed {prompt.own['seed']} is out of range: {number} pictures need one from 0 to {last}")
 
 
 def batches(asked: Sequence[Request], size: int) -> Iterable[list[Request]]:
@@ -144,19 +165,25 @@ def values(option: str, text: str, kind: type) -> list[Any]:
 
 
 def read_prompts(file: Path, option: str = "--prompts-file") -> list[Prompt]:
-    """The prompts of a file, with what they say of their own settings: text (one a line), .csv with a prompt column, or .jsonl.
+    """The prompts of a file, with what they say of their own settings.
 
-    "-" is standard input: JSON lines where its first line is an object, text otherwise. Raises InputError naming the line that is wrong.
+    Text (one a line), .csv or .tsv with a prompt column, .jsonl, or .json, a list of texts and objects. "-" is standard input: JSON lines
+    where its first line is an object, text otherwise. Raises InputError naming the line that is wrong.
     """
     try:
         text = sys.stdin.buffer.read().decode("utf-8") if str(file) == "-" else read_text(file)
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is no UTF-8 text: byte {error.start}") from None
+    except SpecialFile as error:
+        what = str(error).partition(";")[0]
+        raise InputError(f"{option} {what}; from a pipe prompts are read as standard input: {option} -") from None
     except InputError as error:
-        raise InputError(f"{option} {error}; it is a UTF-8 file: text with one prompt a line, .csv or .jsonl") from None
+        raise InputError(f"{option} {error}; it is a UTF-8 file: text with one prompt a line, .csv, .tsv, .json or .jsonl") from None
     kind = file.suffix.lower() if str(file) != "-" else ".jsonl" if text.lstrip().startswith("{") else ".txt"
-    if kind == ".csv":
-        rows = list(enumerate(csv.DictReader(io.StringIO(text)), start=2))
+    if kind in (".csv", ".tsv"):
+        rows = table_rows(file, text, "," if kind == ".csv" else "\t")
+    elif kind == ".json":
+        rows = list_rows(file, text)
     else:
         # an end of line is a line feed, a carriage return, or both; what else Unicode calls one is part of the prompt
         numbered = [(n, line.strip()) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1) if line.strip()]
@@ -165,6 +192,32 @@ def read_prompts(file: Path, option: str = "--prompts-file") -> list[Prompt]:
     if not found:
         raise InputError(f"{option} {shown(file)} has no prompt in it; write one a line")
     return found
+
+
+def table_rows(file: Path, text: str, delimiter: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line, row) of each row of a table. Raises InputError for a quote that does not end, and for more values than columns."""
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+    found = []
+    try:
+        for row in reader:
+            if None in row:
+                more = shown(str(row[None][0]), 60)
+                raise InputError(f"{shown(file)}, line {reader.line_num} has more values than columns ({more}); quote texts with commas")
+            found.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(f"{shown(file)} is no table beyond line {found[-1][0] if found else 1}: {error}; is a quote not closed?") from None
+    return found
+
+
+def list_rows(file: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    """(place, row) of each prompt of a JSON list. Raises InputError for what is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(each, dict | str) for each in found):
+        raise InputError(f'{shown(file)} is no JSON list of prompts, as ["a cat", {{"prompt": "a dog", "seed": 3}}]; .jsonl has JSON lines')
+    return [(n, {"prompt": each} if isinstance(each, str) else each) for n, each in enumerate(found, start=1)]
 
 
 def parsed(file: Path, number: int, line: str) -> dict[str, Any]:
@@ -190,13 +243,25 @@ def own_prompt(file: Path, number: int, row: Mapping[str, Any]) -> Prompt:
         if name not in OWN:
             raise InputError(f"{where}: no setting {shown(repr(name), 40)}{nearest(str(name), OWN)}; there are {listed(sorted(OWN))}")
         try:
-            if isinstance(given[name], bool | dict | list) or (OWN[name] is int and float(given[name]) != int(float(given[name]))):
+            if isinstance(given[name], bool | dict | list):
                 raise ValueError
-            own[name] = OWN[name](float(given[name])) if OWN[name] is int else OWN[name](given[name])
+            own[name] = (whole if OWN[name] is int else OWN[name])(given[name])
         except (ValueError, TypeError, OverflowError):
             noun = {int: "a whole number", float: "a number", str: "a text"}[OWN[name]]
             raise InputError(f"{where}: {name} {shown(repr(given[name]), 60)} is not {noun}") from None
-    return Prompt(given["prompt"], own)
+    if not 0 <= own.get("seed", 0) <= LAST_SEED:
+        raise InputError(f"{where}: seed {own['seed']} is out of range: a seed is from 0 to {LAST_SEED}")
+    return Prompt(given["prompt"], own, where)
+
+
+def whole(value: Any) -> int:
+    """A whole number, exactly; a table's 3.0 is one too. Raises ValueError for none."""
+    try:
+        return int(value) if isinstance(value, int | str) else int(str(value))
+    except ValueError:
+        if float(value) != int(float(value)):
+            raise
+        return int(float(value))
 
 
 def own_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

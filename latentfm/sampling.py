@@ -74,6 +74,8 @@ class Sampler:
             raise InputError(f"guidance_rescale {self.guidance_rescale:g} is no share from 0 to 1; 0.7 is usual")
         if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
             raise InputError(f"guidance_interval {self.guidance_interval} must be a first and a last t, 0 noise and 1 data, as (0.1, 0.8)")
+        if self.num_inference_steps < 1:
+            raise InputError(f"steps {self.num_inference_steps} must be at least 1")
         if not 0 <= self.zero_init < self.num_inference_steps:
             raise InputError(f"zero_init {self.zero_init} must be fewer than the {self.num_inference_steps} steps")
         if not 0 <= self.noise <= 2:

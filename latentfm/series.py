@@ -3,7 +3,10 @@
 The command line and the page both draw by it, so that the same request gives the same picture, under the same name, with the same settings.
 """
 
+import contextlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -122,14 +125,14 @@ class Series:
 
     def existing(self, request: Request) -> Path | None:
         """The path of the picture where it is there already, drawn with these settings on whatever device."""
-        from latentfm.pictures import read_settings
+        from latentfm.pictures import names_of, read_settings
 
-        path, placed = self.out / f"{self.stem(request)}.png", {"device": ""}
-        try:
-            found = read_settings(path) | placed == json.loads(json.dumps(self.settings(request))) | placed
-        except InputError:
-            return None
-        return path if found else None
+        wanted, placed = json.loads(json.dumps(self.settings(request))), {"device": ""}
+        for path in itertools.takewhile(Path.exists, names_of(self.out, self.stem(request))):
+            with contextlib.suppress(InputError):  # no picture of ours
+                if read_settings(path) | placed == wanted | placed:
+                    return path
+        return None
 
     def values_of(self, request: Request) -> dict[str, str]:
         """The values of the swept options that a request is drawn with, by the option's name."""
@@ -144,13 +147,19 @@ class Series:
 
         first = made[0][0]
         pictures = [{"file": path.name, "prompt": shortened(each.prompt, MOST_IN_SHEET), "seed": each.seed} for each, path in made]
+        whole = False
         if self.swept and len(made) == len(asked):
             columns = list(dict.fromkeys(list(self.values_of(each).values())[-1] for each in asked))
             rows: dict[tuple, list] = {}
+            times = Counter()  # that the same is asked for
             for (request, _), image in zip(made, thumbnails, strict=True):
-                *above, _ = self.values_of(request).items()
-                rows.setdefault((request.prompt, request.seed, *above), []).append(image)
-            labels = [", ".join([shortened(text, 24), f"seed {seed}", *(f"{n} {v}" for n, v in above)]) for text, seed, *above in rows]
+                *above, column = self.values_of(request).items()
+                row = (request.prompt, request.seed, *above)
+                times[row, column] += 1
+                rows.setdefault((times[row, column], *row), []).append(image)
+            labels = [", ".join([shortened(text, 24), f"seed {seed}", *(f"{n} {v}" for n, v in above)]) for _, text, seed, *above in rows]
+            whole = all(len(row) == len(columns) for row in rows.values())  # not where some of it was there before
+        if whole:
             sheet = table(list(rows.values()), labels, [f"{self.swept[-1]} {value}" for value in columns])
         else:
             prompts = len(dict.fromkeys(each.prompt for each in asked))

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -25,19 +25,16 @@ from latentfm.cli.checks import (
 )
 from latentfm.cli.completion import names
 from latentfm.cli.drawing import Teller
-from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say, show
+from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say
 from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
 from latentfm.files import check_can_be_written
 from latentfm.models.folder import Usual, usual_sampling
-from latentfm.requests import Prompt, Request, Settings, check_text, own_settings, requests, values
+from latentfm.requests import Prompt, Request, Settings, check_own, check_text, own_settings, requests, values
 from latentfm.sampling import Guidance, Sampler, Schedule, Solver
 from latentfm.series import Series
 from latentfm.words import shown
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -201,12 +198,16 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         from latentfm.pictures import read_settings
 
         given.before = before = own_settings(given.like, read_settings(given.like))
-    if given.lora is not None:
-        before.pop("lora_strength", None)  # is of the picture's own
+    for option, taken_back, goes_with in (
+        ("lora", given.lora is not None, ("lora_strength",)),
+        ("schedule", given.schedule == "model", ("shift",)),
+        ("guidance_rule", given.guidance_rule != "autoguidance", ("reference",)),
+    ):
+        if taken_back and was_given(ctx, option):  # another's is of no use then
+            given.before = before = {name: value for name, value in before.items() if name not in goes_with}
     for name, value in ((name, value) for name, value in before.items() if name != "model"):
         option = {"negative_prompt": "negative", "compile": "compiled"}.get(name, name)
-        source = ctx.get_parameter_source(option)
-        if source is not None and source.name.startswith("DEFAULT"):
+        if not was_given(ctx, option):
             paths = {"image": Path, "mask": Path, "reference": Path, "lora": lambda each: [Path(path) for path in each]}
             setattr(given, option, paths.get(name, lambda each: each)(value))
     if before.get("model", "bundled") != "bundled" and given.model is None:
@@ -217,6 +218,12 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         given.size = f"{before['width']}x{before['height']}"
     vars(given).update(usual_of(given.model).unless(vars(given)))
     return given
+
+
+def was_given(ctx: typer.Context, option: str) -> bool:
+    """Whether an option was given, and has not its default alone."""
+    source = ctx.get_parameter_source(option)
+    return source is not None and not source.name.startswith("DEFAULT")
 
 
 def usual_of(model: Path | None) -> Usual:
@@ -244,8 +251,9 @@ def checked(given: SimpleNamespace) -> Wanted:
     sweeps = {
         "steps": values("--steps", str(given.steps), int),
         "guidance": values("--guidance", str(given.guidance), float),
-        "solver": [name or None for name in (given.solver or "").split(",")],
+        "solver": list(dict.fromkeys(name.strip() or None for name in (given.solver or "").split(","))),
     }
+    check_own(prompts, given.number, sweeps)
     pictures = len(prompts) * given.number
     count = pictures * math.prod(len(each) for each in sweeps.values())
     check_at_most({"--steps": (max(sweeps["steps"]), MOST_STEPS), "--batch": (given.batch, MOST_AT_ONCE)})
@@ -310,21 +318,32 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         choose_attention(pipe, given.attention, chosen)
         shared = {}
         if given.reference is not None:
+            from latentfm.pipelines.text_to_image import check_reference
+
             weaker = load(model_folder(given.reference, "--reference"), kind, given.verify, "--reference")
+            try:
+                check_reference(pipe.transformer, weaker.transformer)
+            except InputError as error:
+                raise InputError(f"--reference {shown(given.reference)}: {error}") from None
             shared = {"reference": weaker.transformer.to(chosen)}
         own = {"width": pipe.default_width, "height": pipe.default_height}
         base = replace(wanted.base, **{side: value for side, value in own.items() if getattr(wanted.base, side) is None})
-        for side in {(each.settings.width, each.settings.height) for each in requests(wanted.prompts, 1, 0, base, sweeps)}:
-            check_size(*side, pipe.size_multiple, pipe.max_side)
+        for prompt in wanted.prompts:
+            own_size, settings = {"width", "height"} & prompt.own.keys(), prompt.settings(base)
+            place = f"{prompt.where}: size" if own_size else "--size"
+            check_size(settings.width, settings.height, pipe.size_multiple, pipe.max_side, place)
         negatives = [prompt.own.get("negative", given.negative or "") for prompt in wanted.prompts]
         for line in pipe.prompt_warnings(list(dict.fromkeys([*map(str, wanted.prompts), *negatives]))):
             say(f"note: {line}", bar)
         if given.negative and max(sweeps["guidance"]) <= 1:
             say(f"note: --negative does nothing at --guidance {sweeps['guidance'][0]:g}; it needs more than 1", bar)
+        if given.negative and given.reference is not None:
+            say("note: --negative does nothing with --reference, which is what is guided against", bar)
         seed = given.seed
         if seed is None:
             seed = secrets.randbelow(2**32)
-            say(f"seed {seed} (to repeat: --seed {seed})", bar)
+            if any("seed" not in prompt.own for prompt in wanted.prompts):
+                say(f"seed {seed} (to repeat: --seed {seed})", bar)
         more = {
             "reference": given.reference and str(given.reference), "variant": given.variant, "without": given.without,
             "compile": given.compiled,
@@ -347,7 +366,7 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         teller = Teller(bar, task, given.out, len(asked), given.as_json, watched)
         series = Series(pipe, shared, common, given.out, with_grid, swept, teller)
         if given.skip_existing:
-            asked = [each for each in asked if not already(series, each, bar)]
+            asked = [each for each in asked if not already(series, each)]
         batch = 1 if "dormand_prince" in sweeps["solver"] else given.batch  # its steps suit the mean of a batch
         try:
             series.draw(asked, batch, given.number)
@@ -355,11 +374,11 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
             teller.closed()
 
 
-def already(series: Series, request: Request, bar: "Progress") -> bool:
-    """Whether a picture is there; its path is printed then."""
+def already(series: Series, request: Request) -> bool:
+    """Whether a picture is there; it is told then as if it were drawn."""
     path = series.existing(request)
     if path is not None:
-        show(path, bar)
+        series.listener.kept(path, series.settings(request))
     return path is not None
 
 

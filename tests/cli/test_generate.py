@@ -127,7 +127,16 @@ def test_a_weaker_model_guides(draw, run, tiny_folder):
     assert read_settings(path)["reference"] == str(tiny_folder)
     refused(run("generate", "a cat", "--guidance-rule", "autoguidance"), "--reference")
     refused(run("generate", "a cat", "--guidance-rule", "autoguidance", "--reference", "nowhere"), "--reference nowhere does not exist")
+    rule = ("--guidance-rule", "autoguidance", "--reference")
+    refused(run("generate", "a cat", *rule, tiny_folder), f"--reference {tiny_folder}: reference is of another model: its in_channels is 4")
     refused(run("generate", "a cat", "--shift", 2), "needs a schedule of its own")
+
+
+@pytest.mark.parametrize(("part", "says"), [("transformer", "transformer"), ("vae", "vae"), ("encoders", "text encoder, and prompts are read by one")])
+def test_a_model_without_a_part_is_refused(run, tiny_folder, tmp_path, part, says):
+    absent = [part] if part != "encoders" else [f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    latentfm.LatentFMPipeline.from_pretrained(tiny_folder, **dict.fromkeys(absent)).save_pretrained(tmp_path / "part")
+    refused(run("generate", "a cat", "--model", tmp_path / "part"), f"has no {says}: pictures are drawn with a whole model")
 
 
 def test_every_option_reaches_the_pipeline(draw, tiny_folder):

@@ -95,6 +95,12 @@ def test_a_picture_like_another(draw, run, tiny_folder):
     assert read_settings(other) == read_settings(first) | {"prompt": "the moon"}
 
 
+def test_what_goes_with_an_option_of_the_picture_goes_with_it(draw):
+    (first,) = draw("a red apple", "--seed", 3, "--steps", 2, "--schedule", "uniform", "--shift", 2, "--out", "out")
+    (again,) = draw("--like", first, "--schedule", "model", "--out", "again")
+    assert "shift" in read_settings(first) and "shift" not in read_settings(again)
+
+
 def test_what_is_there_is_not_drawn_again(draw):
     arguments = ("a red apple", "the moon", "--seed", 3, "--steps", 2, "--no-grid", "--out", "out")
     first, second = draw(*arguments)
@@ -104,6 +110,8 @@ def test_what_is_there_is_not_drawn_again(draw):
     assert Path(first).stat().st_mtime_ns == before and len(list(Path("out").iterdir())) == 2
     other = draw(*arguments[:-3], "--no-grid", "--guidance", 2, "--out", "out", "--skip-existing")
     assert not {first, second} & set(other) and len(list(Path("out").iterdir())) == 4
+    lines = draw(*arguments[:-3], "--no-grid", "--guidance", 2, "--out", "out", "--skip-existing", "--json")  # under their second names
+    assert sorted(json.loads(line)["file"] for line in lines) == sorted(other) and len(list(Path("out").iterdir())) == 4
 
 
 @pytest.mark.slow
@@ -208,6 +216,8 @@ def test_lines_of_a_table_and_of_standard_input(tmp_path, monkeypatch):
         ('{"seed": 3}', "line 1 has no prompt"),
         ('{"prompt": "a"}\n{"prompt": "b", "steps": 2.5}', "line 2: steps 2.5 is not a whole number"),
         ('{"prompt": "a", "guidance": "x"}', "guidance 'x' is not a number"), ('{"prompt": "a", "seed": [1]}', "seed .* is not a whole"),
+        ('{"prompt": "a", "seed": -5}', "line 1: seed -5 is out of range"),
+        ('{"prompt": "a", "seed": 9223372036854775808}', "line 1: seed 9223372036854775808 is out of range"),
         ("\n", "has no prompt in it"), ('{"prompt": "\\ud800"}', "is not valid UTF-8"), ("[" * 99999, "is no JSON object"),
     ],
 )  # fmt: skip
@@ -216,6 +226,65 @@ def test_a_line_that_is_wrong_is_named(tmp_path, text, says):
     file.write_text(text)
     with pytest.raises(InputError, match=says):
         read_prompts(file)
+
+
+def test_a_seed_is_taken_to_the_last_digit(tmp_path):
+    for name, text in (("p.jsonl", '{"prompt": "a", "seed": 9007199254740993}'), ("p.csv", "prompt,seed\na,9007199254740993")):
+        (tmp_path / name).write_text(text)
+        (prompt,) = read_prompts(tmp_path / name)
+        assert prompt.own == {"seed": 9007199254740993}
+
+
+def test_tables_and_lists_of_other_kinds(tmp_path):
+    (tmp_path / "p.tsv").write_text("prompt\tseed\na cat, asleep\t3\n")
+    (tmp_path / "p.json").write_text('["a cat", {"prompt": "a dog", "seed": 3}]')
+    assert [(str(each), each.own) for each in read_prompts(tmp_path / "p.tsv")] == [("a cat, asleep", {"seed": 3})]
+    assert [(str(each), each.own) for each in read_prompts(tmp_path / "p.json")] == [("a cat", {}), ("a dog", {"seed": 3})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("p.csv", 'prompt,seed\n"a cat,3\nb dog,4\n', "is a quote not closed"),
+        ("p.csv", "prompt\na red apple, on a table\n", "line 2 has more"),
+        ("p.csv", "prompt,seed\n\na,1\n\nb,x\n", "line 5: seed 'x'"), ("p.json", '{"prompt": "a"}', "no JSON list of prompts"),
+        ("p.json", "[3]", "no JSON list of prompts"), ("p.json", "[" * 99999, "no JSON list of prompts"),
+    ],
+)  # fmt: skip
+def test_a_table_or_list_that_is_wrong_is_told(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=says):
+        read_prompts(tmp_path / name)
+
+
+def test_a_pipe_is_pointed_to_standard_input(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a named pipe, not a regular file; from a pipe .* --prompts-file -"):
+        read_prompts(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "says"),
+    [
+        ({"guidance": 5}, ("--guidance", "1,2"), "line 1 has guidance 5.0 of its own, and several are asked for"),
+        ({"seed": 2**63 - 1}, ("--number", 2), "line 1: seed 9223372036854775807 is out of range: 2 pictures need one from 0 to"),
+        ({"steps": 0}, (), "line 1: steps 0 must be at least 1"), ({"strength": 0.5}, (), "line 1: strength 0.5 needs an image"),
+        ({"width": 17}, (), "line 1: size 17x32 does not fit"),
+    ],
+)  # fmt: skip
+def test_a_line_whose_settings_cannot_be_is_named(draw, tmp_path, line, arguments, says):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a cat", **line}))
+    (told,) = draw("--prompts-file", file, *arguments, "--seed", 3, code=2)
+    assert says in told
+
+
+def test_a_sweep_of_the_same_twice(draw, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a cat", "seed": 3}\n' * 2)
+    *pictures, grid = draw("--prompts-file", file, "--steps", "1,2", "--out", "out")
+    assert len(pictures) == 4 and len(read_settings(grid)["pictures"]) == 4
+    assert len(draw("a cat", "--solver", "euler, euler", "--seed", 3, "--steps", 1, "--out", "one")) == 1
 
 
 def test_pictures_are_watched_in_a_file(draw, run, tiny_folder, monkeypatch):
