@@ -60,6 +60,8 @@ class LoraLoader(SD3LoraLoaderMixin):
         taken = {name for names in there.values() for name in names}
         if hotswap and adapter_name not in taken:
             raise InputError(f"hotswap=True is for a LoRA that is loaded, adapter_name {told(adapter_name)}; there are: {listed(taken)}")
+        if adapter_name and (not isinstance(adapter_name, str) or "." in adapter_name):
+            raise InputError(f"adapter_name {told(adapter_name)} must be a text without a dot in it: peft names modules by it")
         name = adapter_name or next(name for number in itertools.count() if (name := f"default_{number}") not in taken)
         for owner, tensors in adapter.tensors.items():
             if (network := getattr(self, owner, None)) is None:

@@ -304,6 +304,9 @@ def test_each_lora_gets_a_name_of_its_own(ours):
         assert ours.get_list_adapters()["transformer"][-1] == f"default_{number}"
     with pytest.raises(InputError, match="adapter_name 'default_1' is in use; give another name, or hotswap=True"):
         ours.load_lora_weights(lora(ours.transformer), adapter_name="default_1")
+    for name in ("a.b", 5):
+        with pytest.raises(InputError, match="adapter_name .* must be a text without a dot"):
+            ours.load_lora_weights(lora(ours.transformer), adapter_name=name)
     with pytest.raises(InputError, match=r"no option 'adaptor_name' for loading a LoRA"):
         ours.load_lora_weights(lora(ours.transformer), adaptor_name="x")
 
@@ -332,3 +335,31 @@ def test_a_pipeline_without_the_component_says_so(ours, tiny_folder):
     bare = LatentFMPipeline.from_pretrained(tiny_folder, transformer=None)
     with pytest.raises(InputError, match="the LoRA adapts transformer, which is not loaded"):
         bare.load_lora_weights(lora(ours.transformer))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_is_not_saved_with_a_lora_on_it(ours, tmp_path, fused):
+    ours.load_lora_weights(lora(ours.transformer))
+    if fused:
+        ours.fuse_lora()
+    with pytest.raises(InputError, match=r"a LoRA is on transformer: pipe.unload_lora_weights\(\) takes it off"):
+        ours.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    expected = picture(ours) if fused else None
+    ours.unload_lora_weights()
+    ours.save_pretrained(tmp_path / "model")
+    again = LatentFMPipeline.from_pretrained(tmp_path / "model")
+    assert torch.equal(picture(again), picture(ours)) and (expected is None or torch.allclose(picture(again), expected, atol=1e-4))
+
+
+def test_an_alpha_may_be_an_integer(ours):
+    tensors = lora(ours.transformer)
+    modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    own = {name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): value for name, value in tensors.items()}
+    found = [
+        LatentFMPipeline.lora_state_dict(own | {f"{module}.alpha": torch.tensor(2, dtype=kind) for module in modules})
+        for kind in (torch.int64, torch.float32)
+    ]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    with pytest.raises(InputError, match="which is no number to multiply with"):
+        LatentFMPipeline.lora_state_dict(own | {f"{min(modules)}.alpha": torch.tensor(True)})

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latentfm.errors import InputError
 from latentfm.files import follow_umask
 from latentfm.interchange.components import read_null
 from latentfm.interchange.loading.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, UPLOAD, check_keywords
@@ -86,6 +87,12 @@ class PipelineFiles:
         """
         folder = Path(save_directory)
         check_keywords("save_pretrained", kwargs | {"safe_serialization": safe_serialization}, UPLOAD if push_to_hub else ())
+        for name, part in self.components.items():
+            if getattr(part, "peft_config", None):  # whose weights would be saved under names that no model has
+                raise InputError(
+                    f"a LoRA is on {name}: pipe.unload_lora_weights() takes it off, after pipe.fuse_lora() with its change in the weights; "
+                    "save then (save_lora_weights saves a LoRA)"
+                )
         if self.has_encoders:
             self.null.parts(self.max_sequence_length)
         super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)

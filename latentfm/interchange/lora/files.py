@@ -159,7 +159,7 @@ def matrices_of(owner: str, modules: Mapping[str, Mapping[str, Stored]], said: M
     for module, parts in modules.items():
         where = shown(module, 100)
         for part, value in parts.items():
-            if not value.dtype.is_floating_point:
+            if not (value.dtype.is_floating_point or (part == ALPHA and value.dtype is not torch.bool)):  # some write alpha as an integer
                 raise ValueError(f"{shown(Own(owner, module, part).name, 120)} is of {value.dtype}, which is no number to multiply with")
         if set(parts) == {ALPHA}:
             raise ValueError(f"it has an alpha of {where} and no matrices")

@@ -51,7 +51,7 @@ def own_names(path: Path, names: Iterable[str]) -> dict[str, Own]:
     if len(names) > MOST_TENSORS:
         raise InputError(f"{shown(path)} has {len(names):,} tensors, a LoRA of an SD3 model has at most {MOST_TENSORS:,}; is it one?")
     if recognise(names) != LORA:
-        raise InputError(f"{shown(path)} is no LoRA: it begins with {listed(names)}")
+        raise InputError(f"{shown(path)} is no LoRA: " + (f"it begins with {listed(names)}" if names else "it has no tensors"))
     if (other := recognise_lora(names)) is not None:
         raise InputError(f"{shown(path)} is {other[0]}, and adapts no SD3 model: it has {shown(other[1], 200)}")
     found = {name: own for name in names if (own := parse(name)) is not None}
