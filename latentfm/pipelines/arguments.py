@@ -97,7 +97,14 @@ def tensor(name: str, value: Any, shape: tuple[int | None, ...], meaning: str) -
     if not fits or any(wanted not in (None, size) for wanted, size in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name} must be a floating-point tensor of shape ({wanted}), {meaning}, not {told(value)}")
+    check_finite(name, value)
     return value
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raises InputError for a tensor with a number in it that is none, or is infinite."""
+    if not torch.isfinite(value).all():
+        raise InputError(f"{name} has numbers in it that are not finite (NaN or infinity)")
 
 
 def generators(value: Any) -> torch.Generator | list[torch.Generator] | None:

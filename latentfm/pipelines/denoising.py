@@ -13,7 +13,7 @@ from latentfm.models.mmdit import MMDiT
 from latentfm.models.schedule import Precomputed
 from latentfm.models.text import Condition
 from latentfm.models.velocity import time_at, timesteps, velocity
-from latentfm.pipelines.arguments import real_number, told, whole_number
+from latentfm.pipelines.arguments import names, real_number, tensor, told, whole_number
 from latentfm.sampling import Sampler, set_timesteps
 
 if TYPE_CHECKING:
@@ -229,12 +229,31 @@ class StepEnd:
             "negative_pooled_prompt_embeds": lambda: condition.pooled[:half],
             "denoised": lambda: self.field.denoised.to(dtype),
         }
-        answer = self.callback(self.pipe, i, timestep, {name: tensors[name]() for name in self.wanted}) or {}
+        given = {name: tensors[name]() for name in self.wanted}
+        answer = self.callback(self.pipe, i, timestep, dict(given))
+        answer = {} if answer is None else answer
         if not isinstance(answer, dict):
             raise InputError(f"callback_on_step_end must return a dict of tensors or nothing, not {told(answer)}")
-        self.field.change(answer.get("prompt_embeds"), answer.get("pooled_prompt_embeds"))
-        latents = answer.get("latents", seen)
+        names("what callback_on_step_end returns", list(answer), tensors)
+        changed = {name: value for name, value in answer.items() if name not in given or value is not given[name]}
+        for name, value in changed.items():
+            rows = None if name in ("prompt_embeds", "pooled_prompt_embeds") else len(x if name == "latents" else tensors[name]())
+            if tensor(f"{name} of callback_on_step_end", value, (rows, *tensors[name]().shape[1:]), "as it was given") is None:
+                raise InputError(f"callback_on_step_end returns None for {name}; leave it out where it does not change")
+        if "denoised" in changed:
+            raise InputError("callback_on_step_end returns another denoised, an estimate that nothing is drawn from; return latents")
+        self.field.change(*(with_negative(changed.get(part), changed.get(f"negative_{part}"), before) for part, before in (
+            ("prompt_embeds", condition.embeds), ("pooled_prompt_embeds", condition.pooled),
+        )))  # fmt: skip
+        latents = changed.get("latents", seen)
         return x if latents is seen and seen._version == version else latents.float()
+
+
+def with_negative(rows: Tensor | None, negative: Tensor | None, before: Tensor) -> Tensor | None:
+    """The rows of a guided batch, the new or those from `before`, with other rows to guide against; None where neither is new."""
+    if negative is None:
+        return rows
+    return torch.cat([negative, (before if rows is None else rows)[len(negative) :]])
 
 
 def repeated(condition: Condition, times: int, device: torch.device) -> Condition:

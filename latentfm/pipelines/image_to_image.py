@@ -15,7 +15,9 @@ from latentfm.pipelines.text_to_image import STOCK_GUIDANCE, STRENGTH, LatentFMP
 
 
 class FromPicture(LatentFMPipeline):
-    """What the two share."""
+    """What the two share. needs: the arguments that a call cannot do without, and what each is."""
+
+    needs: dict[str, str] = {"image": "the picture to begin from"}
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> tuple[Tensor, int]:
         """The timesteps of the run that the scheduler is set to, less those that `strength` leaves out, and how many steps remain."""
@@ -53,6 +55,9 @@ class FromPicture(LatentFMPipeline):
 
     def called(self, given: dict[str, Any], more: dict[str, Any]) -> StableDiffusion3PipelineOutput | tuple:
         """LatentFMPipeline's answer to the arguments of a call, `given` by name, and to those that it alone has."""
+        for name, what in self.needs.items():
+            if given[name] is None:
+                raise InputError(f"give {name}, {what}; LatentFMPipeline draws without one")
         return LatentFMPipeline.__call__(self, **{name: value for name, value in given.items() if name not in ("self", "more")}, **more)
 
 
@@ -115,6 +120,8 @@ class LatentFMImg2ImgPipeline(FromPicture):
 
 class LatentFMInpaintPipeline(FromPicture):
     """A part of a picture drawn anew: StableDiffusion3InpaintPipeline's call and latents; see LatentFMPipeline."""
+
+    needs = FromPicture.needs | {"mask_image": "white where it is drawn anew, black where it stays"}
 
     def prepare_latents(
         self,

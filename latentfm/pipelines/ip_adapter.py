@@ -104,8 +104,9 @@ class ImagePrompts(Components):
         if given is not None and not isinstance(given, dict):
             raise InputError("joint_attention_kwargs must be a dict, as {'scale': 0.8}")
         found = dict(given or {})
+        for name, value in (("ip_adapter_image", image), ("ip_adapter_image_embeds", embeds)):
+            if value is not None and getattr(self.transformer, "image_proj", None) is None:
+                raise InputError(f"{name} needs an IP-Adapter to look at it; load_ip_adapter loads one")
         if (image is not None and self.is_ip_adapter_active) or embeds is not None:
             found["ip_adapter_image_embeds"] = self.prepare_ip_adapter_image_embeds(image, embeds, None, pictures, guided)
-        elif image is not None and getattr(self.transformer, "image_proj", None) is None:
-            raise InputError("ip_adapter_image needs an IP-Adapter to look at it; load_ip_adapter loads one")
         return found

@@ -117,6 +117,8 @@ class Prompts(Components):
                 condition = Condition(embeds, pooled)
             if guided:
                 against = self.negative_condition(len(condition.embeds), length, *negative, scale is not None, chunks)
+        if against is not None and len(against.embeds) != len(condition.embeds):
+            raise InputError(f"negative_prompt_embeds are of {len(against.embeds)} prompts, and {len(condition.embeds)} are drawn")
         if against is not None and against.embeds.shape != condition.embeds.shape:
             raise InputError(
                 f"prompt_embeds of shape {tuple(condition.embeds.shape)}, the negative's are {tuple(against.embeds.shape)}; "

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentfm.bounds import LAST_SEED
 from latentfm.errors import InputError
 from latentfm.models import vae as vae_room
-from latentfm.pipelines.arguments import generators, real_number, told, whole_number
+from latentfm.pipelines.arguments import check_finite, generators, real_number, told, whole_number
 from latentfm.pipelines.components import Components
 from latentfm.words import shown
 
@@ -55,9 +56,9 @@ def seeded(name: str, seed: Any, pictures: int) -> list[torch.Generator]:
     if isinstance(seed, list | tuple):
         if len(seed) != pictures:
             raise InputError(f"{len(seed)} numbers in {name} for {pictures} pictures; give one for each, or a single one")
-        numbers = [whole_number(name, each, least=0) for each in seed]
+        numbers = [whole_number(name, each, least=0, most=LAST_SEED) for each in seed]
     else:
-        first = whole_number(name, seed, least=0)
+        first = whole_number(name, seed, least=0, most=LAST_SEED - (pictures - 1))
         numbers = range(first, first + pictures)
     return [torch.Generator().manual_seed(number) for number in numbers]
 
@@ -115,8 +116,12 @@ class Canvas:
         """Raises InputError for a mask without the picture, and for a crop without the mask."""
         if self.mask is not None and self.image is None:
             raise InputError("mask_image needs image, the picture that it is laid on")
-        if self.padding is not None and (self.mask is None or not isinstance(self.image, Image.Image)):
-            raise InputError("padding_mask_crop needs mask_image, and image as a picture of PIL's")
+        if self.padding is not None and not (isinstance(self.mask, Image.Image) and isinstance(self.image, Image.Image)):
+            raise InputError("padding_mask_crop needs image and mask_image as pictures of PIL's")
+        if self.padding is not None and self.mask.size != self.image.size:
+            raise InputError(f"mask_image of {self.mask.size} pixels does not fit image of {self.image.size}, which padding_mask_crop cuts")
+        if self.padding is not None and not self.mask.convert("L").getbbox():
+            raise InputError("mask_image is black everywhere, so that padding_mask_crop finds nothing to draw anew")
 
     def crop(self, pipe: Components, height: int, width: int) -> dict[str, Any]:
         """How the image processors cut the part around the mask out."""
@@ -172,6 +177,7 @@ def prepared_picture(pipe: Components, image: Any, height: int, width: int, **cr
             f"image of shape {tuple(found.shape)}; these arguments need pictures of {width} x {height} in three colours, or latents of "
             f"{pipe.latent_channels} x {small[0]} x {small[1]}"
         )
+    check_finite("image", found)
     return found.float()
 
 
@@ -182,9 +188,11 @@ def prepared_mask(pipe: Components, mask: Any, height: int, width: int, **crop: 
         do_convert_grayscale=True,
     )  # fmt: skip
     try:
-        return processor.preprocess(mask, height=height, width=width, **crop).float()
+        found = processor.preprocess(mask, height=height, width=width, **crop).float()
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(f"mask_image {told(mask)} is no picture, array or tensor: {shown(error, 160)}") from error
+    check_finite("mask_image", found)
+    return found
 
 
 def mask_for_latents(mask: Tensor, size: tuple[int, int], count: int) -> Tensor:
@@ -216,4 +224,5 @@ def given_latents(latents: Any, shape: tuple[int, ...], device: torch.device) ->
     if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
         what = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else told(latents)
         raise InputError(f"latents {what}, these arguments need floating-point ones of shape {shape}")
+    check_finite("latents", latents)
     return latents.to(device)

@@ -219,7 +219,7 @@ class LatentFMPipeline(Prompts, ImagePrompts):
         `num_evaluations`.
         Raises InputError for arguments that cannot be used.
         """
-        self.need("transformer", to="draw with", without="use encode_prompt alone")
+        self.need("transformer", "scheduler", to="draw with", without="use encode_prompt alone")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"no output_type {told(output_type)}; there are {', '.join(OUTPUT_TYPES)}")
         if long_prompts not in get_args(LongPrompts):
@@ -238,11 +238,13 @@ class LatentFMPipeline(Prompts, ImagePrompts):
             None if guidance_interval is None else pair("guidance_interval", guidance_interval),
             whole_number("zero_init", zero_init, least=0), real_number("noise", noise, "from 0 to 2"),
         )  # fmt: skip
-        if reference is not None and not isinstance(reference, torch.nn.Module):
-            raise InputError(f"reference must be a network, as another pipeline's transformer, not {told(reference)}")
+        if reference is not None:
+            check_reference(self.transformer, reference)
         if (reference is None) == (guidance == "autoguidance"):
             raise InputError('guidance="autoguidance" and reference, the weaker network that it guides against, need each other')
         canvas = Canvas(image, mask_image, masked_image_latents, padding_mask_crop)
+        if strength is not None and image is None and latents is None:
+            raise InputError(f"strength {told(strength)} needs image, or latents, the state there, as invert returns it")
         left_out = 0 if image is None and strength is None else steps_left_out(steps, STRENGTH if strength is None else strength)
         wanted = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         skip = SkipLayers.of(skip_guidance_layers, skip_layer_guidance_start, skip_layer_guidance_stop, steps - left_out, self.transformer)
@@ -336,6 +338,16 @@ class LatentFMPipeline(Prompts, ImagePrompts):
             found = integrate(self, sampler, times, field, clean, None, StepEnd(self, field, times, bar, None, [], None))
         self.maybe_free_model_hooks()
         return found
+
+
+def check_reference(network: torch.nn.Module, reference: Any) -> None:
+    """Raises InputError for what is no network, or one that does not read and give what `network` does."""
+    if not isinstance(reference, torch.nn.Module):
+        raise InputError(f"reference must be a network, as another pipeline's transformer, not {told(reference)}")
+    ours, theirs = (getattr(each, "config", None) or {} for each in (network, reference))
+    for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            raise InputError(f"reference is of another model: its {name} is {theirs[name]}, the network's {ours[name]}")
 
 
 def callback_tensors(callback: Any, inputs: Any, known: list[str]) -> list[str]:

@@ -56,6 +56,23 @@ class TestOneCallForAll:
         assert apart(found, run(pipe, image=picture(), strength=0.5, solver="heun", guidance="apg", schedule="karras")) == 0.0
         assert apart(found, run(redraw, image=picture(), strength=0.5)) > 1e-3
 
+    def test_the_other_classes_need_their_picture_and_mask(self, pipe):
+        redraw, fill = (quiet(cls.from_pipe(pipe)) for cls in (LatentFMImg2ImgPipeline, LatentFMInpaintPipeline))
+        for call, given, says in (
+            (redraw, {}, "give image, the picture to begin from"), (fill, {}, "give image, "),
+            (fill, {"image": picture()}, "give mask_image, white"),
+        ):  # fmt: skip
+            with pytest.raises(InputError, match=says):
+                run(call, **given)
+
+    def test_a_crop_needs_a_mask_that_it_can_be_cut_by(self, pipe):
+        for mask, says in (
+            (np.ones((32, 32), np.float32), "as pictures of PIL's"), (half_mask().resize((8, 8)), "does not fit image of"),
+            (Image.new("L", picture().size), "black everywhere"),
+        ):  # fmt: skip
+            with pytest.raises(InputError, match=says):
+                run(pipe, image=picture(), mask_image=mask, padding_mask_crop=4)
+
     def test_strength_leaves_steps_out(self, pipe):
         run(pipe, image=picture(), strength=0.25, num_inference_steps=8)
         assert pipe.num_timesteps == pipe.num_evaluations == 2
@@ -71,7 +88,7 @@ class TestOneCallForAll:
             ({"image": picture(), "mask_image": 4}, "mask_image 4 is no picture"), ({"image": picture(), "strength": 1.5}, "strength 1.5"),
             ({"image": picture(), "strength": 0.0}, "less than one step"), ({"image": picture(), "strength": "x"}, "strength 'x'"),
             ({"image": [picture()] * 3, "prompt": [PROMPT, OTHER]}, "3 images for 2 pictures"),
-            ({"image": picture(), "padding_mask_crop": 4}, "padding_mask_crop needs mask_image"),
+            ({"image": picture(), "padding_mask_crop": 4}, "padding_mask_crop needs image and mask_image"),
             ({"seed": 1}, "generator or seed"), ({"seed": [1, 2], "generator": None}, "2 numbers in seed for 1 pictures"),
             ({"seed": "x", "generator": None}, "seed 'x'"), ({"seed": -1, "generator": None}, "seed -1"),
             ({"variation_seed": 1}, "need each other"), ({"variation_seed": 1, "variation_strength": 2}, "variation_strength 2"),

@@ -252,6 +252,19 @@ class TestCallbacks:
         changed = self.both(stock, ours, make, guidance_scale=guidance, callback_on_step_end_tensor_inputs=names)
         assert gap(changed, run(ours, guidance_scale=guidance)) > 100 * ROUNDING
 
+    def test_what_is_guided_against_is_replaced(self, ours):
+        def other(p, i, t, given):
+            return {name: -2.0 * value if i == 1 else value for name, value in given.items()}
+
+        names = ["negative_prompt_embeds", "negative_pooled_prompt_embeds"]
+        changed = run(ours, callback_on_step_end=other, callback_on_step_end_tensor_inputs=names)
+        assert gap(changed, run(ours)) > 100 * ROUNDING
+        both = run(ours, callback_on_step_end=lambda p, i, t, given: {"prompt_embeds": torch.cat([-2.0 * given["negative_prompt_embeds"],
+            given["prompt_embeds"][1:]]), "pooled_prompt_embeds": torch.cat([-2.0 * given["negative_pooled_prompt_embeds"],
+            given["pooled_prompt_embeds"][1:]])} if i == 1 else {}, callback_on_step_end_tensor_inputs=[*names, "prompt_embeds",
+            "pooled_prompt_embeds"])  # fmt: skip
+        assert gap(changed, both) == 0.0
+
     def test_a_callback_that_returns_nothing_changes_nothing(self, ours):
         assert gap(run(ours, callback_on_step_end=lambda *given: None), run(ours)) == 0.0
 
@@ -519,6 +532,19 @@ class TestBadInput:
             ({"callback_on_step_end_tensor_inputs": None}, "must be a list of names, not None"),
             ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, not 3"),
             ({"callback_on_step_end": lambda *given: [1]}, r"callback_on_step_end must return a dict .* not \[1\]"),
+            ({"callback_on_step_end": lambda *given: torch.ones(2)}, "must return a dict of tensors or nothing, not a tensor"),
+            ({"callback_on_step_end": lambda *given: {"latent": torch.ones(2)}}, "callback_on_step_end returns: 'latent' do not"),
+            ({"callback_on_step_end": lambda *given: {"latents": None}}, "returns None for latents"),
+            ({"callback_on_step_end": lambda *given: {"latents": torch.ones(1, 4, 2, 2)}}, "latents of callback_on_step_end .*4, 8, 8"),
+            ({"callback_on_step_end": lambda *given: {"prompt_embeds": torch.ones(2, 32, 3)}}, "prompt_embeds of callback_on_step_end"),
+            ({"callback_on_step_end": lambda *given: {"denoised": torch.ones(1, 4, 8, 8)}}, "another denoised"),
+            ({"strength": 0.5}, "strength 0.5 needs image, or latents"),
+            ({"seed": 2**64, "generator": None}, "seed 18446744073709551616 is more than 9,223,372,036,854,775,807"),
+            ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents has numbers in it that are not finite"),
+            ({**ONLY_EMBEDS, "prompt_embeds": torch.full((1, 32, 48), float("inf"))}, "prompt_embeds has numbers .* not finite"),
+            ({"image": np.full((32, 32, 3), np.nan, np.float32)}, "image has numbers in it that are not finite"),
+            ({"ip_adapter_image_embeds": torch.zeros(2, 4, 8)}, "ip_adapter_image_embeds needs an IP-Adapter"),
+            ({"guidance": "autoguidance", "reference": torch.nn.Identity}, "reference must be a network"),
             ({"prompt": 5}, "prompt must be a text or a list of texts, not 5"),
             ({"prompt": b"x"}, r"prompt must be .* not b'x' \(bytes\)"),
             ({"prompt": {"a": 1}}, r"prompt must be a text or a list of texts, not \{'a': 1\}"),
