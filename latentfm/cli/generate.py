@@ -53,8 +53,8 @@ def generate(
     prompts_file: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts from a UTF-8 file: text with one a line; .csv or .jsonl with a prompt and settings of its own (seed, steps, "
-            "guidance, negative, solver, width, height, image, ...) in each. - is standard input.",
+            help="Prompts from a UTF-8 file: text with one a line; .csv, .tsv, .json or .jsonl with a prompt and settings "
+            "of its own (seed, steps, guidance, negative, solver, width, height, image, ...) in each. - is standard input.",
             show_default=False,
         ),
     ] = None,
