@@ -132,7 +132,9 @@ def test_a_weaker_model_guides(draw, run, tiny_folder):
     refused(run("generate", "a cat", "--shift", 2), "needs a schedule of its own")
 
 
-@pytest.mark.parametrize(("part", "says"), [("transformer", "transformer"), ("vae", "vae"), ("encoders", "text encoder, and prompts are read by one")])
+@pytest.mark.parametrize(
+    ("part", "says"), [("transformer", "transformer"), ("vae", "vae"), ("encoders", "text encoder, and prompts are read by one")]
+)
 def test_a_model_without_a_part_is_refused(run, tiny_folder, tmp_path, part, says):
     absent = [part] if part != "encoders" else [f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
     latentfm.LatentFMPipeline.from_pretrained(tiny_folder, **dict.fromkeys(absent)).save_pretrained(tmp_path / "part")
