@@ -49,7 +49,7 @@ def within(kind: Kind, key: Any) -> Kind:
         arguments = [part for part in get_args(each) if part is not Ellipsis]
         if is_model(each) and key in each.model_fields:
             return each.model_fields[key].annotation
-        if get_origin(each) is dict and not isinstance(key, int | None):
+        if get_origin(each) is dict:
             return arguments[1]
         if get_origin(each) in (list, tuple) and isinstance(key, int):
             return arguments[min(key, len(arguments) - 1)]
@@ -191,10 +191,20 @@ def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
 
 
 def meant(value: Any, kind: Kind) -> Any:
-    """A text as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is."""
+    """A value as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is.
+
+    What a list or a mapping holds too, but for a section of options. Raises ValueError for a truth value in a number's place.
+    """
+    kinds = choices(kind)
+    if isinstance(value, list):
+        return [meant(part, within(kind, number)) for number, part in enumerate(value)]
+    if isinstance(value, dict) and not any(is_model(each) for each in kinds):
+        return {key: meant(part, within(kind, key)) for key, part in value.items()}
+    if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):  # which would pass for 0 or 1
+        raise ValueError("should be a number; yes, on and true, no, off and false are none")
     if not isinstance(value, str) or takes_text(kind):
         return value
-    for each in choices(kind):
+    for each in kinds:
         if get_origin(each) is Literal:
             same = [name for name in get_args(each) if isinstance(name, str) and name.casefold() == value.casefold()]
             if same:
@@ -265,7 +275,7 @@ def key_in(inner: Any, place: str, kind: Kind) -> Any:
     if not (place.isdecimal() and place.isascii() and len(place) < 10 and (not listed or int(place) <= len(inner))):
         place = shown(place, 60)
         raise InputError(f"'{place}' is no place in a list of {len(inner)}, counted from 0" if listed else f"'{place}' is no number")
-    return int(place)
+    return int(place) if listed else {str(key): key for key in inner}.get(str(int(place)), int(place))  # JSON's "77" is 77
 
 
 def unknown(kind: Kind, places: Sequence[str | int]) -> str:

@@ -141,7 +141,8 @@ BOMB = "output: {folder: x}\ndata: {folder: d}\ntrain:\n  a0: &a0 [lol]\n" + "".
         ("a: *nobody", "is not valid YAML"),
         ("train: {steps: " + "9" * 5000 + "}", "is not valid YAML|train.steps"),
         ("data: !!set {a, b}", "is not valid YAML of plain values"), ('{"train": {"steps": ' + "1" * 5000 + "}}", "4300 digits"),
-        ("train: {<<: {? [a] : 5}}", "the name in line 1 is no single word"), ("train:\n  <<: 5", "what '<<' in line 2 merges is no mapping"),
+        ("train: {<<: {? [a] : 5}}", "the name in line 1 is no single word"),
+        ("train:\n  <<: 5", "what '<<' in line 2 merges is no mapping"),
         ("train: {<<: {steps: 1, steps: 2}}", "gives 'steps' twice"),
         ("train: {<<: [{seed: 1}, {<<: {a: 1, a: 2}}]}", "gives 'a' twice"),
     ],
@@ -199,6 +200,8 @@ def test_what_is_written_down_is_read_back_as_it_was(tmp_path, overrides):
     for ascii_only in (True, False):
         text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=ascii_only)
         assert load_config(written(tmp_path, text, "config.json")) == config
+    if config.data.t5_lengths:
+        assert load_config(tmp_path / "config.json", ["data.t5_lengths.64=3"]).data.t5_lengths == {16: 0.5, 64: 3}
 
 
 WORDS = [*"~:,[]{}&*!|#%@'\"-?\n\t1", "train", "data", "output", "steps", "folder", "sources", "adapter", "rank", "null", "0x1", "1e400"]
