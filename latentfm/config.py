@@ -200,7 +200,7 @@ class AdapterOptions(Section):
     rank: int = Field(16, ge=1, le=16_384)
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="the addition counts alpha / rank; rank if not given")
     targets: str | list[str] = Field(
-        "attention", description="attention, feed_forward, modulation, all_linear, or endings of modules' names: [attn.to_q, ff.net.2]"
+        "attention", description="attention, feed_forward, modulation, all_linear, or endings of modules' names: to_q, [to_q, ff.net.2]"
     )
     dropout: float = Field(0.0, ge=0, lt=1)
     base: Literal["as_weights", "nf4", "int8"] = Field(

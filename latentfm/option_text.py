@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -256,15 +257,25 @@ def value_of(override: str, text: str, kind: Kind) -> Any:
     """What the text of an override means for an option of this type. Raises InputError."""
     if takes_text_alone(kind) or (takes_text(kind) and text[:1] not in "[{"):
         return text or None  # nothing leaves an option unset
-    several = [each for each in choices(kind) if get_origin(each) in (list, tuple)]
+    several = [within(each, 0) for each in choices(kind) if get_origin(each) in (list, tuple)]
+    texts = any(takes_text(each) for each in several)  # a comma belongs to a text
     if several and text and text[:1] not in "[{":
-        if any(takes_text(within(each, 0)) for each in several):  # a comma belongs to a text
+        if texts:
             return [text]
-        text = f"[{text}]" if "," in text else text
+        names = any(get_origin(each) is Literal for part in several for each in choices(part))
+        text = f"[{text}]" if names or "," in text else text
     try:
         return parse(text, kind)
     except Refused as error:
+        if (texts or takes_text(kind)) and closes_early(text):
+            return text if takes_text(kind) else [text]
         raise InputError(f"the value of '{shown(override, 120)}' {shown(error, 200)}") from None
+
+
+def closes_early(text: str) -> bool:
+    """Whether the bracket that a text begins with is closed before its end, as in "[red] car"; "[a, b" is a list that lacks its end."""
+    open_ones = accumulate((letter in "[{") - (letter in "]}") for letter in text.rstrip()[:-1])
+    return 0 in open_ones
 
 
 def key_in(inner: Any, place: str, kind: Kind) -> Any:

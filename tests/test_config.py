@@ -81,7 +81,9 @@ def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
         ("train.steps", "override 'train.steps' should look like section.key=value"),
         ("steps=3", "override 'steps=3' should look like section.key=value"),
         ("train.=3", "override 'train.=3' should look like"),
-        ("train.betas=[1,", "the value of 'train.betas=[1,' is not valid YAML"),
+        ("train.betas=[1,", "the value of 'train.betas=[1,' is not valid YAML"), ("train.betas=[1] 2", "is not valid YAML"),
+        ("sample.prompts=[a, b", "the value of 'sample.prompts=[a, b' is not valid YAML"), ("sample.prompts=[a, [b]", "is not valid YAML"),
+        ('sample.prompts=["a, b]', "is not valid YAML"), ("train.adapter.targets=[to_q", "is not valid YAML"),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_nearest(override, message):
@@ -109,7 +111,7 @@ OUT_OF_RANGE = [
     "train.optimizer=adam", "train.adapter={rank: 0}", "train.adapter={kind: full}", "train.adapter={dropout: 1}", "train.adapter=lora",
     "train.adapter={base: int4}", "train.adapter={alpha: 0}", "train.ema_device=gpu", "train.loss_weighting=snr",
     "train.t_density_options={scale: 1}", "train.t_density_options=[1]",
-    "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
+    "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=mlflow",
     "data.folder=", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
     "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts={one: 1}", "sample.seed=-1",
     "sample.solver=huen", "sample.schedule=linear", "sample.shift=0", "sample.guidance_rule=autoguidance", "sample.guidance_rescale=1.1",
@@ -327,6 +329,9 @@ def test_every_option_is_read_somewhere():
         ("train.optimizer=AdamW", "adamw"), ("train.decay=Cosine", "cosine"), ("train.mixed_precision=BF16", "bf16"),
         ("train.steps=1e3", 1000), ("train.steps=2.5E2", 250), ("data.size=[1e2, 64]", (100, 64)),
         ("sample.prompts=a cat, asleep", ["a cat, asleep"]),
+        ("output.trackers=WandB", ["wandb"]), ("output.trackers=wandb,tensorboard", ["wandb", "tensorboard"]), ("output.trackers=[]", []),
+        ("sample.prompts=[red] car", ["[red] car"]), ("sample.prompts=[a] or [b]", ["[a] or [b]"]), ("sample.prompts=[a, b]", ["a", "b"]),
+        ("sample.prompts={red} car", ["{red} car"]), ("sample.prompts=[[a], [b]] c", ["[[a], [b]] c"]),
         ("train.betas=0.9,0.95", (0.9, 0.95)), ("data.size=64,48", (64, 48)),
     ],
 )  # fmt: skip
@@ -339,6 +344,8 @@ def test_values_as_people_write_them(override, expected):
 def test_a_list_is_given_by_repeating_its_option(tmp_path):
     config = load_config(None, ["data.folder=a", "output.folder=b", "sample.prompts=a cat", "sample.prompts=the moon, full"])
     assert config.sample.prompts == ["a cat", "the moon, full"]
+    config = load_config(None, ["data.folder=a", "output.folder=b", "output.trackers=wandb", "output.trackers=tensorboard"])
+    assert config.output.trackers == ["wandb", "tensorboard"]
     file = tmp_path / "run.yaml"
     file.write_text("data: {folder: a}\noutput: {folder: b}\nsample: {prompts: [a dog]}\ntrain: {optimizer: LION, steps: 1e2}\n")
     config = load_config(file, ["sample.prompts=a cat"])  # the first one stands for what the file says
