@@ -1,12 +1,12 @@
 """A run's options: typed, validated, unknown names refused with the nearest suggestion, dotted overrides to any depth."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from platformdirs import user_cache_dir
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from latentfm import option_text
@@ -22,14 +22,11 @@ from latentfm.words import shown
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def as_meant(cls, given: Any) -> Any:
+    def as_meant(cls, given: Any, info: ValidationInfo) -> Any:
         """Names in other letters (AdamW) and whole numbers in another spelling (1e3) as the options have them."""
-        if not isinstance(given, dict):
-            return given
-        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {name: option_text.meant(value, kinds[name]) if name in kinds else value for name, value in given.items()}
+        return option_text.meant(given, cls.model_fields[info.field_name].annotation)
 
 
 Config = TypeVar("Config", bound=Section)
@@ -166,9 +163,12 @@ class DataOptions(PictureOptions):
         if wrong := [f"data.{name}" for name, value in given.items() if value]:
             raise ValueError(f"data.pairs stand for pictures: leave them or {', '.join(wrong)} out")
 
-    @field_validator("t5_lengths")
+    @field_validator("t5_lengths", mode="wrap")
     @classmethod
-    def shares_are_positive(cls, value: dict[int, float] | None) -> dict[int, float] | None:
+    def shares_are_positive(cls, given: Any, validated: Callable[[Any], Any]) -> dict[int, float] | None:
+        value = validated(given)
+        if value is not None and len(value) < len(given):
+            raise ValueError("gives a length twice, in two spellings; leave one of them out")
         lengths_fit = value is None or (value and min(value) >= 1 and max(value) <= MOST_TOKENS)
         if not lengths_fit or not all(0 < share <= 1_000_000 for share in (value or {}).values()):
             raise ValueError(f"lengths must be from 1 to {MOST_TOKENS:,} and their shares above 0, got {shown(value, 80)}")
@@ -200,7 +200,7 @@ class AdapterOptions(Section):
     rank: int = Field(16, ge=1, le=16_384)
     alpha: float | None = Field(None, gt=0, allow_inf_nan=False, description="the addition counts alpha / rank; rank if not given")
     targets: str | list[str] = Field(
-        "attention", description="attention, feed_forward, modulation, all_linear, or endings of modules' names: [attn.to_q, ff.net.2]"
+        "attention", description="attention, feed_forward, modulation, all_linear, or endings of modules' names: to_q, [to_q, ff.net.2]"
     )
     dropout: float = Field(0.0, ge=0, lt=1)
     base: Literal["as_weights", "nf4", "int8"] = Field(
@@ -285,6 +285,11 @@ class TrainOptions(OptimisationOptions):
     )
     dropout: float = Field(0.1, ge=0, le=1, description="probability of training a sample without any condition")
     dropout_each: float = Field(0.0, ge=0, le=1, description="probability for each text encoder by itself (SD3: 0.464)")
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def true_is_all(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, bool) else value
 
 
 class ValidationOptions(Section):
@@ -477,7 +482,7 @@ def in_words(error: ValidationError, kind: type[Section]) -> str:
         if found["type"] == "missing":
             missing.append({"data": "data.folder", "output": "output.folder"}.get(name, name))  # what such a section needs
         said = found["msg"].removeprefix("Value error, ")
-        lines.append(f"{name}: {found['msg']} (got {shown(repr(found['input']), 80)})" if name else said)
+        lines.append(f"{name}: {said} (got {shown(repr(found['input']), 80)})" if name else said)
     if missing:
         return f"missing {', '.join(missing)}; set it in the configuration or as {missing[0]}=VALUE"
     return shown("; ".join(lines), 1000)

@@ -84,12 +84,18 @@ def reason(error: BaseException, most: int = 300) -> str:
 
 def expanded(path: str | Path) -> Path:
     """A path as a person writes it: a leading ~ or ~name stands for a home, where there is such a user; else it is part of the name."""
-    return Path(os.path.expanduser(path))
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # a zero byte or half a letter after the ~
+        return Path(path)
 
 
 def check_regular(path: str | Path) -> os.stat_result:
     """The status of a regular file, links followed. Raises SpecialFile for anything else, OSError where there is nothing."""
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, f"No file can have such a name ({error})", str(path)) from None
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for test, name in KINDS.items() if test(found.st_mode)), "no file")
         raise SpecialFile(f"{shown(path)} is {kind}, not a regular file; remove it, or put a file in its place")

@@ -8,12 +8,15 @@ import json
 import re
 import types
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 from latentfm.errors import InputError, nearest
+from latentfm.files import CONTENT_ERRORS
 from latentfm.words import is_text, shown
 
 MOST_BYTES = 2**20  # of a file of options
@@ -47,7 +50,7 @@ def within(kind: Kind, key: Any) -> Kind:
         arguments = [part for part in get_args(each) if part is not Ellipsis]
         if is_model(each) and key in each.model_fields:
             return each.model_fields[key].annotation
-        if get_origin(each) is dict and not isinstance(key, int | None):
+        if get_origin(each) is dict:
             return arguments[1]
         if get_origin(each) in (list, tuple) and isinstance(key, int):
             return arguments[min(key, len(arguments) - 1)]
@@ -72,21 +75,17 @@ def parse(text: str, kind: Kind) -> Any:
 
     Raises Refused for what is neither, repeats a key, is nested too deeply, or unfolds to too much.
     """
-    if text.lstrip()[:1] == "{" or (text[:1] == "[" and "\\u" in text):  # JSON, whose letters beyond 16 bits are two of YAML's
-        try:
-            return json.loads(text, object_pairs_hook=without_repeats)
-        except RecursionError:
-            raise Refused("is nested too deeply") from None
-        except json.JSONDecodeError:
-            pass
     try:
+        if text.lstrip()[:1] == "{" or (text[:1] == "[" and "\\u" in text):  # JSON, whose letters beyond 16 bits are two of YAML's
+            with suppress(json.JSONDecodeError):
+                return json.loads(text, object_pairs_hook=without_repeats)
         check_size(text)
         node = yaml.compose(text, yaml.SafeLoader)
         return None if node is None else built(node, kind)
-    except yaml.YAMLError as error:
-        raise Refused(f"is not valid YAML: {' '.join(str(error).split())}") from None
-    except (RecursionError, ValueError) as error:
-        raise error if isinstance(error, Refused) else Refused(f"is not valid YAML: {error}") from None
+    except RecursionError:
+        raise Refused("is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
+        raise error if isinstance(error, Refused) else Refused(f"is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,11 +133,8 @@ def built(node: yaml.Node, kind: Kind) -> Any:
     if isinstance(node, yaml.SequenceNode):
         check_tag(node, "seq")
         return [built(part, within(kind, number)) for number, part in enumerate(node.value)]
-    check_tag(node, "map")
-    check_keys(node)
-    yaml.constructor.SafeConstructor().flatten_mapping(node)  # "<<": what it merges comes first, and what is given here goes over it
     found = {}
-    for key_node, value in node.value:
+    for key_node, value in pairs_of(node):
         key = key_of(key_node, kind)
         found[key] = built(value, within(kind, key))
     return found
@@ -149,7 +145,11 @@ def number_or_text(node: yaml.ScalarNode) -> Any:
     octal = node.tag.endswith(":int") and not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value)
     if octal or (node.tag.endswith(":float") and ":" in node.value):
         return node.value
-    return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+    except CONTENT_ERRORS:  # "!!bool x": PyYAML believes a tag that is written, and reads on
+        name, line = node.tag.rpartition(":")[2], node.start_mark.line + 1
+        raise Refused(f"is not valid YAML: '{shown(node.value, 60)}' in line {line} cannot be read as {name}") from None
 
 
 def check_tag(node: yaml.Node, name: str) -> None:
@@ -157,16 +157,28 @@ def check_tag(node: yaml.Node, name: str) -> None:
         raise Refused(f"is not valid YAML of plain values: {shown(node.tag, 60)} in line {node.start_mark.line + 1}")
 
 
-def check_keys(node: yaml.MappingNode) -> None:
-    """Raises Refused for a key that is given twice, or is no single word."""
-    seen = set()
-    for key, _ in node.value:
+def pairs_of(node: yaml.MappingNode) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    """The keys and values of a mapping, those that it merges by "<<" first, so that what is given here goes over them.
+
+    Raises Refused for a key that is given twice, or is no single word, and for a merge of what is no mapping.
+    """
+    check_tag(node, "map")
+    own, merged, seen = [], [], set()
+    for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise Refused(f"is not valid YAML of options: the name in line {line} is no single word")
         if key.value in seen:
             raise Refused(f"gives '{shown(key.value, 60)}' twice, again in line {line}; leave one of them out")
         seen.add(key.value)
+        if not key.tag.endswith(":merge"):
+            own.append((key, value))
+            continue
+        for part in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:  # the first goes over the others
+            if not isinstance(part, yaml.MappingNode):
+                raise Refused(f"is not valid YAML of options: what '<<' in line {line} merges is no mapping")
+            merged += pairs_of(part)
+    return merged + own
 
 
 def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
@@ -180,10 +192,20 @@ def key_of(node: yaml.ScalarNode, kind: Kind) -> Any:
 
 
 def meant(value: Any, kind: Kind) -> Any:
-    """A text as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is."""
+    """A value as an option of this type has it: a name of a choice in that one's letters, "1e3" as the whole number; else as it is.
+
+    What a list or a mapping holds too, but for a section of options. Raises ValueError for a truth value in a number's place.
+    """
+    kinds = choices(kind)
+    if isinstance(value, list):
+        return [meant(part, within(kind, number)) for number, part in enumerate(value)]
+    if isinstance(value, dict) and not any(is_model(each) for each in kinds):
+        return {key: meant(part, within(kind, key)) for key, part in value.items()}
+    if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):  # which would pass for 0 or 1
+        raise ValueError("should be a number; yes, on and true, no, off and false are none")
     if not isinstance(value, str) or takes_text(kind):
         return value
-    for each in choices(kind):
+    for each in kinds:
         if get_origin(each) is Literal:
             same = [name for name in get_args(each) if isinstance(name, str) and name.casefold() == value.casefold()]
             if same:
@@ -217,10 +239,9 @@ def put(data: dict[str, Any], kind: Kind, override: str, again: bool = False) ->
     value = value_of(override, text, kind)
     if isinstance(inner, list) and key == len(inner):
         inner.append(value)
-    elif again and isinstance(value, list) and isinstance(inner.get(key), list):
-        inner[key] = inner[key] + value
-    else:
-        inner[key] = value
+        return
+    before = inner[key] if isinstance(inner, list) else inner.get(key)
+    inner[key] = before + value if again and isinstance(value, list) and isinstance(before, list) else value
 
 
 def begun(parent: Kind, kind: Kind, name: Any) -> Any:
@@ -236,15 +257,25 @@ def value_of(override: str, text: str, kind: Kind) -> Any:
     """What the text of an override means for an option of this type. Raises InputError."""
     if takes_text_alone(kind) or (takes_text(kind) and text[:1] not in "[{"):
         return text or None  # nothing leaves an option unset
-    several = [each for each in choices(kind) if get_origin(each) in (list, tuple)]
+    several = [within(each, 0) for each in choices(kind) if get_origin(each) in (list, tuple)]
+    texts = any(takes_text(each) for each in several)  # a comma belongs to a text
     if several and text and text[:1] not in "[{":
-        if any(takes_text(within(each, 0)) for each in several):  # a comma belongs to a text
+        if texts:
             return [text]
-        text = f"[{text}]" if "," in text else text
+        names = any(get_origin(each) is Literal for part in several for each in choices(part))
+        text = f"[{text}]" if names or "," in text else text
     try:
         return parse(text, kind)
     except Refused as error:
+        if (texts or takes_text(kind)) and closes_early(text):
+            return text if takes_text(kind) else [text]
         raise InputError(f"the value of '{shown(override, 120)}' {shown(error, 200)}") from None
+
+
+def closes_early(text: str) -> bool:
+    """Whether the bracket that a text begins with is closed before its end, as in "[red] car"; "[a, b" is a list that lacks its end."""
+    open_ones = accumulate((letter in "[{") - (letter in "]}") for letter in text.rstrip()[:-1])
+    return 0 in open_ones
 
 
 def key_in(inner: Any, place: str, kind: Kind) -> Any:
@@ -255,7 +286,7 @@ def key_in(inner: Any, place: str, kind: Kind) -> Any:
     if not (place.isdecimal() and place.isascii() and len(place) < 10 and (not listed or int(place) <= len(inner))):
         place = shown(place, 60)
         raise InputError(f"'{place}' is no place in a list of {len(inner)}, counted from 0" if listed else f"'{place}' is no number")
-    return int(place)
+    return int(place) if listed else {str(key): key for key in inner}.get(str(int(place)), int(place))  # JSON's "77" is 77
 
 
 def unknown(kind: Kind, places: Sequence[str | int]) -> str:

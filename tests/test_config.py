@@ -81,7 +81,9 @@ def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
         ("train.steps", "override 'train.steps' should look like section.key=value"),
         ("steps=3", "override 'steps=3' should look like section.key=value"),
         ("train.=3", "override 'train.=3' should look like"),
-        ("train.betas=[1,", "the value of 'train.betas=[1,' is not valid YAML"),
+        ("train.betas=[1,", "the value of 'train.betas=[1,' is not valid YAML"), ("train.betas=[1] 2", "is not valid YAML"),
+        ("sample.prompts=[a, b", "the value of 'sample.prompts=[a, b' is not valid YAML"), ("sample.prompts=[a, [b]", "is not valid YAML"),
+        ('sample.prompts=["a, b]', "is not valid YAML"), ("train.adapter.targets=[to_q", "is not valid YAML"),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_nearest(override, message):
@@ -102,13 +104,14 @@ OUT_OF_RANGE = [
     "train.ema_decay=1", "train.ema_decay=-0.1",
     "train.t_density=normal", "train.t_shift=0", "train.t_shift=.inf", "train.dropout=1.1", "train.dropout=-0.1", "train.dropout_each=2",
     "train.seed=-1", "data.size=big", "data.size=[1, 2, 3]", "data.flip=7", "data.t5_lengths={}", "data.t5_lengths={0: 1}",
-    "data.t5_lengths={16: 0}", "data.t5_lengths={16: .nan}", "data.t5_lengths={16: .inf}", "data.t5_lengths=16", "data.workers=-1",
+    "data.t5_lengths={16: 0}", "data.t5_lengths={16: .nan}", "data.t5_lengths={16: .inf}", "data.t5_lengths=16",
+    "data.t5_lengths={77: 1, 077: 2}", 'data.t5_lengths={"77": 1, "7_7": 2}', "data.workers=-1",
     "data.buckets=0", "data.max_aspect=0.5", "data.max_aspect=.inf", "data.max_crop=0", "data.max_crop=1.1", "data.cache_dtype=float16",
     "data.verify=perhaps", "data.online=perhaps", "model.text_encoders=float16",
     "train.optimizer=adam", "train.adapter={rank: 0}", "train.adapter={kind: full}", "train.adapter={dropout: 1}", "train.adapter=lora",
     "train.adapter={base: int4}", "train.adapter={alpha: 0}", "train.ema_device=gpu", "train.loss_weighting=snr",
     "train.t_density_options={scale: 1}", "train.t_density_options=[1]",
-    "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=wandb",
+    "validation.held_out=-1", "validation.every=0", "validation.times=0", "output.trackers=[mlflow]", "output.trackers=mlflow",
     "data.folder=", "data.sources=[]", "data.sources=[{path: a, weight: 0}]", "data.prior_weight=-1",
     "sample.every=0", "sample.steps=0", "sample.guidance=.nan", "sample.prompts={one: 1}", "sample.seed=-1",
     "sample.solver=huen", "sample.schedule=linear", "sample.shift=0", "sample.guidance_rule=autoguidance", "sample.guidance_rescale=1.1",
@@ -122,6 +125,34 @@ def test_a_value_out_of_range_is_refused_by_name(override):
     with pytest.raises(InputError) as error:
         config(override)
     assert override.split("=")[0] in str(error.value) and "\n" not in str(error.value)
+
+
+TRUTHS = [
+    "train.learning_rate=yes", "train.steps=on", "train.steps=true", "train.betas=[yes, 0.9]", "train.betas.1=true", "train.seed=false",
+    "train.adapter.rank=true", "train.adapter={alpha: on}", "train.token_routing.keep=yes", "train.token_routing={first: true}",
+    "train.t_density_options={mean: true}", "train.t_density_options.std=yes", "data.size=true", "data.size=[64, on]", "data.size=true,64",
+    "data.t5_lengths={77: true}", 'data.t5_lengths={"77": true}', "data.t5_lengths.77=yes", "data.workers=no",
+    "data.pairs={prompts: a, count: true}",
+    "data.sources.0.weight=yes", "data.sources=[{path: a, repeats: true}]", "data.sources=[{path: a, caption_columns: {x: on}}]",
+    "sample.guidance_interval=[false, true]", "sample.guidance=off", "output.keep=true", "validation.held_out=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", TRUTHS)
+def test_a_truth_value_is_no_number(tmp_path, override):
+    with pytest.raises(InputError, match=r"should be a number; .*\(got .*(True|False)") as error:
+        config(override)
+    assert override.split("=")[0].removesuffix(".1").removesuffix(".77").removesuffix(".std") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["train: {steps: yes}", "model: {widths: [true, 64]}", "loss: {l1: on}", '{"adversarial": {"start": true}}']
+)  # fmt: skip
+def test_a_truth_value_is_no_number_of_a_vae_or_in_a_file(tmp_path, text):
+    from latentfm.training.vae.options import VAEConfig
+
+    with pytest.raises(InputError, match="should be a number"):
+        load_config(written(tmp_path, text), NEEDED, VAEConfig)
 
 
 def test_every_option_with_a_range_is_tried_above():
@@ -296,7 +327,11 @@ def test_every_option_is_read_somewhere():
     ("override", "expected"),
     [
         ("train.optimizer=AdamW", "adamw"), ("train.decay=Cosine", "cosine"), ("train.mixed_precision=BF16", "bf16"),
-        ("train.steps=1e3", 1000), ("train.steps=2.5E2", 250), ("sample.prompts=a cat, asleep", ["a cat, asleep"]),
+        ("train.steps=1e3", 1000), ("train.steps=2.5E2", 250), ("data.size=[1e2, 64]", (100, 64)),
+        ("sample.prompts=a cat, asleep", ["a cat, asleep"]),
+        ("output.trackers=WandB", ["wandb"]), ("output.trackers=wandb,tensorboard", ["wandb", "tensorboard"]), ("output.trackers=[]", []),
+        ("sample.prompts=[red] car", ["[red] car"]), ("sample.prompts=[a] or [b]", ["[a] or [b]"]), ("sample.prompts=[a, b]", ["a", "b"]),
+        ("sample.prompts={red} car", ["{red} car"]), ("sample.prompts=[[a], [b]] c", ["[[a], [b]] c"]),
         ("train.betas=0.9,0.95", (0.9, 0.95)), ("data.size=64,48", (64, 48)),
     ],
 )  # fmt: skip
@@ -309,6 +344,8 @@ def test_values_as_people_write_them(override, expected):
 def test_a_list_is_given_by_repeating_its_option(tmp_path):
     config = load_config(None, ["data.folder=a", "output.folder=b", "sample.prompts=a cat", "sample.prompts=the moon, full"])
     assert config.sample.prompts == ["a cat", "the moon, full"]
+    config = load_config(None, ["data.folder=a", "output.folder=b", "output.trackers=wandb", "output.trackers=tensorboard"])
+    assert config.output.trackers == ["wandb", "tensorboard"]
     file = tmp_path / "run.yaml"
     file.write_text("data: {folder: a}\noutput: {folder: b}\nsample: {prompts: [a dog]}\ntrain: {optimizer: LION, steps: 1e2}\n")
     config = load_config(file, ["sample.prompts=a cat"])  # the first one stands for what the file says

@@ -68,12 +68,40 @@ def test_names_reach_to_any_depth(tmp_path):
         ("data.folder=a\udcff", r"data\.folder 'a.udcff' is not valid UTF-8"),
         ('sample.prompts=["\\ud800"]', "sample.prompts.0 .*not valid UTF-8"),
         ("output.folder=", r"output\.folder: .*valid string"),
+        ('train.adapter={"rank": ' + "1" * 5000 + "}", "is not valid YAML: .*4300 digits"), ("train.steps=" + "1" * 5000, "read as int"),
+        ("train.steps=!!timestamp x", "'x' in line 1 cannot be read as timestamp"), ("train.compile=!!bool x", "read as bool"),
+        ("train.steps=!!timestamp 2026-99-99", "read as timestamp"), ('train.t_shift=!!float ""', "read as float"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_taken_is_refused_in_one_line(override, message):
     with pytest.raises(InputError, match=message) as caught:
         given(override)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("override", ["data.sources.0=[1]", "train.betas.0=[0.1]", "train.betas=[0.1, 0.2]"])
+def test_what_is_given_again_and_cannot_be_taken_is_refused_in_one_line(override):
+    with pytest.raises(InputError, match=override.split("=")[0]) as caught:
+        given(override, override)
+    assert "\n" not in str(caught.value)
+
+
+TAGS = ["int", "float", "bool", "null", "binary", "timestamp", "set", "omap", "pairs", "map", "seq", "str", "merge", "value", "python/none"]
+WRITTEN = ["x", '""', "1", "-", "2026-03-01", "[]", "[a]", "[{a: 1}]", "{}", "{a: 1}", "0001-01-01T00:00:00+23:00", "9" * 5000]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tag_that_is_written_makes_an_option_or_one_line(tmp_path, tag):
+    for text in WRITTEN:
+        overrides = [f"{name}=!!{tag} {text}" for name in ("train.steps", "train.compile", "train.t_shift", "data.size", "train.betas")]
+        overrides += [f"train.adapter={{rank: !!{tag} {text}}}", f"data.t5_lengths={{!!{tag} {text}: 1}}"]
+        files = [f"train: !!{tag} {text}", f"train: {{!!{tag} {text}: 1}}", f"model: {{preset: !!{tag} {text}}}", f"!!{tag} {text}"]
+        files += [f"train: {{<<: !!{tag} {text}}}", f"train: {{<<: [!!{tag} {text}]}}"]
+        for path, more in [*((None, [override]) for override in overrides), *((written(tmp_path, file), []) for file in files)]:
+            try:
+                load_config(path, [*NEEDED, *more])
+            except InputError as error:
+                assert "\n" not in str(error) and len(str(error)) < 2000
 
 
 def test_numbers_are_those_that_people_mean():
@@ -89,8 +117,10 @@ def test_texts_in_yaml_are_texts_and_null_is_nothing(tmp_path):
     merged = "base: &b {steps: 5, seed: 3}\n"
     with pytest.raises(InputError, match="unknown section 'base'"):
         load_config(written(tmp_path, merged + "train: {<<: *b, seed: 4}"), NEEDED)
-    config = load_config(written(tmp_path, "train: {<<: {steps: 5, seed: 3}, seed: 4}"), NEEDED)
+    config = load_config(written(tmp_path, "train: {<<: [{steps: 5}, {steps: 6, seed: 3}], seed: 4}"), NEEDED)
     assert (config.train.steps, config.train.seed) == (5, 4)
+    config = load_config(None, [*NEEDED[1:], "data.sources=[&a {<<: {repeats: 2}, repeats: 3, path: b}, *a]"])
+    assert [source.repeats for source in config.data.sources] == [3, 3]
 
 
 BOMB = "output: {folder: x}\ndata: {folder: d}\ntrain:\n  a0: &a0 [lol]\n" + "".join(
@@ -110,7 +140,11 @@ BOMB = "output: {folder: x}\ndata: {folder: d}\ntrain:\n  a0: &a0 [lol]\n" + "".
         ("a: b\n---\nc: d", "is not valid YAML"), ("? [a, b]\n: c", "no single word"), ("\x00", "is not valid YAML"),
         ("a: *nobody", "is not valid YAML"),
         ("train: {steps: " + "9" * 5000 + "}", "is not valid YAML|train.steps"),
-        ("data: !!set {a, b}", "is not valid YAML of plain values"),
+        ("data: !!set {a, b}", "is not valid YAML of plain values"), ('{"train": {"steps": ' + "1" * 5000 + "}}", "4300 digits"),
+        ("train: {<<: {? [a] : 5}}", "the name in line 1 is no single word"),
+        ("train:\n  <<: 5", "what '<<' in line 2 merges is no mapping"),
+        ("train: {<<: {steps: 1, steps: 2}}", "gives 'steps' twice"),
+        ("train: {<<: [{seed: 1}, {<<: {a: 1, a: 2}}]}", "gives 'a' twice"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -119,6 +153,13 @@ def test_what_a_file_says_is_bounded_before_it_is_believed(tmp_path, text, messa
     with pytest.raises(InputError, match=message) as caught:
         load_config(written(tmp_path, text), NEEDED)
     assert "\n" not in str(caught.value) and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~a\0b", "a\ud800", "~\ud800"])
+def test_a_name_that_no_file_can_have_is_no_configuration(name):
+    with pytest.raises(InputError, match="cannot read the configuration .*No file can have such a name") as caught:
+        load_config(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pipe_is_no_configuration(tmp_path):
@@ -159,6 +200,8 @@ def test_what_is_written_down_is_read_back_as_it_was(tmp_path, overrides):
     for ascii_only in (True, False):
         text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=ascii_only)
         assert load_config(written(tmp_path, text, "config.json")) == config
+    if config.data.t5_lengths:
+        assert load_config(tmp_path / "config.json", ["data.t5_lengths.64=3"]).data.t5_lengths == {16: 0.5, 64: 3}
 
 
 WORDS = [*"~:,[]{}&*!|#%@'\"-?\n\t1", "train", "data", "output", "steps", "folder", "sources", "adapter", "rank", "null", "0x1", "1e400"]

@@ -40,24 +40,26 @@ def parse_blocks(text: str, layers: int) -> list[int]:
 
 
 def adapted_linears(names: Iterable[str], targets: str | list[str], blocks: Iterable[int]) -> list[str]:
-    """Those of the linears `names` in `blocks` that a preset of TARGETS, or a list of endings of names, stands for.
+    """Those of the linears `names` in `blocks` that a preset of TARGETS, an ending of names, or a list of these stands for.
 
     Raises InputError for an unknown preset, and for an ending that no linear of these blocks has, each with the nearest there is.
     """
     chosen = set(blocks)
     linears = [name for name in names if int(name.split(".")[1]) in chosen]
-    if isinstance(targets, str):
-        if targets not in TARGETS:
-            raise InputError(
-                f"train.adapter.targets '{targets}' is no preset{nearest(targets, TARGETS)}; there are {', '.join(TARGETS)}, "
-                "or give a list of names, as in [attn.to_q]"
-            )
+    if isinstance(targets, str) and targets in TARGETS:
         return [name for name in linears if any(ends_with(name, ending) for ending in TARGETS[targets])]
+    tails = {tail for name in linears for tail in endings(name)}
+    if isinstance(targets, str):
+        if not any(targets and ends_with(name, targets) for name in linears):
+            raise InputError(
+                f"train.adapter.targets '{targets}' is no preset and no linear's name{nearest(targets, {*TARGETS, *tails})}; there are "
+                f"{', '.join(TARGETS)}, or give a name, as attn.to_q, or a list of them, as [attn.to_q, ff.net.2]"
+            )
+        targets = [targets]
     if not targets:
         raise InputError(f"train.adapter.targets names no module; there are the presets {', '.join(TARGETS)}")
     for ending in targets:
         if not any(ending and ends_with(name, ending) for name in linears):
-            tails = {tail for name in linears for tail in endings(name)}
             raise InputError(
                 f"train.adapter.targets: no linear of the trained blocks is called '{ending}'{nearest(ending, tails)}; "
                 f"a block has {', '.join(dict.fromkeys(name.split('.', 2)[2] for name in linears))}"

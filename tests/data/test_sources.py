@@ -233,6 +233,7 @@ def test_every_unusable_row_is_a_problem_with_its_line(tmp_path):
         '{"file_name": "ok.png\\u0000", "text": "x"}',
         '{"file_name": "number.png", "text": "half an emoji \\ud83d"}',
         {"file_name": "x" * 5000, "text": "x"},
+        '{"file_name": "ok.png", "text": "one", "text": "two"}',
     )
     dataset = read_folder(tmp_path / "set")
     assert captions_of(dataset) == {"ok.png": ("fine",), "twin.png": ("first", "second")}
@@ -254,6 +255,7 @@ def test_every_unusable_row_is_a_problem_with_its_line(tmp_path):
             ("15 ok.png\0", "row whose picture is missing"),
             ("16 number.png", "row whose caption is not a text"),
             ("17 " + "x" * 5000, "row whose picture is missing"),
+            ("18", "row that gives 'text' twice; leave one of them out"),
         ]
     )
 
@@ -302,7 +304,11 @@ def test_csv_with_quotes_commas_newlines_and_a_byte_order_mark(tmp_path):
         ("file_name,label\na.png,x\n", r"no column text or caption or prompt, only \[file_name, label\]"),
         ("file_name:text\na.png:x\n", r"no column file_name.*only \[file_name:text\]"),
         ("", r"no column file_name, only \[\]"),
-        ('file_name,text\na.png,"never closed\n', r"metadata\.csv:\d is malformed CSV"),
+        ('file_name,text\na.png,"never closed\n', r"metadata\.csv:2 is malformed CSV"),
+        ('file_name,text\na.png,"never closed\nb.png,x\nc.png,y\n', r"metadata\.csv:2 is malformed CSV"),
+        ('file_name,text\na.png,x\nb.png,y\nc.png,"z" q\nd.png,ok\n', r"metadata\.csv:4 is malformed CSV"),
+        ('sep=;\nfile_name;text\n\na.png;"x\ny"\n\n\nc.png;"z" q\n', r"metadata\.csv:8 is malformed CSV"),
+        ('file_name,"te"xt\n', r"metadata\.csv:1 is malformed CSV"),
     ],
 )
 def test_a_csv_that_cannot_be_understood_is_refused(tmp_path, text, message):

@@ -57,6 +57,7 @@ def test_the_presets_are_the_linears_of_the_blocks():
 def test_endings_of_names_and_blocks_choose_modules():
     network, _ = twins(**DUAL)
     assert adapted(network, ["attn.to_q"], [0, 2]) == [f"transformer_blocks.{i}.attn.to_q" for i in (0, 2)]
+    assert adapted(network, "to_q", [1]) == adapted(network, ["to_q"], [1])
     assert adapted(network, ["to_q"], [1]) == ["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn2.to_q"]
     assert adapted(network, ["transformer_blocks.1.ff.net.2"], range(3)) == ["transformer_blocks.1.ff.net.2"]
     assert len(adapted(network, ["to_out.0", "ff.net.0.proj"], range(3))) == 5 + 3
@@ -65,8 +66,9 @@ def test_endings_of_names_and_blocks_choose_modules():
 @pytest.mark.parametrize(
     "targets, blocks, says",
     [
-        ("atention", range(3), r"'atention' is no preset \(did you mean 'attention'\?\); there are attention, feed_forward, modulation"),
-        ("attn.to_q", range(3), "or give a list of names"), ([], range(3), "names no module"),
+        ("atention", range(3), r"'atention' is no preset .*\(did you mean 'attention'\?\); there are attention, feed_forward, modulation"),
+        ("attn.to_qq", range(3), r"no linear's name \(did you mean 'attn.to_q'\?\).*or a list of them"), ("", range(3), "no linear's name"),
+        ("attn2.to_q", [2], "'attn2.to_q' is no preset"), ([], range(3), "names no module"),
         (["attn.to_qq"], range(3), r"called 'attn.to_qq' \(did you mean 'attn.to_q'\?\); a block has .*attn.to_out.0"),
         (["to_q", "norm_q"], range(3), "called 'norm_q'"), (["attn2.to_q"], [2], "called 'attn2.to_q'"), ([""], range(3), "called ''"),
         (["q"], range(3), "called 'q'"),

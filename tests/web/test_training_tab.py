@@ -162,6 +162,17 @@ def test_the_command_line_makes_what_is_asked_for(known, data, asked, adapter):
     assert configured(known.words(Wanted("cats", DEFAULTS, "a"))).train.steps == 1000
 
 
+@pytest.mark.parametrize(
+    "asked, said",
+    [({"trains": "adapter", "rank": 4}, "trains should be 'every weight' or 'an adapter', got 'adapter'"), ({"trains": ""}, "got ''"),
+     ({"trains": ["an adapter"]}, "trains should be"), ({"trains": EVERY_WEIGHT, "rank": 4}, "rank 4 is an adapter's"),
+     ({"rank": 4}, "rank 4 is an adapter's: give trains 'an adapter' too")],
+)  # fmt: skip
+def test_what_trains_is_one_of_two_and_a_rank_is_an_adapters(known, asked, said):
+    with pytest.raises(InputError, match=said):
+        known.words(Wanted("cats", "tiny.yaml", "a", **asked))
+
+
 @pytest.mark.parametrize("value", ["5", "5 output.folder=/x", True, [5], float("nan"), float("inf"), -1, 0, 2.5, 1e300], ids=repr)
 def test_what_is_no_number_of_steps_is_refused(known, value):
     with pytest.raises(InputError, match="train.steps"):

@@ -170,6 +170,8 @@ def _read_metadata(
     for line, row in metadata_rows(root / metadata, columns):
         where = f"{metadata}:{line}"
         try:
+            if isinstance(row, Unusable):
+                raise row
             if not isinstance(row, dict):
                 raise Unusable("malformed line (not a JSON object)")
             seen |= row.keys()
@@ -229,7 +231,7 @@ def _located(root: Path, name: str, files: dict[str, Path], what: str, elsewhere
 
 def _row_captions(row: dict, columns: Columns) -> dict[str, list[str]]:
     """The captions of a row by column: of the columns named, else of the first caption column that is there, as column ""."""
-    if any(row.get(None, ())):  # where csv.DictReader puts what is beyond the last column
+    if any(row.get(None, ())):  # what a csv has beyond the last column
         raise Unusable('row with more fields than columns (put "..." around a caption that holds a comma)')
     if columns.caption is not None:
         return {"": [columns.caption]}

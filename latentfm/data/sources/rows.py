@@ -4,20 +4,23 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from latentfm.data.sources.base import CAPTION_COLUMNS, Columns
 from latentfm.data.sources.texts import Unusable, encoding_of
 from latentfm.errors import InputError, nearest
 from latentfm.files import open_file
+from latentfm.option_text import Refused, without_repeats
 from latentfm.words import listed, shown
 
 METADATA_BYTES = 4 * 2**30  # the most that a file of metadata may have
 LINE_CHARACTERS = 2**20  # the most that one of its lines may have
 DELIMITERS = (",", ";", "\t", "|")  # of a csv, the first that splits the columns' names out of its first line
 
-Rows = Iterator[tuple[int, object]]  # (number of the line where the row ends, the row; None for a line that is none)
+JSON = json.JSONDecoder(object_pairs_hook=without_repeats)
+
+Rows = Iterator[tuple[int, object]]  # (number of the line where the row ends, the row; None or Unusable for a line that is none)
 
 
 def metadata_rows(path: Path, columns: Columns) -> Rows:
@@ -52,7 +55,9 @@ def json_rows(text: io.TextIOWrapper) -> Rows:
             yield number, None
         elif line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, JSON.decode(line)
+            except Refused as error:
+                yield number, Unusable(f"row that {error}")
             except (ValueError, RecursionError):
                 yield number, None
 
@@ -65,9 +70,9 @@ def csv_rows(text: io.TextIOWrapper, path: Path, columns: Columns) -> Rows:
     if first.startswith("sep=") and len(first.rstrip("\r\n")) == 5:
         first, before = next(lines, ""), 1
     delimiter = next((delimiter for delimiter in DELIMITERS if image in fields(first, delimiter)), ",")
-    reader = csv.DictReader(chain([first], lines), strict=True, delimiter=delimiter)
+    reader, began = csv.reader(chain([first], lines), strict=True, delimiter=delimiter), 0
     try:
-        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
+        names = [name.strip() for name in next(reader, [])]
         wanted_captions = tuple(columns.captions) or CAPTION_COLUMNS
         for wanted in ((image,), *([wanted_captions] if columns.caption is None else [])):
             if not set(wanted) & set(names):
@@ -79,12 +84,17 @@ def csv_rows(text: io.TextIOWrapper, path: Path, columns: Columns) -> Rows:
             if twice:
                 called = f"{names.count(twice[0])} columns called '{shown(twice[0])}'"
                 raise InputError(f"{shown(path)} has {called}: give each a name of its own")
-        for row in reader:
+        began = reader.line_num
+        for values in reader:
+            began = reader.line_num
+            if not values:
+                continue
+            row: dict[str | None, object] = dict(zip_longest(names, values[: len(names)])) | {None: values[len(names) :]}
             if len(columns.captions) > 1:
                 row |= {name: None for name in columns.captions if row.get(name) == ""}
             yield before + reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{shown(path)}:{before + reader.line_num} is malformed CSV ({error}): correct that line") from None
+    except csv.Error as error:  # which may come lines after the quote that was not closed
+        raise InputError(f"{shown(path)}:{before + began + 1} is malformed CSV ({error}): correct that line") from None
 
 
 def fields(line: str, delimiter: str) -> list[str]:

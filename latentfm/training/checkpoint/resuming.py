@@ -155,6 +155,9 @@ def finished(config: Section) -> Path | None:
         )
     if changed:
         raise InputError(f"{shown(out)} is finished, with other options: {'; '.join(changed)}. Restore them, or {way_on(config)}")
+    if done is not None and config.train.steps < done:
+        asked = f"train.steps={config.train.steps} asks for fewer"
+        print(f"warning: {shown(out)} has {done} steps already, {asked}: it stays as it is", flush=True)
     too_late = [f"{section}.{key}" for section in {"validation", "sample"} & now.keys() for key, value in now[section].items()
             if before[section].get(key, value) != value]  # fmt: skip
     if too_late:

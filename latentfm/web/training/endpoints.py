@@ -34,7 +34,7 @@ def add(known: Runs) -> None:
         """What a training would do and take: {"command", "text"}. Begins nothing.
 
         pictures: a folder of training_choices; name: of the run; configuration: one of training_choices, else the first; trains: "every
-        weight" or "an adapter", of this rank; what is not given is the configuration's.
+        weight" or "an adapter", of this rank, any other word is refused; what is not given is the configuration's.
         """
         with told():
             words, _, text = known.check(wanted(pictures, name, configuration, steps, learning_rate, trains, rank))

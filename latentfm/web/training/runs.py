@@ -142,11 +142,18 @@ class Runs:
     # What is done
 
     def words(self, wanted: Wanted) -> list[str]:
-        """The arguments of `latentfm train` for what is wanted. Raises InputError for what is not listed, and a name that is not plain."""
+        """The arguments of `latentfm train` for what is wanted.
+
+        Raises InputError for what is not listed, for a name that is not plain, and for a rank of what is not asked to be an adapter.
+        """
         config = picked("configuration", wanted.configuration, self.configurations())
         words = [] if config is None else ["--config", str(config)]
         words.append(f"data.folder={picked('folder of pictures', wanted.pictures, self.pictures())}")
         words.append(f"output.folder={self.folder / plain(wanted.name)}")
+        if wanted.trains not in (None, EVERY_WEIGHT, ADAPTER):
+            raise InputError(f"trains should be '{EVERY_WEIGHT}' or '{ADAPTER}', got '{shown(wanted.trains, 80)}'; or leave it out")
+        if wanted.rank is not None and wanted.trains != ADAPTER:
+            raise InputError(f"rank {shown(wanted.rank, 80)} is an adapter's: give trains '{ADAPTER}' too, or leave it out")
         numbers = {"train.steps": wanted.steps, "train.learning_rate": wanted.learning_rate}
         if wanted.trains == ADAPTER:
             numbers["train.adapter.rank"] = 16 if wanted.rank is None else wanted.rank

@@ -64,9 +64,13 @@ def test_a_finished_run_asked_for_more_becomes_what_a_longer_one_is(tmp_path, ru
     assert all(torch.equal(value, weights(longer)[name]) for name, value in weights(again).items())
     assert json.loads((again / "model" / "latentfm.json").read_text())["trained"]["steps"] == 5
     assert "resuming after step 3" in capsys.readouterr().out
-    assert train(again, "train.steps=5") == again / "model" and "is finished already" in capsys.readouterr().out
+    assert train(again, "train.steps=5") == again / "model"
+    said = capsys.readouterr().out
+    assert "is finished already" in said and "warning" not in said
     assert train(again) == again / "model"  # what it was once asked for it has more than done
-    assert "is finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is finished already" in said
+    assert f"warning: {again} has 5 steps already, train.steps=3 asks for fewer: it stays as it is\n" in said
     assert train(again, "train.steps=5", "sample.prompts=[b]", "sample.seed=9", "data.workers=1") == again / "model"
     assert "warning: sample.prompts, sample.seed came too late" in capsys.readouterr().out
 
