@@ -300,15 +300,19 @@ def test_the_network_is_trained_on_the_frozen_models_and_each_later_stage_goes_o
         (tmp_path / "pictures" / part).mkdir(parents=True)
         build.write_rows(tmp_path / "pictures" / part, [{"file_name": "0.png", "text": ["a", "b"]}])
         (tmp_path / "pictures" / part / "0.png").touch()
-    for stage in ("mmdit", "further", "long"):
+    for stage in ("mmdit", "further", "styles", "long"):
         getattr(build, stage)(tmp_path)
-    whole, further, long = found["mmdit"], found["further"], found["long"]
+    whole, further, styles, long = (found[stage] for stage in ("mmdit", "further", "styles", "long"))
     assert Path(whole.model.pipeline) == tmp_path / "base" and whole.model.preset == "emoji"
     assert Path(further.model.pipeline) == tmp_path / "mmdit" / "model" and further.model.preset is None
-    assert Path(long.model.pipeline) == tmp_path / "further" / "model" and long.model.preset is None
+    assert Path(styles.model.pipeline) == tmp_path / "further" / "model" and styles.model.preset is None
+    assert Path(long.model.pipeline) == tmp_path / "styles" / "model" and long.model.preset is None
     weights = {name: [(Path(source.path).name, source.weight) for source in config.data.sources] for name, config in found.items()}
     assert weights.pop("further") == [("plain", 1.4), ("styled", 0.8), ("scenes", 0.2)]
+    assert weights.pop("styles") == [("plain", 1.43), ("styled", 1.2), ("scenes", 0.15)]
     assert weights == {"mmdit": [("plain", 8), ("styled", 1.4), ("scenes", 0.2)], "long": [("long", 1)]}
-    assert (further.train.decay, further.train.batch_size) == ("wsd", 128) and further.data.t5_lengths == {24: 1}
+    for each, steps, seed in ((further, 4000, 1), (styles, 3000, 2)):
+        assert (each.train.decay, each.train.batch_size, each.train.steps, each.train.seed) == ("wsd", 128, steps, seed)
+        assert each.data.t5_lengths == {24: 1}
     assert whole.data.t5_lengths == {24: 1} and set(long.data.t5_lengths) == {24, 256}
     assert (whole.train.decay, long.train.decay) == ("wsd", "cosine") and long.train.steps < whole.train.steps

@@ -7,8 +7,8 @@
 
 Stages: fetch (npm packages) -> catalogue (every icon with its names, one file) -> render (PNG) -> captions -> scenes (composed
 pictures) -> vae -> text (three encoders) -> base (those as a pipeline folder without network) -> mmdit (`latentfm train --config
-configs/emoji.yaml`) -> further (more of scenes and styles) -> long (a little more, with T5 padded as stock diffusers pads it) -> export
-(half precision, into assets/).
+configs/emoji.yaml`) -> further (more of scenes) -> styles (more of styles) -> long (a little more, with T5 padded as stock diffusers
+pads it) -> export (half precision, into assets/).
 `python scripts/emoji/measure.py` then measures the result. Seeds are fixed; a stage that is done is not done again, one that was
 interrupted goes on.
 """
@@ -34,7 +34,7 @@ from scenes import write_scenes
 from synonyms import THINGS, WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "further", "long", "export")
+STAGES = ("fetch", "catalogue", "render", "captions", "scenes", "vae", "text", "base", "mmdit", "further", "styles", "long", "export")
 VAE = (  # options of `latentfm train-vae`
     "model.widths=[32, 64, 128, 192]", "model.layers=1", "model.latent_channels=16", "model.norm_groups=16",
     "data.size=64", "data.crop=random", "data.flip=true", "data.random_background=0.3", "data.permute_colours=0.05",
@@ -178,14 +178,23 @@ def mmdit(work: Path) -> None:
 
 
 def further(work: Path) -> None:
-    """Go on at half the rate and a quarter of the batch, with more of scenes and fewer plain pictures, which are known by heart by then."""
-    if finished(work, "further"):
+    """Go on with more of scenes, 55 % of what is drawn; plain pictures, which are known by heart by then, are a tenth."""
+    go_on(work, "further", "mmdit", {"plain": 1.4, "styled": 0.8, "scenes": 0.2}, 4000, seed=1)
+
+
+def styles(work: Path) -> None:
+    """Go on with more of styles, half of what is drawn; 40 % are scenes."""
+    go_on(work, "styles", "further", {"plain": 1.43, "styled": 1.2, "scenes": 0.15}, 3000, seed=2)
+
+
+def go_on(work: Path, stage: str, after: str, weights: dict[str, float], steps: int, seed: int) -> None:
+    """Go on with the network of the stage before at half its rate and a quarter of its batch, with other shares of the pictures."""
+    if finished(work, stage):
         return
-    weights = {"plain": 1.4, "styled": 0.8, "scenes": 0.2}  # 10 %, 35 % and 55 % of what is drawn
     sources = [{"path": str(work / "pictures" / part), "weight": weight} for part, weight in weights.items()]
-    own = [f"data.sources={json.dumps(sources)}", "train.steps=4000", "train.batch_size=128", "train.gradient_accumulation=2"]
-    own += ["train.learning_rate=1.2e-3", "train.warmup_steps=100", "train.seed=1"]
-    subprocess.run(training_command(work, *own, folder="further", after="mmdit"), check=True, cwd=ROOT)
+    own = [f"data.sources={json.dumps(sources)}", f"train.steps={steps}", "train.batch_size=128", "train.gradient_accumulation=2"]
+    own += ["train.learning_rate=1.2e-3", "train.warmup_steps=100", f"train.seed={seed}"]
+    subprocess.run(training_command(work, *own, folder=stage, after=after), check=True, cwd=ROOT)
 
 
 def long(work: Path) -> None:
@@ -206,7 +215,7 @@ def long(work: Path) -> None:
     own = [f"data.sources={json.dumps([{'path': str(folder)}])}", f"data.t5_lengths={{{SHORT}: 0.7, {LONG}: 0.3}}"]
     own += ["train.steps=200", "train.batch_size=64", "train.gradient_accumulation=1", "train.learning_rate=2e-4"]
     own += ["train.warmup_steps=20", "train.decay=cosine", "train.t_shift=2.5"]
-    subprocess.run(training_command(work, *own, folder="long", after="further"), check=True, cwd=ROOT)
+    subprocess.run(training_command(work, *own, folder="long", after="styles"), check=True, cwd=ROOT)
 
 
 def finished(work: Path, stage: str) -> bool:

@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--join", type=Path, metavar="DIR", help="put the pipeline together from the pieces in DIR")
     given = parser.parse_args()
     if given.join:
-        print(f"{join(given.join)}: mmdit/model of build.py; `further`, `long` and `export` are next, then scripts/emoji/measure.py")
+        print(f"{join(given.join)}: mmdit/model of build.py; next are `further`, `styles`, `long`, `export`, then scripts/emoji/measure.py")
         return
     cells = Cells("bundled")
     for name in ("data", "frozen", "training", "weights"):  # each goes on by itself
