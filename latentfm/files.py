@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.words import shown
 
 TEXT_BYTES = 256 * 2**20  # the most that is read as text: a metadata.jsonl of a million long captions
@@ -188,19 +188,23 @@ def remove(path: Path) -> None:
 
 
 def could_not_write(target: Path, error: BaseException) -> InputError:
-    """What to say where the disk refuses `target`."""
-    reason, refused = getattr(error, "strerror", None) or error, (errno.EROFS, errno.EACCES, errno.EPERM)
-    way_out = "choose a place that can be written" if getattr(error, "errno", None) in refused else "free some space"
-    return InputError(
-        f"could not write {shown(target)}: {reason}. Nothing of it was left, and nothing saved earlier was touched; {way_out}"
-    )
+    """What to say where the disk refuses `target`: a Failure, but for a place that could never be written, which was given so."""
+    reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        kind, way_out = InputError, "choose a place that can be written"
+    elif number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
+        kind, way_out = InputError, "move away what stands in its place, or choose another"
+    else:  # safetensors' own error has no number
+        full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kind, way_out = Failure, "free some space" if full else "try again, or choose another disk"
+    return kind(f"could not write {shown(target)}: {reason}. Nothing of it was left, and nothing saved earlier was touched; {way_out}")
 
 
 @contextmanager
 def whole_or_nothing(target: Path) -> Iterator[Path]:
     """A context with a name beside `target` to write a file or folder under; it becomes `target` when all went well, else it goes.
 
-    An existing `target` stays until the new one is complete. Raises InputError when the disk is full or refuses the write.
+    An existing `target` stays until the new one is complete. Raises as could_not_write says when the disk is full or refuses the write.
     """
     partial, old = (target.with_name(f"{target.name}.{word}") for word in ("partial", "old.partial"))
     try:

@@ -1,5 +1,6 @@
 """Files and folders written whole or not at all, and only regular ones read, within bounds."""
 
+import errno
 import os
 import socket
 import threading
@@ -9,7 +10,7 @@ from faults import files_no_larger_than
 from safetensors.torch import save_file
 from torch import zeros
 
-from latentfm.errors import InputError
+from latentfm.errors import Failure, InputError
 from latentfm.files import SpecialFile, TooLarge, open_file, read_bytes, read_json, read_text, reading, whole_or_nothing
 
 
@@ -33,6 +34,26 @@ def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path):
     assert (tmp_path / "file").read_text() == "x" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("number", "kind", "way_out"), [
+    (errno.ENOSPC, Failure, "free some space"), (errno.EDQUOT, Failure, "free some space"),
+    (errno.EIO, Failure, "try again, or choose another disk"), (errno.EACCES, InputError, "choose a place that can be written"),
+    (errno.EROFS, InputError, "choose a place that can be written"),
+])  # fmt: skip
+def test_a_write_that_fails_is_told_from_a_place_that_was_given_wrong(tmp_path, number, kind, way_out):
+    with pytest.raises(InputError, match=f"could not write .*; {way_out}$") as caught, whole_or_nothing(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "file"])
+def test_a_file_in_the_way_of_a_folder_is_no_lack_of_space(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    told = pytest.raises(InputError, match="could not write .*; move away what stands in its place, or choose another$")
+    with told as caught, whole_or_nothing(tmp_path / place) as partial:
+        partial.mkdir()
+    assert type(caught.value) is InputError and (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no"), OSError(28, "No space left on device")])
 def test_a_failed_replacement_leaves_what_was_there(tmp_path, error):
     target = tmp_path / "model"
@@ -47,7 +68,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path, error):
 
 def test_a_disk_that_fills_under_safetensors_is_said_in_one_line(tmp_path):
     full = files_no_larger_than(10_000)
-    with full, pytest.raises(InputError, match="could not write .*free some space"), whole_or_nothing(tmp_path / "x") as partial:
+    with full, pytest.raises(Failure, match="could not write .*free some space"), whole_or_nothing(tmp_path / "x") as partial:
         save_file({"a": zeros(100_000)}, partial)
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ from latentfm.bounds import DEFAULT_PROMPTS, LARGE, captions_at_once, images_at_
 from latentfm.config import AdapterOptions
 from latentfm.errors import InputError
 from latentfm.optimizers import OPTIMIZERS
-from latentfm.planning.cost import parameters, training_flops
+from latentfm.planning.cost import parameters, position_table, training_flops
 from latentfm.planning.devices import EFFICIENCY, RESERVE, Device
 from latentfm.planning.memory import Phase, Training, fullest, optimizer_bytes, totals, training_phases
 from latentfm.planning.run import RunPlan, changed, plan_run
@@ -93,8 +93,9 @@ def checkpoint_bytes(plan: RunPlan) -> int:
 
 
 def model_bytes(plan: RunPlan) -> int:
-    """Bytes of the network that is saved at the end."""
-    return sum(parameters(plan.model.network).values()) * WIDTHS[plan.config.output.dtype]
+    """Bytes of the network that is saved at the end, its position table with it."""
+    network = plan.model.network
+    return (sum(parameters(network).values()) + position_table(network)) * WIDTHS[plan.config.output.dtype]
 
 
 def cache_bytes(plan: RunPlan, pictures: Sequence[int], captions: int) -> int:

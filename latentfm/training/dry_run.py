@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentfm.bundled import pipeline_folder
 from latentfm.config import OPTIONS, RunConfig, default_of
 from latentfm.data.from_options import open_dataset
 from latentfm.data.images import UnreadableImage, upright_size
@@ -29,6 +30,7 @@ from latentfm.planning.summary import training_summary
 from latentfm.planning.training import cache_bytes, checkpoint_bytes, model_bytes
 from latentfm.training.checkpoint.resuming import check_goes_on
 from latentfm.training.checks import cautions, check
+from latentfm.training.models import frozen_files
 from latentfm.training.pairs import pairs_of
 from latentfm.training.precision import has_bfloat16
 from latentfm.training.validation import split_held_out
@@ -149,12 +151,16 @@ def steps_of(plan: RunPlan, mixture: Mixture) -> dict[str, float]:
 def disk_needs(plan: RunPlan, placed: Placement) -> list[dict[str, Any]]:
     """What is written where, its size, what of that size may be there already, and the room on its disk."""
     config = plan.config
-    out, one = expanded(config.output.folder), checkpoint_bytes(plan)
+    out, folder = expanded(config.output.folder), pipeline_folder(config.model.pipeline)
+    frozen = [(name, (folder / name).stat()) for name in frozen_files(folder)]
+    disk = existing_parent(out).stat().st_dev
+    copied = sum(status.st_size for name, status in frozen if name.endswith(".json") or status.st_dev != disk)  # the others are linked
+    one = checkpoint_bytes(plan) + (0 if config.train.adapter else copied)
     made = -(-config.train.steps // config.output.checkpoint_every)
     kept = min(config.output.keep, made) + 1 + (config.validation.held_out > 0)  # one more while it is written, and the best
     needs = [
         ("checkpoints", out / "checkpoints", kept * one, f"{kept} of {one / GIB:.2f} GiB, one of them while it is written"),
-        ("model", out / "model", model_bytes(plan), "the network; the frozen models are linked where the disk allows it"),
+        ("model", out / "model", model_bytes(plan) + sum(status.st_size for _, status in frozen), "the network and the frozen models"),
     ]
     if not config.data.online:
         captions = len({caption for sample in trained(placed) for caption in sample.captions})
@@ -177,8 +183,9 @@ def placed_on_disks(needs: list[tuple[str, Path, int, str]]) -> list[dict[str, A
 
 
 def stored(place: Path) -> int:
-    """Bytes of the files below a folder; 0 when there is none."""
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) if place.is_dir() else 0
+    """Bytes of the files below a folder that are nowhere else too; 0 when there is none."""
+    found = (path.stat() for path in place.rglob("*") if path.is_file()) if place.is_dir() else ()
+    return sum(status.st_size for status in found if status.st_nlink == 1)
 
 
 def check_disk(needs: list[dict[str, Any]]) -> None:

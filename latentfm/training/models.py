@@ -1,5 +1,6 @@
 """The models of a run: the network to train and the frozen models around it."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from latentfm.errors import InputError
 from latentfm.interchange.components import load_component
 from latentfm.interchange.frozen import CPU, FrozenModels
 from latentfm.interchange.weights import empty
-from latentfm.models.folder import check_folder, network_settings, read_info
+from latentfm.models.folder import INDEX_FILE, INFO_FILE, check_folder, network_settings, read_index, read_info
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.stored import read_header
+from latentfm.models.stored import is_pickle, names_in, read_header
 from latentfm.models.text import NULL_FILE
 from latentfm.words import shown
+
+LICENCE = re.compile(r"(licen[cs]e|notice|copying)[\w-]*(\.md|\.txt|\.pdf)?", re.IGNORECASE)
 
 
 class Models(FrozenModels):
@@ -31,7 +34,32 @@ def checked_folder(options: ModelOptions) -> Path:
     check_folder(folder, transformer=options.preset is None)
     if not (folder / "vae" / "config.json").is_file():
         raise InputError(f"{shown(folder)} has no vae/config.json; it is not an SD3-style pipeline, or its copy is not complete")
+    frozen_files(folder)
     return folder
+
+
+def frozen_files(folder: Path) -> list[str]:
+    """The names, relative and with slashes, of the files that a model trained from the one in `folder` takes over as they are.
+
+    They are model_index.json, licences, and what lies in the folders of the frozen components, pickles and hidden files left out. Other
+    weights beside these folders are of the untrained network, and folders in them nobody reads. Raises InputError for a link that leads
+    out of the folder: whoever made it would have any file of this machine copied. A hub's cache, where all files are links, is one place.
+    """
+    names = [name for name in names_in(folder) if name == INDEX_FILE or LICENCE.fullmatch(name)]
+    for part in sorted(read_index(folder).keys() - {"transformer"}):
+        inside = names_in(folder / part) if (folder / part).is_dir() else []
+        names += [f"{part}/{name}" for name in inside if name[0] != "." and not is_pickle(Path(name))]
+    names = [name for name in names if (folder / name).is_file()]
+    real = folder.resolve()
+    own = [real, *(above.parent.parent / "blobs" for above in (real, *real.parents) if above.parent.name == "snapshots")]
+    for path in filter(Path.is_file, (folder / name for name in [*names, INFO_FILE])):
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in own):
+            raise InputError(
+                f"{shown(path)} is a link out of the model's folder, to {shown(target)}, and would be copied into every model trained "
+                "from it; put the file itself in its place (cp -L), or remove the link"
+            )
+    return names
 
 
 def load_models(options: ModelOptions, weights: bool = True, device: torch.device = CPU) -> Models:

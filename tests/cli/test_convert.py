@@ -277,7 +277,7 @@ def test_a_write_that_fails_leaves_nothing(run, tiny_folder, tmp_path, out):
         answer = run(tiny_folder, f"out/{out}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert answer.exit_code == 2 and not answer.stdout
+    assert answer.exit_code == 1 and not answer.stdout
     assert answer.stderr.splitlines()[-1].startswith(f"error: could not write out/{out}: File too large")
     assert not list((tmp_path / "out").iterdir())
 

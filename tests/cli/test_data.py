@@ -85,7 +85,8 @@ def test_the_page_goes_where_it_is_asked_for_and_replaces_nothing_unasked(run, r
 def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(run, refused, pictures, tmp_path):
     (tmp_path / "data-check.html").write_text("mine")
     with files_no_larger_than(2000):
-        assert "could not write data-check.html" in run(pictures, "--overwrite").stderr
+        answer = run(pictures, "--overwrite")
+    assert answer.exit_code == 1 and "could not write data-check.html" in answer.stderr
     assert (tmp_path / "data-check.html").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data-check.html", "pictures"]
 

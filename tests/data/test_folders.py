@@ -294,6 +294,24 @@ def test_a_folder_is_read_once_under_its_own_name(tmp_path):
     assert len(dataset.problems) == 3
 
 
+@pytest.mark.parametrize("caption", ["sks", None])
+@pytest.mark.parametrize("out", ["", "runs/out/"])
+def test_what_a_training_drew_is_left_out_below_the_pictures_and_read_as_a_folder_of_its_own(tmp_path, out, caption):
+    captioned(tmp_path / "a.png")
+    captioned(tmp_path / "samples" / "b.png")
+    columns = Columns(caption=caption)
+    before = captions_of(read_folder(tmp_path / "samples", columns)), captions_of(read_folder(tmp_path, columns))
+    assert [list(found) for found in before] == [["b.png"], ["a.png", "samples/b.png"]]
+    (tmp_path / out).mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "run.json"):
+        (tmp_path / f"{out}{name}").write_text("{}")
+    captioned(tmp_path / f"{out}samples" / "step-00000000.png", "drawn")
+    dataset = read_folder(tmp_path, columns)
+    assert captions_of(dataset) == ({"a.png": (caption or "x",)} if not out else before[1])
+    assert reasons(dataset)[f"{out}samples"] == "folder of a training's sample pictures"
+    assert "step-00000000.png" in captions_of(read_folder(tmp_path / f"{out}samples", columns))
+
+
 def test_what_is_no_file_is_named_and_nothing_waits_for_it(tmp_path, within):
     captioned(tmp_path / "ok.png")
     for name in ("pipe.png", "caption.png", "masked.png", "socket.png", "device.png", "dangling.png", "loop.png"):

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import tempfile
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from latentfm.training import dry_run as room
 from latentfm.training.adapters import choose_trainable
 from latentfm.training.checks import check
 from latentfm.training.dry_run import dry_run
+from latentfm.training.trainer import train
 
 SHAPES = ((32, 32), (64, 32), (32, 64), (90, 30))
 
@@ -254,6 +257,21 @@ def test_the_cache_is_as_large_as_said(configure, folder, tiny_folder):
     prompt = sum(16 * (16 + 24) + 16 + 24 + length * 48 for length in (8, 12))
     assert need["bytes"] == 2 * 2 * latents + 2 * 24 * prompt
     assert not any(need["what"] == "cache" for need in dry_run(configure("data.online=true"))["disk"])
+
+
+@pytest.mark.parametrize("disk", ["the base's", "another"])
+def test_what_a_run_saves_is_as_large_as_said(configure, tiny_folder, tmp_path, disk):
+    """The frozen models are linked into a checkpoint on their own disk, copied onto another, and always copied at the end."""
+    other = Path("/dev/shm")
+    if disk == "another" and (not other.is_dir() or other.stat().st_dev == tiny_folder.stat().st_dev):
+        pytest.skip("there is one disk")
+    with tempfile.TemporaryDirectory(dir=other if disk == "another" else tmp_path) as place:
+        config = configure("train.steps=2", "train.warmup_steps=0", "data.size=32", "output.trackers=[]", f"output.folder={place}/run")
+        needs = {need["what"]: need["bytes"] for need in dry_run(config)["disk"]}
+        train(config)
+        checkpoint, model = (room.stored(Path(place, "run", what)) for what in ("checkpoints", "model"))
+    assert needs["checkpoints"] == pytest.approx(2 * checkpoint, rel=0.1)  # one more while it is written; files' headers are not counted
+    assert needs["model"] == pytest.approx(model, rel=0.1)
 
 
 def test_a_plan_without_data_says_the_same_of_the_run(configure):

@@ -133,4 +133,4 @@ def write_page(target: Path, text: str, overwrite: bool) -> None:
         with whole_or_nothing(target) as partial:
             partial.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
     except InputError as error:
-        raise InputError(f"{error}, or give another place as --out") from error
+        raise type(error)(f"{error}, or give another place as --out") from error

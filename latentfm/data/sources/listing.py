@@ -14,12 +14,14 @@ UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jfif", ".jxl", ".jp2", ".svg", 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 METADATA_ELSEWHERE = f"metadata not read (only {' or '.join(METADATA_NAMES)} of the folder itself)"
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first goes before the second
+RUN_RECORDS = {"config.json", "run.json"}  # what a training's folder holds from its start on
+RUN_PICTURES = "samples"  # the folder beside them that it draws into
 
 
 class Entry(NamedTuple):
     """Something below a folder: its path from there, with "/", and what it is; `kind` None is a regular file.
 
-    A folder is only told of when it is not entered: it cannot be listed, or was already, `under` another name.
+    A folder is only told of when it is not entered: it cannot be listed, was already, `under` another name, or holds a run's pictures.
     """
 
     name: str
@@ -28,8 +30,8 @@ class Entry(NamedTuple):
     under: str | None = None
 
 
-def walk(root: str | Path) -> Iterator[Entry]:
-    """Every visible file below `root`, whatever the depth, in an order of the names alone.
+def walk(root: str | Path, run_pictures: bool = True) -> Iterator[Entry]:
+    """Every visible file below `root`, whatever the depth, in an order of the names alone; but for a run's own if not `run_pictures`.
 
     Links to folders are followed after the folders themselves; a folder that is reached again is not entered.
     """
@@ -50,10 +52,13 @@ def walk(root: str | Path) -> Iterator[Entry]:
             yield Entry(name or ".", path, "a folder")
             continue
         below = []
+        left_out = {RUN_PICTURES} if not run_pictures and {entry.name for entry in entries} >= RUN_RECORDS else ()
         for entry in entries:
             inner = f"{name}/{entry.name}" if name else entry.name
             kind = kind_of(entry)
-            if kind != "a folder":
+            if kind == "a folder" and entry.name in left_out:
+                yield Entry(inner, entry.path, "a run's pictures")
+            elif kind != "a folder":
                 yield Entry(inner, entry.path, kind)
             elif entry.is_symlink():
                 links.append((inner, entry.path))
@@ -76,16 +81,21 @@ def kind_of(entry: os.DirEntry) -> str | None:
 
 
 def list_files(root: Path) -> tuple[dict[str, Path], list[Problem]]:
-    """Every visible file under `root` by id, sorted, and what is not used of the rest. Ids have their accents composed."""
+    """Every visible file under `root` by id, sorted, and what is not used of the rest. Ids have their accents composed.
+
+    What a training draws into its folder is not for training: it would change the data that the run itself is to go on with.
+    """
     problems: list[Problem] = []
     plain: dict[str, Path] = {}
-    for name, path, kind, under in walk(root):
+    for name, path, kind, under in walk(root, run_pictures=False):
         printable = name if is_text(name) else name.encode("utf-8", "backslashreplace").decode()
         suffix = os.path.splitext(name)[1].lower()
         if under is not None:
             problems.append(Problem(f"{printable} (read as {under})", "folder that is there under another name too", used=True))
         elif kind == "a folder":
             problems.append(Problem(printable, "folder that cannot be listed"))
+        elif kind == "a run's pictures":
+            problems.append(Problem(printable, "folder of a training's sample pictures"))
         elif kind is not None:
             if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES or name in METADATA_NAMES:
                 problems.append(Problem(printable, f"{kind.removeprefix('a ')}, not a regular file"))

@@ -20,13 +20,11 @@ from latentfm.files import whole_or_nothing
 from latentfm.interchange.lora.files import Adapter
 from latentfm.interchange.lora.writing import spelt
 from latentfm.interchange.tensors import Held, LazyTensor, Stored, Tensors, read_folder, write_file, write_shards
-from latentfm.models.folder import INFO_FILE, read_index, write_stock_names
-from latentfm.models.manifest import MANIFEST, Saved, files_of, hash_of, read_manifest, write_manifest
+from latentfm.models.folder import INFO_FILE, write_stock_names
+from latentfm.models.manifest import Saved, hash_of, read_manifest, write_manifest
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.stored import is_pickle
-from latentfm.models.text import NULL_FILE
 from latentfm.training.checkpoint.storage import LARGEST_FILE
-from latentfm.training.models import Models
+from latentfm.training.models import Models, frozen_files
 from latentfm.training.pairs import folded_guidance
 
 ADAPTER_FOLDER = "lora"  # beside the pipeline
@@ -67,12 +65,9 @@ def write_adapter_of(folder: Path, network: MMDiT, averages: Mapping[str, Stored
 def write_around(folder: Path, models: Models, config: RunConfig, lengths: list[int], link: bool) -> None:
     """Makes `folder`, which holds the network in transformer/, a pipeline folder: frozen components, null condition, what was trained."""
     put = linked if link else shutil.copy
-    components = read_index(models.folder).keys() - {"transformer"}
-    for source in sorted(models.folder.iterdir()):
-        if source.is_dir() and source.name in components:
-            shutil.copytree(source, folder / source.name, copy_function=put, ignore=not_of_a_model)
-        elif source.is_file() and source.name not in (NULL_FILE, INFO_FILE, MANIFEST, "README.md") and not source.name.startswith("."):
-            put(source, folder / source.name)
+    for name in frozen_files(models.folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        put(models.folder / name, folder / name)
     models.null.save(folder)
     train = config.train
     trained: dict[str, Any] = {"steps": train.steps, "batch_size": train.batch_size, "seed": train.seed, "t5_lengths": lengths}
@@ -83,17 +78,11 @@ def write_around(folder: Path, models: Models, config: RunConfig, lengths: list[
     write_stock_names(folder)
 
 
-def not_of_a_model(folder: str, names: list[str]) -> list[str]:
-    """Those of the names in a component's folder that are not copied with it: pipes and devices, which never end, and pickles."""
-    paths = [Path(folder, name) for name in names]
-    return [path.name for path in paths if is_pickle(path) or not (path.is_file() or path.is_dir())]
-
-
 def hashes_of_frozen(folder: Path) -> dict[str, Saved]:
     """The size and hash of the frozen components' weights in the base folder, by name: as it was saved, else read once in a process."""
     found, saved = {}, read_manifest(folder) or {}
-    for name in files_of(folder):
-        if name.endswith(".safetensors") and "/" in name and not name.startswith("transformer/"):
+    for name in frozen_files(folder):
+        if name.endswith(".safetensors"):
             status = (folder / name).stat()
             found[name] = saved.get(name) or hash_once(folder / name, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
     return found

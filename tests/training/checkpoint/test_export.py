@@ -19,6 +19,7 @@ from latentfm.interchange.tensors import Held
 from latentfm.models.folder import INFO_FILE
 from latentfm.models.linears import parse_blocks
 from latentfm.models.manifest import MANIFEST
+from latentfm.models.text import NULL_FILE
 from latentfm.training.adapters import cast_weights, choose_trainable
 from latentfm.training.checkpoint import export
 from latentfm.training.checkpoint.export import own_weights, write_adapter
@@ -176,13 +177,14 @@ def test_linked_components_take_no_space_and_json_is_a_copy(tmp_path, tiny_folde
 
 
 def test_links_of_a_hubs_cache_are_followed_and_a_refusal_is_a_copy(tmp_path, tiny_folder, monkeypatch):
-    blobs, base = tmp_path / "blobs", tmp_path / "base"
+    blobs, base = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0a1b"
     shutil.copytree(tiny_folder, base)
     blobs.mkdir()
-    for number, path in enumerate(sorted(base.rglob("*.safetensors"))):
+    for number, path in enumerate(sorted(path for path in base.rglob("*") if path.is_file())):
         path.rename(blobs / str(number))
-        path.symlink_to(blobs / str(number))
-    models, config, averages = trained(base, tmp_path, blocks="0")
+        path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+    (tmp_path / "base").symlink_to(base)
+    models, config, averages = trained(tmp_path / "base", tmp_path, blocks="0")
     write_pipeline(tmp_path / "linked", models, models.network, averages, config, [8], link=True)
     weights = tmp_path / "linked" / "text_encoder_3" / "model.safetensors"
     assert not weights.is_symlink() and weights.stat().st_nlink == 2
@@ -194,6 +196,50 @@ def test_links_of_a_hubs_cache_are_followed_and_a_refusal_is_a_copy(tmp_path, ti
     write_pipeline(tmp_path / "copied", models, models.network, averages, config, [8], link=True)
     copied = tmp_path / "copied" / "text_encoder_3" / "model.safetensors"
     assert copied.stat().st_nlink == 1 and copied.read_bytes() == weights.read_bytes()
+
+
+def names_below(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_what_a_model_consists_of_is_taken_over(tmp_path, tiny_folder):
+    """Not the single files beside it, which hold the untrained network, nor what else lies there; a link within the folder is a file."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    for name in ("a.safetensors", "model.ckpt", "a.gguf", "notes.txt", "README.md", ".hidden", "vae/x.bin", "vae/.hidden", "other/a.txt"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"x")
+    (base / "vae" / "docs").mkdir()
+    (base / "vae" / "docs" / "a.txt").write_text("x")
+    (base / "LICENSE.md").write_text("yours")
+    (base / "text_encoder" / "NOTICE").symlink_to("../LICENSE.md")
+    for loop in ("a", "b"):  # two of them are paths without end
+        (base / "vae" / loop).symlink_to(".")
+    models, config, averages = trained(base, tmp_path, blocks="0")
+    for link in (True, False):
+        target = tmp_path / f"model {link}"
+        write_pipeline(target, models, models.network, averages, config, [8], link=link)
+        own = {"LICENSE.md", "text_encoder/NOTICE", INFO_FILE, MANIFEST, NULL_FILE}
+        assert names_below(target) == names_below(tiny_folder) | own and (target / "text_encoder" / "NOTICE").read_text() == "yours"
+        assert not any(path.is_symlink() for path in target.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["LICENSE.md", "vae/notes.txt", "tokenizer", INFO_FILE])
+def test_a_link_out_of_the_models_folder_is_refused_and_nothing_of_it_is_copied(tmp_path, tiny_folder, name):
+    base, secret = tmp_path / "base", tmp_path / "secret"
+    shutil.copytree(tiny_folder, base)
+    models, config, averages = trained(base, tmp_path, blocks="0")
+    shutil.copytree(base / "tokenizer", secret)
+    if name == "tokenizer":
+        shutil.rmtree(base / name)
+    else:
+        (secret / "key").write_text("{}")
+    (base / name).symlink_to(secret if name == "tokenizer" else secret / "key")
+    with pytest.raises(InputError, match=f"{base / name}.* is a link out of the model's folder, to {secret}/.*put the file itself"):
+        load_models(ModelOptions(pipeline=str(base)))
+    with pytest.raises(InputError, match="is a link out of"):
+        write_pipeline(tmp_path / "model", models, models.network, averages, config, [8], link=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "secret"]
 
 
 def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, tiny_folder):
