@@ -242,6 +242,20 @@ def test_a_link_out_of_the_models_folder_is_refused_and_nothing_of_it_is_copied(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "secret"]
 
 
+def test_a_text_encoder_may_lie_elsewhere_as_a_whole(tmp_path, tiny_folder):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "text_encoder_3").rename(tmp_path / "t5")
+    (base / "text_encoder_3").symlink_to(tmp_path / "t5")
+    models, config, averages = trained(base, tmp_path, blocks="0")
+    write_pipeline(tmp_path / "model", models, models.network, averages, config, [8])
+    assert names_below(tmp_path / "model" / "text_encoder_3") == names_below(tmp_path / "t5")
+    (tmp_path / "key").write_text("{}")
+    (tmp_path / "t5" / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(InputError, match=r"notes\.txt is a link out of the model's folder"):
+        load_models(ModelOptions(pipeline=str(base)))
+
+
 def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, tiny_folder):
     models, _, averages = trained(tiny_folder, tmp_path, {"rank": 64, "targets": "all_linear"})
     write_adapter(tmp_path / "lora", models.network, averages, torch.float16)
