@@ -16,7 +16,7 @@ from latentfm.interchange.networks import vae_class
 from latentfm.interchange.tensors import Tensors, write_file, write_shards
 from latentfm.interchange.weights import CLASSES, KEY, Part, Weights, empty
 from latentfm.models.encoders import BY_NAME, TEXT
-from latentfm.models.folder import INFO_FILE, write_stock_names
+from latentfm.models.folder import INFO_FILE, check_links, write_stock_names
 from latentfm.models.manifest import write_manifest
 from latentfm.models.stored import is_pickle, names_in
 from latentfm.models.text import NULL_FILE
@@ -101,13 +101,17 @@ def write_pipeline(
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copies the files of a component that is only copied, pickles left out. Raises SpecialFile for what is no regular file."""
+    """Copies the files of a component that is only copied, pickles left out.
+
+    Raises SpecialFile for what is no regular file, and InputError for a link out of the component's pipeline.
+    """
+    paths = [source / name for name in names_in(source) if name[0] != "."]
+    paths = [path for path in paths if not path.is_dir() and not is_pickle(path)]
+    check_links(source.parent, paths)
     target.mkdir()
-    for name in names_in(source):
-        path = source / name
-        if not path.is_dir() and not is_pickle(path) and name[0] != ".":
-            check_regular(path)
-            shutil.copyfile(path, target / name)
+    for path in paths:
+        check_regular(path)
+        shutil.copyfile(path, target / path.name)
 
 
 def write_single(

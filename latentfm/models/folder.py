@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,23 @@ NUMBERS = ("scaling_factor", "shift_factor", "shift", "shift_terminal", "base_sh
 WIDTHS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
 DEPTHS = ("num_encoder_blocks", "num_decoder_blocks")
 LISTS = (*WIDTHS, *DEPTHS, "down_block_types", "up_block_types")
+
+
+def check_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Raises InputError for one of `paths` in a pipeline folder that is a link out of it, before it is copied into another model.
+
+    Whoever made such a folder would have any file of this machine copied. A hub's cache, where all files are links, is one place; a VAE or
+    text encoder may lie elsewhere as a whole, as models share them: what is none is not loaded from there.
+    """
+    real = folder.resolve()
+    own = [real, *(above.parent.parent / "blobs" for above in (real, *real.parents) if above.parent.name == "snapshots")]
+    for path in paths:
+        target, shared = path.resolve(), [path.parent.resolve()] if path.parent.name in ("vae", *TEXT) else []
+        if not any(target.is_relative_to(place) for place in own + shared):
+            raise InputError(
+                f"{shown(path)} is a link out of the model's folder, to {shown(target)}, and would be copied into every model made "
+                "from it; put the file itself in its place (cp -L), or remove the link"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:

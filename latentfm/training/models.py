@@ -11,14 +11,12 @@ from latentfm.errors import InputError
 from latentfm.interchange.components import load_component
 from latentfm.interchange.frozen import CPU, FrozenModels
 from latentfm.interchange.weights import empty
-from latentfm.models.encoders import ENCODERS
-from latentfm.models.folder import INDEX_FILE, INFO_FILE, check_folder, network_settings, read_index, read_info
+from latentfm.models.folder import INDEX_FILE, INFO_FILE, check_folder, check_links, network_settings, read_index, read_info
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.stored import is_pickle, names_in, read_header
 from latentfm.models.text import NULL_FILE
 from latentfm.words import shown
 
-SHARED = ("vae", *(kind.name for kind in ENCODERS))
 LICENCE = re.compile(r"(licen[cs]e|notice|copying)[\w-]*(\.md|\.txt|\.pdf)?", re.IGNORECASE)
 
 
@@ -44,25 +42,14 @@ def frozen_files(folder: Path) -> list[str]:
     """The names, relative and with slashes, of the files that a model trained from the one in `folder` takes over as they are.
 
     They are model_index.json, licences, and what lies in the folders of the frozen components, pickles and hidden files left out. Other
-    weights beside these folders are of the untrained network, and folders in them nobody reads. Raises InputError for a link that leads
-    out of the folder: whoever made it would have any file of this machine copied. A hub's cache, where all files are links, is one place;
-    a VAE or text encoder may lie elsewhere as a whole, as models share them: what is none is not loaded from there.
+    weights beside these folders are of the untrained network, and folders in them nobody reads. Raises InputError as check_links does.
     """
     names = [name for name in names_in(folder) if name == INDEX_FILE or LICENCE.fullmatch(name)]
     for part in sorted(read_index(folder).keys() - {"transformer"}):
         inside = names_in(folder / part) if (folder / part).is_dir() else []
         names += [f"{part}/{name}" for name in inside if name[0] != "." and not is_pickle(Path(name))]
     names = [name for name in names if (folder / name).is_file()]
-    real = folder.resolve()
-    own = [real, *(above.parent.parent / "blobs" for above in (real, *real.parents) if above.parent.name == "snapshots")]
-    for path in filter(Path.is_file, (folder / name for name in [*names, INFO_FILE])):
-        target = path.resolve()
-        shared = [path.parent.resolve()] if path.parent.name in SHARED else []
-        if not any(target.is_relative_to(place) for place in own + shared):
-            raise InputError(
-                f"{shown(path)} is a link out of the model's folder, to {shown(target)}, and would be copied into every model trained "
-                "from it; put the file itself in its place (cp -L), or remove the link"
-            )
+    check_links(folder, filter(Path.is_file, (folder / name for name in [*names, INFO_FILE])))
     return names
 
 

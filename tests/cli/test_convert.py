@@ -256,6 +256,9 @@ def test_what_is_wrong_with_the_source_is_said(refused, done, tiny_folder, tmp_p
     assert "is a pickle" in refused("model.ckpt", "x")
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
     assert "no safetensors file" in refused("page.safetensors", "x")
+    linked = shutil.copytree(tiny_folder, tmp_path / "linked")
+    (linked / "tokenizer" / "notes.txt").symlink_to(tmp_path / "model.ckpt")  # which would be copied
+    assert "notes.txt is a link out of the model's folder" in refused("linked", "x")
     sharded, _ = done(tiny_folder, "sharded", "--transformer-only", "--max-shard-size", "100KB")
     next(sharded.glob("*-00002-of-*")).unlink()
     assert "lacks diffusion_pytorch_model-00002-of-" in refused(sharded, "x.safetensors")
