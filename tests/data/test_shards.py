@@ -147,6 +147,15 @@ def test_a_shard_that_is_cut_off_is_used_to_there_and_named(tmp_path, where):
     assert problem.path.startswith(f"{path} after x.tar/{samples - 1:04d}, {samples} samples read (")
 
 
+def test_an_archive_behind_another_in_one_file_is_named(tmp_path):
+    path, other = numbered(tmp_path / "x.tar", 0, 2), numbered(tmp_path / "y.tar", 2, 2)
+    path.write_bytes(path.read_bytes() + other.read_bytes())
+    dataset = read_shards(str(path))
+    (problem,) = dataset.problems
+    assert list(captions_of(dataset)) == ["x.tar/0000", "x.tar/0001"]
+    assert "after x.tar/0001, 2 samples read (more follows its end mark, as of two archives in one file" in problem.path
+
+
 def test_damage_in_the_middle_is_named_too(tmp_path):
     path = numbered(tmp_path / "x.tar", 0, 6)
     data = bytearray(path.read_bytes())

@@ -173,6 +173,8 @@ def read_groups(url: str, columns: Columns, groups: dict[str, Group]) -> None:
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0") or file.tell() < archive.offset + tarfile.BLOCKSIZE:
                     raise CutOff("its end mark is missing", key)  # tarfile takes a missing or damaged header for the end
+                if file.read(tarfile.RECORDSIZE).strip(b"\0"):
+                    raise CutOff("more follows its end mark, as of two archives in one file; pack them as one, or keep them apart", None)
     except (tarfile.TarError, lzma.LZMAError, *CONTENT_ERRORS) as error:
         raise CutOff(reason(error), key) from error
 
