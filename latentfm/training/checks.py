@@ -1,16 +1,19 @@
 """Everything about a run's options that can be seen to be wrong before a weight or a picture is read."""
 
 import re
+import shutil
 from importlib.util import find_spec
 
 from latentfm.config import ModelOptions, RunConfig
 from latentfm.errors import InputError, Problems
-from latentfm.files import check_can_be_written, expanded
+from latentfm.files import check_can_be_written, existing_parent, expanded
 from latentfm.interchange.weights import open_pipeline
 from latentfm.models.backends import attention_backend
 from latentfm.models.folder import PARTS, read_config
 from latentfm.optimizers import OPTIMIZERS
+from latentfm.planning.devices import GIB
 from latentfm.planning.run import Parallelism, RunPlan, check_batch, plan_run
+from latentfm.planning.training import checkpoint_bytes
 from latentfm.training.checkpoint import storage
 from latentfm.training.models import checked_folder
 from latentfm.training.optimizers.factory import check_optimizer, missing
@@ -21,9 +24,9 @@ from latentfm.words import count, shown
 def check(config: RunConfig, resume: bool = False, parallelism: Parallelism | None = None, sources: bool = True) -> RunPlan:
     """The plan of a run that can start. Reads configurations and the headers of weights; no weight, no picture, no network of a library.
 
-    sources: whether to see that the data's own places are there. Raises one InputError with everything that is wrong: places that cannot
-    be written, an output folder that holds a run already, packages that are not installed, a pipeline folder with parts missing or cut
-    short, and what `plan_run` finds.
+    sources: whether to see that the data's own places are there, and the disk has room for a checkpoint, which a dry run looks at more
+    closely. Raises one InputError with everything that is wrong: places that cannot be written, an output folder that holds a run already,
+    packages that are not installed, a pipeline folder with parts missing or cut short, and what `plan_run` finds.
     """
     parallelism, problems, plan = parallelism or Parallelism.here(), Problems(), None
     checks = [
@@ -40,6 +43,9 @@ def check(config: RunConfig, resume: bool = False, parallelism: Parallelism | No
     for option, place in given_places(config) if sources else ():
         with problems.collected():
             check_source(option, place)
+    if plan and sources:
+        with problems.collected():
+            check_room(plan)
     problems.raise_all()
     return plan
 
@@ -73,6 +79,16 @@ def check_output(config: RunConfig, resume: bool, start: str = "model.pipeline")
         raise InputError(f"nothing to resume: {shown(out)} holds no checkpoint; {way_out}")
     if (saved or (out / "model").exists()) and not resume:
         raise InputError(f"{out} already holds a run; go on with --resume, or choose another output.folder")
+
+
+def check_room(plan: RunPlan) -> None:
+    """A checkpoint fits the disk: without that the run would be lost at its first one."""
+    out, needed = expanded(plan.config.output.folder), checkpoint_bytes(plan)
+    if (free := shutil.disk_usage(existing_parent(out)).free) < needed:
+        raise InputError(
+            f"a checkpoint takes {needed / GIB:.2f} GiB, and {free / GIB:.2f} are free at output.folder {shown(out)}; free some space, or "
+            "choose another disk"
+        )
 
 
 def check_cache(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from latentfm.planning.devices import EFFICIENCY, GIB, GPUS, Device, known_gpu
 from latentfm.planning.memory import training_phases
 from latentfm.planning.run import Parallelism, changed, plan_run, with_precision
 from latentfm.planning.summary import training_summary
-from latentfm.planning.training import training_of
+from latentfm.planning.training import checkpoint_bytes, training_of
 from latentfm.training import dry_run as room
 from latentfm.training.adapters import choose_trainable
 from latentfm.training.checks import check
@@ -257,6 +257,16 @@ def test_the_cache_is_as_large_as_said(configure, folder, tiny_folder):
     prompt = sum(16 * (16 + 24) + 16 + 24 + length * 48 for length in (8, 12))
     assert need["bytes"] == 2 * 2 * latents + 2 * 24 * prompt
     assert not any(need["what"] == "cache" for need in dry_run(configure("data.online=true"))["disk"])
+
+
+def test_a_run_begins_only_where_a_checkpoint_fits(configure, monkeypatch):
+    config = configure()
+    needed = checkpoint_bytes(check(config))
+    free_bytes(monkeypatch, needed)
+    check(config)
+    free_bytes(monkeypatch, needed - 1)
+    with pytest.raises(InputError, match=r"a checkpoint takes 0\.\d+ GiB, and 0\.\d+ are free at output.folder .*free some space"):
+        check(config)
 
 
 @pytest.mark.parametrize("disk", ["the base's", "another"])
