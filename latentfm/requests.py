@@ -188,7 +188,8 @@ def read_prompts(file: Path, option: str = "--prompts-file") -> list[Prompt]:
         # an end of line is a line feed, a carriage return, or both; what else Unicode calls one is part of the prompt
         numbered = [(n, line.strip()) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1) if line.strip()]
         rows = [(n, parsed(file, n, line) if kind in (".jsonl", ".ndjson") else {"prompt": line}) for n, line in numbered]
-    found = [own_prompt(file, number, row) for number, row in rows]
+    place = "prompt" if kind == ".json" else "line"
+    found = [own_prompt(f"{shown(file)}, {place} {number}", row) for number, row in rows]
     if not found:
         raise InputError(f"{option} {shown(file)} has no prompt in it; write one a line")
     return found
@@ -210,7 +211,7 @@ def table_rows(file: Path, text: str, delimiter: str) -> list[tuple[int, dict[st
 
 
 def list_rows(file: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """(place, row) of each prompt of a JSON list. Raises InputError for what is none."""
+    """(number, row) of each prompt of a JSON list. Raises InputError for what is none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -231,9 +232,8 @@ def parsed(file: Path, number: int, line: str) -> dict[str, Any]:
     return found
 
 
-def own_prompt(file: Path, number: int, row: Mapping[str, Any]) -> Prompt:
+def own_prompt(where: str, row: Mapping[str, Any]) -> Prompt:
     """A row of a prompts file. Raises InputError for a key that is not known and a value that is of another kind."""
-    where = f"{shown(file)}, line {number}"
     given = {name: value for name, value in row.items() if value not in (None, "") or name == "prompt"}
     if not isinstance(given.get("prompt"), str):
         raise InputError(f"{where} has no prompt")

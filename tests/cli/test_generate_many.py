@@ -248,6 +248,7 @@ def test_tables_and_lists_of_other_kinds(tmp_path):
         ("p.csv", 'prompt,seed\n"a cat,3\nb dog,4\n', "is a quote not closed"),
         ("p.csv", "prompt\na red apple, on a table\n", "line 2 has more"),
         ("p.csv", "prompt,seed\n\na,1\n\nb,x\n", "line 5: seed 'x'"), ("p.json", '{"prompt": "a"}', "no JSON list of prompts"),
+        ("p.json", '["a", {"prompt": "b", "stepz": 3}]', "prompt 2: no setting 'stepz'"),
         ("p.json", "[3]", "no JSON list of prompts"), ("p.json", "[" * 99999, "no JSON list of prompts"),
     ],
 )  # fmt: skip
