@@ -44,14 +44,13 @@ LISTS = (*WIDTHS, *DEPTHS, "down_block_types", "up_block_types")
 def check_links(folder: Path, paths: Iterable[Path]) -> None:
     """Raises InputError for one of `paths` in a pipeline folder that is a link out of it, before it is copied into another model.
 
-    Whoever made such a folder would have any file of this machine copied. A hub's cache, where all files are links, is one place; a VAE or
-    text encoder may lie elsewhere as a whole, as models share them: what is none is not loaded from there.
+    Whoever made such a folder would have any file of this machine copied. Links into the blobs of a hub's cache are what its snapshots are
+    made of; a VAE or text encoder may lie elsewhere as a whole, as models share them: what is none is not loaded from there.
     """
-    real = folder.resolve()
-    own = [real, *(above.parent.parent / "blobs" for above in (real, *real.parents) if above.parent.name == "snapshots")]
     for path in paths:
-        target, shared = path.resolve(), [path.parent.resolve()] if path.parent.name in ("vae", *TEXT) else []
-        if not any(target.is_relative_to(place) for place in own + shared):
+        target, places = path.resolve(), [folder.resolve(), *([path.parent.resolve()] if path.parent.name in ("vae", *TEXT) else [])]
+        of_a_hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not of_a_hub and not any(target.is_relative_to(place) for place in places):
             raise InputError(
                 f"{shown(path)} is a link out of the model's folder, to {shown(target)}, and would be copied into every model made "
                 "from it; put the file itself in its place (cp -L), or remove the link"
