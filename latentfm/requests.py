@@ -53,7 +53,7 @@ class Settings:
         if not 0 <= self.sampler.guidance_scale <= MOST_GUIDANCE:  # false for nan too
             strength = f"guidance {self.sampler.guidance_scale} is not a strength from 0 to {MOST_GUIDANCE:g}"
             raise InputError(f"{strength}; 1 is no guidance, 2 to 5 is usual")
-        if not 1 <= self.sampler.num_inference_steps <= MOST_STEPS:
+        if self.sampler.num_inference_steps > MOST_STEPS:
             raise InputError(f"steps {self.sampler.num_inference_steps} must be from 1 to {MOST_STEPS:,}")
         if self.mask is not None and self.image is None:
             raise InputError(f"mask {shown(self.mask)} needs an image that it is laid on")
@@ -257,7 +257,7 @@ def own_prompt(where: str, row: Mapping[str, Any]) -> Prompt:
 def whole(value: Any) -> int:
     """A whole number, exactly; a table's 3.0 is one too. Raises ValueError for none."""
     try:
-        return int(value) if isinstance(value, int | str) else int(str(value))
+        return int(str(value))
     except ValueError:
         if float(value) != int(float(value)):
             raise

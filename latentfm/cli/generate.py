@@ -198,13 +198,12 @@ def given_or_like(ctx: typer.Context, given: SimpleNamespace) -> SimpleNamespace
         from latentfm.pictures import read_settings
 
         given.before = before = own_settings(given.like, read_settings(given.like))
-    for option, taken_back, goes_with in (
-        ("lora", given.lora is not None, ("lora_strength",)),
-        ("schedule", given.schedule == "model", ("shift",)),
-        ("guidance_rule", given.guidance_rule != "autoguidance", ("reference",)),
-    ):
-        if taken_back and was_given(ctx, option):  # another's is of no use then
-            given.before = before = {name: value for name, value in before.items() if name not in goes_with}
+    for option, goes_with, taken_back in (
+        ("lora", "lora_strength", True), ("schedule", "shift", given.schedule == "model"),
+        ("guidance_rule", "reference", given.guidance_rule != "autoguidance"),
+    ):  # fmt: skip
+        if taken_back and was_given(ctx, option):
+            before.pop(goes_with, None)  # is of the picture's own
     for name, value in ((name, value) for name, value in before.items() if name != "model"):
         option = {"negative_prompt": "negative", "compile": "compiled"}.get(name, name)
         if not was_given(ctx, option):

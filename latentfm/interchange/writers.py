@@ -18,7 +18,7 @@ from latentfm.interchange.weights import CLASSES, KEY, Part, Weights, empty
 from latentfm.models.encoders import BY_NAME, TEXT
 from latentfm.models.folder import INFO_FILE, check_links, write_stock_names
 from latentfm.models.manifest import write_manifest
-from latentfm.models.stored import is_pickle, names_in
+from latentfm.models.stored import own_files
 from latentfm.models.text import NULL_FILE
 from latentfm.words import shown
 
@@ -105,8 +105,7 @@ def copy_files(source: Path, target: Path) -> None:
 
     Raises SpecialFile for what is no regular file, and InputError for a link out of the component's pipeline.
     """
-    paths = [source / name for name in names_in(source) if name[0] != "."]
-    paths = [path for path in paths if not path.is_dir() and not is_pickle(path)]
+    paths = [source / name for name in own_files(source)]
     check_links(source.parent, paths)
     target.mkdir()
     for path in paths:

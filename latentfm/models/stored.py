@@ -160,6 +160,11 @@ def names_in(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def own_files(component: Path) -> list[str]:
+    """The names of the files in a component's folder that go with it where it is copied: no hidden ones, no pickles, no folders."""
+    return [name for name in names_in(component) if name[0] != "." and not is_pickle(component / name) and not (component / name).is_dir()]
+
+
 class WeightFiles(NamedTuple):
     """The files that hold a component's weights, and, where these are shards, which tensor lies in which, by the index."""
 

@@ -237,8 +237,9 @@ class StepEnd:
         names("what callback_on_step_end returns", list(answer), tensors)
         changed = {name: value for name, value in answer.items() if name not in given or value is not given[name]}
         for name, value in changed.items():
-            rows = None if name in ("prompt_embeds", "pooled_prompt_embeds") else len(x if name == "latents" else tensors[name]())
-            if tensor(f"{name} of callback_on_step_end", value, (rows, *tensors[name]().shape[1:]), "as it was given") is None:
+            rows, *rest = tensors[name]().shape
+            wanted = (None if name in ("prompt_embeds", "pooled_prompt_embeds") else rows, *rest)  # of these it may return half
+            if tensor(f"{name} of callback_on_step_end", value, wanted, "as it was given") is None:
                 raise InputError(f"callback_on_step_end returns None for {name}; leave it out where it does not change")
         if "denoised" in changed:
             raise InputError("callback_on_step_end returns another denoised, an estimate that nothing is drawn from; return latents")

@@ -116,11 +116,13 @@ class Canvas:
         """Raises InputError for a mask without the picture, and for a crop without the mask."""
         if self.mask is not None and self.image is None:
             raise InputError("mask_image needs image, the picture that it is laid on")
-        if self.padding is not None and not (isinstance(self.mask, Image.Image) and isinstance(self.image, Image.Image)):
+        if self.padding is None:
+            return
+        if not (isinstance(self.mask, Image.Image) and isinstance(self.image, Image.Image)):
             raise InputError("padding_mask_crop needs image and mask_image as pictures of PIL's")
-        if self.padding is not None and self.mask.size != self.image.size:
+        if self.mask.size != self.image.size:
             raise InputError(f"mask_image of {self.mask.size} pixels does not fit image of {self.image.size}, which padding_mask_crop cuts")
-        if self.padding is not None and not self.mask.convert("L").getbbox():
+        if not self.mask.convert("L").getbbox():
             raise InputError("mask_image is black everywhere, so that padding_mask_crop finds nothing to draw anew")
 
     def crop(self, pipe: Components, height: int, width: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from latentfm.interchange.frozen import CPU, FrozenModels
 from latentfm.interchange.weights import empty
 from latentfm.models.folder import INDEX_FILE, INFO_FILE, check_folder, check_links, network_settings, read_index, read_info
 from latentfm.models.mmdit import MMDiT
-from latentfm.models.stored import is_pickle, names_in, read_header
+from latentfm.models.stored import names_in, own_files, read_header
 from latentfm.models.text import NULL_FILE
 from latentfm.words import shown
 
@@ -46,8 +46,7 @@ def frozen_files(folder: Path) -> list[str]:
     """
     names = [name for name in names_in(folder) if name == INDEX_FILE or LICENCE.fullmatch(name)]
     for part in sorted(read_index(folder).keys() - {"transformer"}):
-        inside = names_in(folder / part) if (folder / part).is_dir() else []
-        names += [f"{part}/{name}" for name in inside if name[0] != "." and not is_pickle(Path(name))]
+        names += [f"{part}/{name}" for name in own_files(folder / part)] if (folder / part).is_dir() else []
     names = [name for name in names if (folder / name).is_file()]
     check_links(folder, filter(Path.is_file, (folder / name for name in [*names, INFO_FILE])))
     return names
