@@ -5,9 +5,10 @@
     python scripts/emoji/measure.py --work build/emoji --only vae --vae build/emoji/vae/model
 
 Parts: `vae` (PSNR, SSIM and edge strength of held-out renders), `plain` (names without style words, against the plain style's renders),
-`styled` (known style and concept), `pairs` (the held-out ones, three seeds), `wordings` (the held-out synonyms), `composed` (scenes with
-held-out combinations). "First" means that of all renders of the style asked for the right one is the nearest, by pixels at 24 x 24;
-shares come with Wilson's 95 % interval. Writes WORK/eval/{results.json, PART-guidance.png}.
+`styled` (known style and concept), `pairs` (the held-out ones, three seeds; and how many of them another style's drawings would get),
+`wordings` (the held-out synonyms), `composed` (scenes with held-out combinations). "First" means that of all renders of the style asked
+for the right one is the nearest, by pixels at 24 x 24; shares come with Wilson's 95 % interval.
+Writes WORK/eval/{results.json, PART-guidance.png}.
 """
 
 import argparse
@@ -60,7 +61,33 @@ class Renders:
             same = torch.tensor([other.style == icon.style for other in self.icons])
             far.append(row[place[icon]].item())
             right.append(far[-1] <= row[same].min().item())
-        return share(right) | {"distance": sum(far) / len(far)}
+        by_style: dict[str, list[bool]] = defaultdict(list)
+        for icon, one in zip(wanted, right, strict=True):
+            by_style[icon.style].append(one)
+        styles = {style: sum(found) / len(found) for style, found in by_style.items()}
+        return share(right) | {"distance": sum(far) / len(far), "styles": styles}
+
+    def borrowed(self) -> dict:
+        """How often a held-out pair would be first if it were drawn just as another style draws that thing: for each style the
+        one that serves it best. What can be known of a drawing that was never seen, but for what the style itself adds.
+        """
+        held_out = [icon for icon in self.icons if icon.held_out]
+        of = {(icon.style, icon.code): self.features[i] for i, icon in enumerate(self.icons)}
+        right, lenders = 0, {}
+        for style in dict.fromkeys(icon.style for icon in held_out):
+            mine = [icon for icon in held_out if icon.style == style]
+            drawn = [icon for icon in self.icons if icon.style == style]
+            looks = torch.stack([of[style, icon.code] for icon in drawn])
+            served = {}
+            for other in dict.fromkeys(icon.style for icon in self.icons if icon.style != style):
+                both = [icon for icon in mine if (other, icon.code) in of]
+                if not both:
+                    continue
+                nearest = torch.cdist(torch.stack([of[other, icon.code] for icon in both]), looks).argmin(1).tolist()
+                served[other] = sum(drawn[i] == icon for i, icon in zip(nearest, both, strict=True))
+            best = max(served, key=served.__getitem__)
+            right, lenders[style] = right + served[best], {best: served[best] / len(mine)}
+        return {"share": right / len(held_out), "of": len(held_out), "styles": lenders}
 
 
 def requests(part: str, icons: list[Icon], pictures: Path, number: int) -> list[tuple[str, Icon]]:
@@ -157,6 +184,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     icons, _ = read_catalogue(given.work / "catalogue.jsonl.gz")
     renders = Renders(icons, pictures)
+    if "pairs" in given.only:
+        note("pairs as another style draws them", renders.borrowed)
 
     def single(part: str, guidance: float) -> dict:
         wanted = requests(part, icons, pictures, given.number)
