@@ -13,7 +13,7 @@ from latentfm import option_text
 from latentfm.adapters import ADAPTERS
 from latentfm.bounds import LAST_SEED, MOST_AT_ONCE, MOST_BATCH, MOST_GUIDANCE, MOST_STEPS, MOST_TOKENS, MOST_TRAINING_STEPS
 from latentfm.errors import InputError, nearest
-from latentfm.files import SpecialFile, expanded, read_text
+from latentfm.files import Refused, SpecialFile, expanded, read_text
 from latentfm.optimizers import OPTIMIZERS
 from latentfm.sampling import Sampler, Schedule, Solver
 from latentfm.words import shown
@@ -454,7 +454,7 @@ def read_options(path: Path, kind: type[Section] = RunConfig) -> dict[str, Any]:
         data = option_text.parse(text, kind) or {}
     except SpecialFile as error:
         raise InputError(f"cannot read the configuration {shown(path)}: {'Is a directory' if path.is_dir() else error}") from None
-    except option_text.Refused as error:
+    except Refused as error:
         raise InputError(f"{shown(path)} {shown(error, 300)}") from None
     except InputError as error:
         if isinstance(error.__cause__, OSError):
@@ -465,6 +465,17 @@ def read_options(path: Path, kind: type[Section] = RunConfig) -> dict[str, Any]:
     return data
 
 
+def name_of(place: tuple[str | int, ...], kind: Any) -> str:
+    """The name of the option at a place that pydantic tells, without the types of a union that it tried there."""
+    parts, tried = [], False
+    for part in place:
+        tried = len(option_text.choices(kind)) > 1 and not tried
+        if not tried:
+            parts.append(str(part))
+            kind = option_text.within(kind, part)
+    return ".".join(parts)
+
+
 def in_words(error: ValidationError, kind: type[Section]) -> str:
     """What pydantic found wrong, in one line."""
     lines, missing, errors = [], [], error.errors(include_url=False)
@@ -472,14 +483,14 @@ def in_words(error: ValidationError, kind: type[Section]) -> str:
         answer = ANSWERS.get(str(unknown[0][-1]), "") if kind is RunConfig else ""
         return answer or option_text.unknown(kind, unknown[0])
     for found in errors:
-        name = ".".join(map(str, found["loc"]))
+        name = name_of(found["loc"], kind)
         if found["type"] == "model_type" and len(found["loc"]) == 1:
             known = ", ".join(kind.model_fields[name].annotation.model_fields)
             return f"section '{name}' should hold options ({known}), it holds {shown(repr(found['input']), 60)}"
         if found["type"] == "literal_error":
             known = re.findall("'([^']*)'", found["ctx"]["expected"])
             found["msg"] += nearest(str(found["input"]), known)
-        if found["type"] == "missing":
+        if found["type"] == "missing" and isinstance(found["loc"][-1], str):  # not one of a pair
             missing.append({"data": "data.folder", "output": "output.folder"}.get(name, name))  # what such a section needs
         said = found["msg"].removeprefix("Value error, ")
         lines.append(f"{name}: {said} (got {shown(repr(found['input']), 80)})" if name else said)

@@ -41,6 +41,10 @@ class TooLarge(InputError):
     """A file, or what it says of itself, is larger than is read."""
 
 
+class Refused(ValueError):
+    """What a text holds is not taken; the message says why, after the name of the file or line."""
+
+
 @contextmanager
 def reading(path: object, way_out: str = "copy or make it again", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """A context in which whatever a file's content raises becomes an InputError of one line: its name, the reason, the way out.
@@ -146,6 +150,20 @@ def read_json(path: str | Path, kind: type = dict, most: int = JSON_BYTES, way_o
         if not isinstance(value, kind):
             raise ValueError(f"it should hold a JSON {'object' if kind is dict else 'list'}, it holds {shown(json.dumps(value), 60)}")
     return value
+
+
+def own_json(text: str | bytes) -> Any:
+    """The value of a JSON text that people write. Raises Refused for a name that is given twice, ValueError, RecursionError for no JSON."""
+    return json.loads(text, object_pairs_hook=without_repeats)
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise Refused(f"gives '{shown(repeated, 60)}' twice; leave one of them out")
+    return found
 
 
 def existing_parent(place: Path) -> Path:

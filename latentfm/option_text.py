@@ -16,16 +16,12 @@ import yaml
 from pydantic import BaseModel
 
 from latentfm.errors import InputError, nearest
-from latentfm.files import CONTENT_ERRORS
+from latentfm.files import CONTENT_ERRORS, Refused, own_json
 from latentfm.words import is_text, shown
 
 MOST_BYTES = 2**20  # of a file of options
 MOST_VALUES, DEEPEST = 50_000, 40  # of what it holds, aliases unfolded
 Kind = Any  # a type annotation
-
-
-class Refused(ValueError):
-    """What a text holds cannot be taken for options; the message says why, after the name of the file."""
 
 
 # Types
@@ -78,7 +74,7 @@ def parse(text: str, kind: Kind) -> Any:
     try:
         if text.lstrip()[:1] == "{" or (text[:1] == "[" and "\\u" in text):  # JSON, whose letters beyond 16 bits are two of YAML's
             with suppress(json.JSONDecodeError):
-                return json.loads(text, object_pairs_hook=without_repeats)
+                return own_json(text)
         check_size(text)
         node = yaml.compose(text, yaml.SafeLoader)
         return None if node is None else built(node, kind)
@@ -86,15 +82,6 @@ def parse(text: str, kind: Kind) -> Any:
         raise Refused("is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
         raise error if isinstance(error, Refused) else Refused(f"is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise Refused(f"gives '{shown(repeated, 60)}' twice; leave one of them out")
-    return found
 
 
 def check_size(text: str) -> None:

@@ -6,7 +6,6 @@ Without torch: all of it is checked before a model is loaded.
 import csv
 import io
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from latentfm.bounds import LAST_SEED, MOST_GUIDANCE, MOST_LETTERS, MOST_STEPS
 from latentfm.errors import InputError, nearest
-from latentfm.files import SpecialFile, read_text
+from latentfm.files import Refused, SpecialFile, own_json, read_text
 from latentfm.sampling import Sampler
 from latentfm.words import is_text, listed, shortened, shown
 
@@ -200,6 +199,9 @@ def table_rows(file: Path, text: str, delimiter: str) -> list[tuple[int, dict[st
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     found = []
     try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise InputError(f"{shown(file)} has {names.count(twice[0])} columns called '{shown(twice[0])}': give each a name of its own")
         for row in reader:
             if None in row:
                 more = shown(str(row[None][0]), 60)
@@ -213,7 +215,9 @@ def table_rows(file: Path, text: str, delimiter: str) -> list[tuple[int, dict[st
 def list_rows(file: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     """(number, row) of each prompt of a JSON list. Raises InputError for what is none."""
     try:
-        found = json.loads(text)
+        found = own_json(text)
+    except Refused as error:
+        raise InputError(f"{shown(file)} {error}") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(each, dict | str) for each in found):
@@ -224,7 +228,9 @@ def list_rows(file: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 def parsed(file: Path, number: int, line: str) -> dict[str, Any]:
     """The object of a JSON line. Raises InputError for what is none."""
     try:
-        found = json.loads(line)
+        found = own_json(line)
+    except Refused as error:
+        raise InputError(f"{shown(file)}, line {number} {error}") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -276,8 +282,10 @@ def own_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises InputError for text that is too long, or no valid Unicode (bytes in another encoding than the terminal's)."""
+    """Raises InputError for text that is too long, has a zero byte, or is no Unicode (bytes in another encoding than the terminal's)."""
     if len(text) > MOST_LETTERS:
         raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
     if not is_text(text):
         raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file")
+    if "\0" in text:
+        raise InputError(f"{what} {shown(repr(text), 80)} holds a zero byte; leave it out")

@@ -241,6 +241,20 @@ def test_what_is_missing_is_named_with_the_way_to_set_it():
         load_config(None, [])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.size=[32]", r"^data\.size: .*integer \(got \[32\]\); data\.size\.1: Field required \(got \[32\]\)$"),
+        ("data.size=[32, 32, 32]", r"^data\.size: .*; data\.size: .*at most 2 items"),
+        ("train.betas=[0.9]", r"^train\.betas\.1: Field required \(got \[0\.9\]\)$"),
+        ("data.sources=[{path: a, caption_columns: {x: -1}}]", r"^data\.sources\.0\.caption_columns: .*\.0\.caption_columns\.x: "),
+    ],
+)
+def test_an_option_of_several_types_is_named_as_it_is_given(override, message):
+    with pytest.raises(InputError, match=message):
+        load_config(None, ["data.folder=p", "output.folder=a", override])
+
+
 def test_files_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the configuration .*nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")

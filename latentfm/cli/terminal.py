@@ -202,19 +202,22 @@ def result(path: Path) -> None:
 
 
 def tell_result(train: Callable[[], Path], goes_on_by: str = "--resume") -> None:
-    """Prints the path of what a training has made; where it was stopped that, on stderr.
+    """Prints the path of what a training has made, once over all processes; where it was stopped that, on stderr.
 
     Then the exit code is 0: a launcher would take another for a failure, and end the other processes.
     """
     from latentfm.training.stop import Stopped
 
+    made, stopped = None, ""
     try:
         made = train()
-    except Stopped as stopped:
-        say(str(stopped).replace("--resume", goes_on_by))
+    except Stopped as error:
+        stopped = str(error).replace("--resume", goes_on_by)
+    if int(os.environ.get("RANK", 0)):
         return
-    say(f"finished: {made}")
-    result(made)
+    say(stopped or f"finished: {made}")
+    if made:
+        result(made)
 
 
 def say(line: str, bar: "Progress | None" = None) -> None:

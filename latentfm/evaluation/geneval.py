@@ -12,7 +12,7 @@ from pathlib import Path
 
 from latentfm.errors import InputError, nearest
 from latentfm.evaluation.detection import Detection
-from latentfm.files import read_text
+from latentfm.files import Refused, own_json, read_text
 from latentfm.requests import check_text
 from latentfm.words import listed, shown
 
@@ -55,14 +55,16 @@ def read_asked(file: Path) -> list[Asked]:
 def asked_of(line: str, where: str) -> Asked:
     """What one line asks for. Raises InputError for what it cannot mean."""
     try:
-        row = json.loads(line)
+        row = own_json(line)
+    except Refused as error:
+        raise InputError(f"{where} {error}") from None
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise InputError(f'{where}: {shown(line, 60)} is no JSON object with a prompt, as {{"prompt": "a cat"}}')
     check_text(row["prompt"], f"the prompt in {where}")
     task = row.get("tag")
-    if task is not None and task not in TASKS:
+    if task is not None and task not in list(TASKS):
         raise InputError(f"{where}: no tag {shown(repr(task), 40)}{nearest(str(task), TASKS)}; there are {listed(TASKS, 6)}")
     include, exclude = (tuple(thing_of(each, where) for each in things_of(row.get(name), where)) for name in ("include", "exclude"))
     if (task is None) != (not include):

@@ -11,14 +11,13 @@ from latentfm.interchange.weights import open_pipeline
 from latentfm.models.backends import attention_backend
 from latentfm.models.folder import PARTS, read_config
 from latentfm.optimizers import OPTIMIZERS
-from latentfm.planning.devices import GIB
 from latentfm.planning.run import Parallelism, RunPlan, check_batch, plan_run
 from latentfm.planning.training import checkpoint_bytes
 from latentfm.training.checkpoint import storage
 from latentfm.training.models import checked_folder
 from latentfm.training.optimizers.factory import check_optimizer, missing
 from latentfm.training.step import density
-from latentfm.words import count, shown
+from latentfm.words import count, in_units, shown
 
 
 def check(config: RunConfig, resume: bool = False, parallelism: Parallelism | None = None, sources: bool = True) -> RunPlan:
@@ -86,7 +85,7 @@ def check_room(plan: RunPlan) -> None:
     out, needed = expanded(plan.config.output.folder), checkpoint_bytes(plan)
     if (free := shutil.disk_usage(existing_parent(out)).free) < needed:
         raise InputError(
-            f"a checkpoint takes {needed / GIB:.2f} GiB, and {free / GIB:.2f} are free at output.folder {shown(out)}; free some space, or "
+            f"a checkpoint takes {in_units(needed)}, and {in_units(free)} are free at output.folder {shown(out)}; free some space, or "
             "choose another disk"
         )
 

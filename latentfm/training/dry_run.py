@@ -34,6 +34,7 @@ from latentfm.training.models import frozen_files
 from latentfm.training.pairs import pairs_of
 from latentfm.training.precision import has_bfloat16
 from latentfm.training.validation import split_held_out
+from latentfm.words import in_units
 
 SHOWN = 20  # names in a list
 
@@ -194,10 +195,10 @@ def check_disk(needs: list[dict[str, Any]]) -> None:
         own = [need for need in needs if need["disk"] == disk]
         wanted, free = sum(need["bytes"] - need["there"] for need in own), own[0]["free"]
         if wanted > free:
-            parts = ", ".join(f"{need['what']} {need['bytes'] / GIB:.1f} in {need['place']}" for need in own)
+            parts = ", ".join(f"{need['what']} {in_units(need['bytes'])} in {need['place']}" for need in own)
             raise InputError(
-                f"{wanted / GIB:.1f} GiB are needed and {free / GIB:.1f} free ({parts}); free some space, choose another disk for "
-                "data.cache or output.folder, or lower output.keep"
+                f"{in_units(wanted)} are needed and {in_units(free)} free ({parts}); free some space, choose another disk for data.cache "
+                "or output.folder, or lower output.keep"
             )
 
 

@@ -219,6 +219,8 @@ def test_lines_of_a_table_and_of_standard_input(tmp_path, monkeypatch):
         ('{"prompt": "a", "seed": -5}', "line 1: seed -5 is out of range"),
         ('{"prompt": "a", "seed": 9223372036854775808}', "line 1: seed 9223372036854775808 is out of range"),
         ("\n", "has no prompt in it"), ('{"prompt": "\\ud800"}', "is not valid UTF-8"), ("[" * 99999, "is no JSON object"),
+        ('{"prompt": "a\\u0000b"}', "line 1 'a.x00b' holds a zero byte"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "line 1 gives 'seed' twice"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_wrong_is_named(tmp_path, text, says):
@@ -249,6 +251,8 @@ def test_tables_and_lists_of_other_kinds(tmp_path):
         ("p.csv", "prompt\na red apple, on a table\n", "line 2 has more"),
         ("p.csv", "prompt,seed\n\na,1\n\nb,x\n", "line 5: seed 'x'"), ("p.json", '{"prompt": "a"}', "no JSON list of prompts"),
         ("p.json", '["a", {"prompt": "b", "stepz": 3}]', "prompt 2: no setting 'stepz'"),
+        ("p.json", '[{"prompt": "a", "seed": 1, "seed": 2}]', "p.json gives 'seed' twice"),
+        ("p.csv", "prompt,prompt\na,b\n", "has 2 columns called 'prompt'"),
         ("p.json", "[3]", "no JSON list of prompts"), ("p.json", "[" * 99999, "no JSON list of prompts"),
     ],
 )  # fmt: skip

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import latentfm
 from latentfm.cli.main import app
+from latentfm.cli.terminal import tell_result
 from latentfm.config import RunConfig
+from latentfm.training.stop import Stopped
 
 ROOT = Path(latentfm.__file__).resolve().parent.parent
 
@@ -193,6 +195,18 @@ def test_a_dry_run_speaks_once_over_all_processes(arguments, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         done = CliRunner().invoke(app, ["train", *arguments, "--dry-run"])
         assert done.exit_code == 0 and bool(done.stdout) is spoken
+
+
+def test_a_result_is_told_once_over_all_processes(monkeypatch, capsys):
+    def stopped():
+        raise Stopped("stopped, go on with --resume")
+
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        tell_result(lambda: Path("run/model"))
+        assert capsys.readouterr() == (("run/model\n", "finished: run/model\n") if said else ("", ""))
+        tell_result(stopped, "the same command")
+        assert capsys.readouterr() == ("", "stopped, go on with the same command\n" * said)
 
 
 @pytest.mark.parametrize("where", ["output.folder", "data.cache"])

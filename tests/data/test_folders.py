@@ -399,6 +399,15 @@ def test_one_caption_stands_for_all_whatever_is_there(tmp_path):
     assert captions_of(with_masks) == {"a.png": ("a photo of sks dog",)}
 
 
+@pytest.mark.parametrize("text", [None, "a cat"])
+def test_the_suffix_of_a_mask_may_be_in_any_case(tmp_path, text):
+    captioned(tmp_path / "A.PNG", "a cat")
+    picture(tmp_path / "A.MASK.PNG")
+    dataset = read_folder(tmp_path, Columns(caption=text))
+    assert captions_of(dataset) == {"A.PNG": ("a cat",)} and dataset.samples[0].mask == tmp_path / "A.MASK.PNG"
+    assert not any(problem.path == "A.MASK.PNG" for problem in dataset.problems)
+
+
 def test_pictures_that_are_there_are_counted_used_or_not(tmp_path):
     for name in ("a.png", "b.png"):
         captioned(tmp_path / name)

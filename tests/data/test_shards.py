@@ -114,12 +114,14 @@ def test_every_unusable_sample_is_named(tmp_path):
         {"__key__": "latin", "png": png(), "txt": b"caf\xe9"}, {"__key__": "json", "png": png(), "json": "{"},
         {"__key__": "list", "png": png(), "json": "[1]"}, {"__key__": "number", "png": png(), "json": '{"text": 5}'},
         {"__key__": "other", "png": png(), "txt": "x"}, {"__key__": "ok", "png": png(), "txt": "again"},
+        {"__key__": "twice", "png": png(), "json": '{"text": "a", "text": "b"}'},
     )  # fmt: skip
     dataset = read_shards(str(path))
     assert captions_of(dataset) == {"x.tar/ok": ("",), "x.tar/other": ("x",)}
     assert reasons(dataset) == {
         "x.tar/bare": "row without a caption", "x.tar/text": "sample without a picture", "x.tar/latin": "caption file that is not UTF-8",
         "x.tar/json": "sample whose .json is malformed", "x.tar/list": "sample whose .json is malformed",
+        "x.tar/twice": "sample whose .json gives 'text' twice; leave one of them out",
         "x.tar/number": "row whose caption is not a text", "x.tar/ok": "key that came before in the archive",
     }  # fmt: skip
 
@@ -190,6 +192,14 @@ def test_a_shard_that_changes_after_it_was_listed_is_not_read_for_the_old_one(tm
     numbered(path, 0, 1)
     with pytest.raises(images.UnreadableImage, match=r"cannot read x\.tar/0005\.png: .*x\.tar ends early; it was changed"):
         images.contents(samples[5].path)
+
+
+def test_archives_are_found_in_any_case_and_a_file_of_the_very_name_first(tmp_path):
+    for name in ("a.tar", "B.TAR", "[a]*.tar"):
+        numbered(tmp_path / name, 0, 1)
+    assert sorted(captions_of(read_shards(str(tmp_path)))) == ["B.TAR/0000", "[a]*.tar/0000", "a.tar/0000"]
+    assert list(captions_of(read_shards(str(tmp_path / "[a]*.tar")))) == ["[a]*.tar/0000"]
+    assert sorted(captions_of(read_shards(str(tmp_path / "?.*")))) == ["B.TAR/0000", "a.tar/0000"]
 
 
 def test_archives_of_one_name_are_refused(tmp_path):

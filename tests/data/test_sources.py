@@ -46,6 +46,13 @@ def test_each_non_empty_line_of_the_txt_is_a_caption(tmp_path):
     assert dataset.problems == ()
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_lines_end_as_any_system_ends_them(tmp_path, end):
+    picture(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_bytes(f"a cat{end}{end}a sleeping cat{end}".encode())
+    assert captions_of(read_folder(tmp_path)) == {"cat.png": ("a cat", "a sleeping cat")}
+
+
 def test_a_line_separator_inside_a_caption_does_not_cut_it(tmp_path):
     picture(tmp_path / "cat.png")
     caption(tmp_path / "cat.txt", "a cat\u2028on a mat")

@@ -148,7 +148,7 @@ def _caption_files(files: dict[str, Path]) -> dict[str, list[str]]:
 def _masks(files: dict[str, Path], captioned: dict[str, Any]) -> dict[str, Path]:
     """The loss masks by the stem of their picture: name.mask.png beside name.png, unless it has a caption itself."""
     pictures = {_stem(id) for id in files if is_image(id)}
-    stems = {id.removesuffix(MASK_SUFFIX): id for id in files if id.endswith(MASK_SUFFIX)}
+    stems = {id[: -len(MASK_SUFFIX)]: id for id in files if id.lower().endswith(MASK_SUFFIX)}
     return {stem: files[id] for stem, id in stems.items() if stem in pictures and _stem(id) not in captioned and id not in captioned}
 
 

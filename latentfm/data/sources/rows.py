@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -10,15 +9,12 @@ from pathlib import Path
 from latentfm.data.sources.base import CAPTION_COLUMNS, Columns
 from latentfm.data.sources.texts import Unusable, encoding_of
 from latentfm.errors import InputError, nearest
-from latentfm.files import open_file
-from latentfm.option_text import Refused, without_repeats
+from latentfm.files import Refused, open_file, own_json
 from latentfm.words import listed, shown
 
 METADATA_BYTES = 4 * 2**30  # the most that a file of metadata may have
 LINE_CHARACTERS = 2**20  # the most that one of its lines may have
 DELIMITERS = (",", ";", "\t", "|")  # of a csv, the first that splits the columns' names out of its first line
-
-JSON = json.JSONDecoder(object_pairs_hook=without_repeats)
 
 Rows = Iterator[tuple[int, object]]  # (number of the line where the row ends, the row; None or Unusable for a line that is none)
 
@@ -55,7 +51,7 @@ def json_rows(text: io.TextIOWrapper) -> Rows:
             yield number, None
         elif line.strip():
             try:
-                yield number, JSON.decode(line)
+                yield number, own_json(line)
             except Refused as error:
                 yield number, Unusable(f"row that {error}")
             except (ValueError, RecursionError):

@@ -9,7 +9,6 @@ stand together.
 """
 
 import hashlib
-import json
 import lzma
 import tarfile
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from latentfm.data.sources.base import (
 from latentfm.data.sources.kept import kept_listing
 from latentfm.data.sources.texts import CAPTION_BYTES, FETCH, POINTER, Unusable, composed, decoded, lines_of
 from latentfm.data.sources.urls import BLOCK, expand, names_of, open_url
-from latentfm.files import CONTENT_ERRORS, JSON_BYTES, reason
+from latentfm.files import CONTENT_ERRORS, JSON_BYTES, Refused, own_json, reason
 from latentfm.words import count, is_text, shown
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -223,7 +222,9 @@ def row_of(group: Group) -> dict[str, Any]:
     for extension, data in group.texts.items():
         if extension == "json":
             try:
-                entries = json.loads(data)
+                entries = own_json(data)
+            except Refused as error:
+                raise Unusable(f"sample whose .json {error}") from None
             except (ValueError, RecursionError):
                 raise Unusable("sample whose .json is malformed") from None
             if not isinstance(entries, dict):

@@ -50,7 +50,7 @@ def lines_of(text: str) -> tuple[str, ...]:
     Raises Unusable for one longer than CAPTION_CHARACTERS.
     """
     # Not splitlines(), which also cuts at U+2028 and other characters a caption may hold.
-    lines = [line.strip() for line in text.split("\n")]
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
     found = tuple(checked(line) for line in lines if visible(line))
     return found or (max(lines, key=len),)  # invisible characters alone are told of by `oddity`
 

@@ -26,7 +26,7 @@ TOO_LARGE = f"row whose picture or mask has more than {PICTURE_BYTES:,} bytes"
 
 
 def expand(place: str, suffixes: Sequence[str]) -> list[str]:
-    """The files that `place` stands for, in order: braces ({000..012}), then * and ?, and of a folder the files with `suffixes`.
+    """The files that `place` stands for, in order: braces ({000..012}), of a folder the files with `suffixes`, else * and ?.
 
     Raises InputError when one is missing, or there is none, or more than FILES.
     """
@@ -34,12 +34,12 @@ def expand(place: str, suffixes: Sequence[str]) -> list[str]:
     for name in braces(os.path.expanduser(place) if "://" not in place else place):
         system, path = located(name)
         with any_error_told(lambda why, name=name: f"cannot look for {shown(name)}: {why}"):  # no network, no permission, no such bucket
-            if any(character in path for character in "*?"):
-                files = [file for file in sorted(system.glob(path)) if file.endswith(tuple(suffixes))]
-            elif system.isdir(path):
-                files = sorted(file for file in system.ls(path, detail=False) if file.endswith(tuple(suffixes)))
+            if system.isdir(path):
+                files = [file for file in sorted(system.ls(path, detail=False)) if file.lower().endswith(tuple(suffixes))]
+            elif system.exists(path):
+                files = [path]
             else:
-                files = [path] if system.exists(path) else []
+                files = [file for file in sorted(system.glob(path)) if file.lower().endswith(tuple(suffixes))]
         if not files:
             raise InputError(f"there is no {' or '.join(suffixes)} file at {shown(name)}: check the name, or give the kind of the source")
         found += [system.unstrip_protocol(file) if "://" in name else file for file in files]
@@ -88,7 +88,7 @@ def open_url(url: str) -> BinaryIO:
     raw = open_file(path) if isinstance(system, LocalFileSystem) else system.open(path, "rb")
     with suppress(AttributeError):
         raw.system = system  # an archive's closes the archive when nobody has it any more
-    method = "gzip" if path.endswith(".tgz") else infer_compression(path)
+    method = "gzip" if path.lower().endswith(".tgz") else infer_compression(path)
     return raw if method is None else Unfolded(compr[method](raw, mode="rb"), raw)
 
 

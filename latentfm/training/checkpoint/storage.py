@@ -157,10 +157,11 @@ def told_if_refused(old: Path) -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """The checkpoints in `folder`, whole unless something was done to them since, oldest first. An empty folder is none."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / "state.json").exists())
+    named = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+    return [path for path in named if (path / "state.json").exists() or state_files(path)]
 
 
 def best(paths: list[Path]) -> Path | None:
@@ -180,7 +181,8 @@ class DamagedCheckpoint(InputError):
     """What is in a checkpoint is not what was written."""
 
     def __init__(self, path: Path, what: str):
-        super().__init__(f"checkpoint {shown(path)} cannot be read ({what}); move it away to resume from the one before")
+        self.told = f"checkpoint {shown(path)} cannot be read ({what})"
+        super().__init__(f"{self.told}; move it away to resume from the one before")
 
 
 @contextmanager
@@ -220,6 +222,8 @@ def tensors_of(path: Path) -> Tensors:
 def state_of(path: Path) -> dict[str, Any]:
     """What a checkpoint's state.json says, checked against its own checksum. Raises as `load`."""
     with reading_from(path):
+        if state_files(path) and not (path / "state.json").exists():
+            raise DamagedCheckpoint(path, "state.json is missing")
         try:
             text = read_bytes(path / "state.json", JSON_BYTES)
         except (SpecialFile, TooLarge) as error:
@@ -251,16 +255,18 @@ def newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
 
     Raises InputError when there is none, or when the newest cannot be read now.
     """
-    problem = None
-    for path in reversed(checkpoints(folder)):
+    there = checkpoints(folder)
+    if not there:
+        raise InputError(f"{shown(folder)} holds no checkpoint")
+    for path in reversed(there):
         try:
             load(path)
             return path
         except DamagedCheckpoint as error:
-            problem = error
-            aside = path.rename(name_aside(path))
-            tell(f"{error}; it is now called {aside.name}, going on from the one before")
-    raise problem or InputError(f"{folder} holds no checkpoint")
+            problem = f"{error.told}; it is now called {path.rename(name_aside(path)).name}"
+            if path != there[0]:
+                tell(f"{problem}, going on from the one before")
+    raise InputError(f"{problem}, and there is none before it; leave --resume out to start from the first step")
 
 
 def state_files(path: Path) -> list[Path]:

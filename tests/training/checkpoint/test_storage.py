@@ -109,8 +109,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, fil
 def test_with_no_whole_checkpoint_the_reason_is_said(tmp_path):
     path = save(tmp_path, 1, {"a": torch.randn(64)})
     (path / "state.safetensors").unlink()
-    with pytest.raises(InputError, match="step-00000001 cannot be read"):
-        storage.newest_whole(tmp_path, lambda text: None)
+    told = []
+    with pytest.raises(InputError, match="step-00000001 cannot be read .*called step-00000001.damaged, and there is none before it; leave"):
+        storage.newest_whole(tmp_path, told.append)
+    assert told == []  # of one before that would be taken
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
@@ -218,6 +220,14 @@ def test_a_damaged_description_is_renamed_and_the_one_before_is_taken(tmp_path, 
     assert (tmp_path / "step-00000002.damaged-2" / "state.safetensors").is_file()
     assert len(told) == 1 and "step-00000002.damaged-2, going on from the one before" in told[0] and "\n" not in told[0]
     assert storage.best([first, tmp_path / "step-00000002.damaged-2"]) is None
+
+
+def test_a_checkpoint_without_its_description_is_not_passed_over_in_silence(tmp_path):
+    first, second = (save(tmp_path, step, {"a": torch.zeros(1)}) for step in (1, 2))
+    (second / "state.json").unlink()
+    told = []
+    assert storage.newest_whole(tmp_path, told.append) == first
+    assert len(told) == 1 and "state.json is missing" in told[0] and (tmp_path / "step-00000002.damaged").is_dir()
 
 
 def test_a_description_that_is_no_file_is_not_waited_for(tmp_path):
