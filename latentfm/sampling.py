@@ -23,6 +23,7 @@ SOLVERS = {
     "euler_maruyama": 1, "stochastic_heun": 2,
 }  # fmt: skip
 Solver = Literal[tuple(SOLVERS)]
+FLOW = "flow_prediction"  # what schedulers of diffusers that are of several kinds call ours
 Schedule = Literal["model", "uniform", "diffusers", "karras", "beta"]
 Guidance = Literal["cfg", "cfg_zero_star", "apg", "autoguidance"]
 
@@ -181,10 +182,15 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, sigmas: Sequence[floa
         if unknown := extra.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
             raise ValueError(f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}")
         scheduler.set_timesteps(**{"num_inference_steps": steps} if sigmas is None else {}, device="cpu", **extra)
+        if config.get("prediction_type", FLOW) != FLOW or not hasattr(scheduler, "sigmas"):
+            raise ValueError(
+                f"{type(scheduler).__name__} is none of flow matching as it is; take FlowMatchEulerDiscreteScheduler, or another with "
+                f"prediction_type='{FLOW}' and use_flow_sigmas=True"
+            )
         if not (scheduler.timesteps.isfinite().all() and len(scheduler.timesteps)):
             raise ValueError(f"its timesteps are {shortened(str(scheduler.timesteps.tolist()), 80)}")
     except (AttributeError, ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
-        raise InputError(f"the scheduler's configuration cannot be followed for {steps} steps: {shown(error, 200)}") from error
+        raise InputError(f"the scheduler's configuration cannot be followed for {steps} steps: {shown(error, 240)}") from error
 
 
 def scheduler_grid(scheduler: Any, steps: int, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> "Tensor":

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentfm.errors import InputError
+from latentfm.interchange.loading.parts import check_component
 from latentfm.interchange.loading.pipelines import COMPONENTS, PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
@@ -66,11 +67,14 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
         feature_extractor: Any = None,
     ):
         super().__init__()
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3, tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2, tokenizer_3=tokenizer_3, transformer=transformer, scheduler=scheduler,
-            image_encoder=image_encoder, feature_extractor=feature_extractor,
-        )  # fmt: skip
+        parts = {
+            "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3,
+            "tokenizer": tokenizer, "tokenizer_2": tokenizer_2, "tokenizer_3": tokenizer_3, "transformer": transformer,
+            "scheduler": scheduler, "image_encoder": image_encoder, "feature_extractor": feature_extractor,
+        }  # fmt: skip
+        for name, part in parts.items():
+            check_component(name, part)
+        self.register_modules(**parts)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self.latent_channels)
         self.known_prompts = KnownPrompts()
         self.say(next((said for part in self.carriers() if (said := getattr(part, "said", None))), Said()))
@@ -207,10 +211,13 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
         return value
 
     def need(self, *names: str, to: str, without: str) -> None:
-        """Raises InputError when a component is None; `without` is the way out that needs none."""
+        """Raises InputError when a component is None, or the VAE another network's; `without` is the way out that needs none."""
         for name in names:
             if getattr(self, name) is None:
                 raise InputError(f"no {name} is loaded to {to}; load one, or {without}")
+        if "vae" in names and self.transformer is not None and self.vae.config.latent_channels != self.latent_channels:
+            channels = f"{self.vae.config.latent_channels} channels, the transformer's {self.latent_channels}"
+            raise InputError(f"the vae's latents have {channels}: it cannot {to} here; load the transformer's own, or {without}")
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents [B, C, h, w] without decoding them, a colour for each, in the size that the VAE would give.

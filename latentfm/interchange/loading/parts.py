@@ -19,13 +19,17 @@ from latentfm.interchange.loading.keywords import DOWNLOAD, dtype_asked_for, dty
 from latentfm.interchange.loading.placing import Places, bytes_of, places_of
 from latentfm.interchange.networks import empty
 from latentfm.interchange.weights import CLASSES, Weights, load_part, open_weights
-from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
+from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, TEXT
 from latentfm.models.folder import PARTS, check_folder, left_out, read_config, refuse_pickle
 from latentfm.models.stored import variants_in
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
 COMPONENTS = (*CLASSES, *EXTRA)
+# what a pipeline reads of its networks' configurations as soon as it is made
+SETTINGS = {"transformer": "joint_attention_dim", "vae": "block_out_channels"} | {
+    encoder.name: "projection_dim" if encoder.family is CLIP else "d_model" for encoder in ENCODERS
+}
 LINK = re.compile(
     r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:(?:blob|resolve)/([^/]+)/)?(.+)"
 )  # repository, revision, file
@@ -44,9 +48,20 @@ def components_in(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The components among a loading call's keyword arguments, taken out of them. Raises InputError for one that is none."""
     given = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
     for name, part in given.items():
-        if part is not None and (isinstance(part, str | os.PathLike) or (name in PARTS and not isinstance(part, nn.Module))):
-            raise InputError(f"{name}={shown(repr(part), 60)} is no component; give one in memory, or None to leave it out")
+        check_component(name, part)
     return given
+
+
+def check_component(name: str, part: Any) -> None:
+    """Raises InputError for a component that cannot be `name`; None is none."""
+    if name == "scheduler":
+        good = hasattr(part, "set_timesteps") and not isinstance(part, type)
+    elif name in PARTS:
+        good = isinstance(part, nn.Module) and hasattr(getattr(part, "config", None), SETTINGS[name])
+    else:
+        good = hasattr(part, "config") if name == "image_encoder" else callable(part) and not isinstance(part, nn.Module)
+    if part is not None and not good:
+        raise InputError(f"{name}={shown(repr(part), 60)} is no {name}; give one in memory, or None to leave it out")
 
 
 def replaced_by(given: Mapping[str, Any]) -> list[int]:
