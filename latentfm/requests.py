@@ -236,7 +236,8 @@ def own_prompt(where: str, row: Mapping[str, Any]) -> Prompt:
     """A row of a prompts file. Raises InputError for a key that is not known and a value that is of another kind."""
     given = {name: value for name, value in row.items() if value not in (None, "") or name == "prompt"}
     if not isinstance(given.get("prompt"), str):
-        raise InputError(f"{where} has no prompt")
+        what = f"its prompt is {shown(repr(row['prompt']), 60)}" if "prompt" in row else f"it has {listed(map(str, row)) or 'nothing'}"
+        raise InputError(f"{where} has no prompt, which is a text: {what}")
     check_text(given["prompt"], f"a prompt in {where}")
     own: dict[str, Any] = {}
     for name in given.keys() - {"prompt"}:

@@ -73,7 +73,7 @@ class Sampler:
             raise InputError(f"shift {self.shift:g} must be above 0 and at most 1000; 1 is even steps, SD3 takes 3")
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale {self.guidance_rescale:g} is no share from 0 to 1; 0.7 is usual")
-        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise InputError(f"guidance_interval {self.guidance_interval} must be a first and a last t, 0 noise and 1 data, as (0.1, 0.8)")
         if self.num_inference_steps < 1:
             raise InputError(f"steps {self.num_inference_steps} must be at least 1")

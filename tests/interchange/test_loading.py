@@ -77,6 +77,7 @@ def test_what_is_done_anyway_may_be_asked_for(tiny_folder, picture):
         ({"tokenizer": 5}, "tokenizer=5 is no tokenizer"),
         ({"variant": "fp16"}, "has no weights of the variant fp16; there are the plain ones alone"),
         ({"max_memory": {0: "1GB"}}, 'max_memory is for device_map="balanced"'),
+        ({"max_memory": {0: "lots"}, "device_map": "balanced"}, "max_memory {0: 'lots'} is no memory by device"),
         ({"device_map": {"transformr": 0}}, r"device_map has transformr, which is no component \(did you mean 'transformer'\?\)"),
         ({"device_map": {"transformer": "nowhere"}}, "device_map 'nowhere' is no device here"),
         ({"quantization_config": 4}, "quantization_config must be a PipelineQuantizationConfig"),

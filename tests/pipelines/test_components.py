@@ -272,3 +272,21 @@ def test_components_of_another_model_are_said(both):
             draw(quiet(LatentFMPipeline(**both[1].components | parts)), output_type="pt")
     with pytest.raises(InputError, match="text_encoder_3=.* is no text_encoder_3"):
         LatentFMPipeline.from_pipe(both[1], text_encoder_3=both[1].text_encoder)
+
+
+def test_what_methods_beside_the_call_are_given_is_checked(both, tmp_path):
+    pipe, taken = both[1], tmp_path / "file"
+    taken.write_text("")
+    for call, says in (
+        (lambda: LatentFMPipeline.from_pipe("a/folder"), "not 'a/folder'; from_pretrained loads a folder's"),
+        (lambda: LatentFMPipeline.from_pipe(pipe, dtype="half-ish"), "dtype 'half-ish' is none"),
+        (lambda: LatentFMPipeline.from_pipe(pipe, dtype={"vae": torch.bfloat16}), "one dtype for all components"),
+        (lambda: pipe.preview(torch.zeros(1, 16, 8, 8)), r"\(any, 4, any, any\) can be seen, not a tensor of shape \(1, 16, 8, 8\)"),
+        (lambda: pipe.save_pretrained(taken), f"save_directory {taken}: {taken} is a file, not a folder"),
+        (lambda: pipe.save_pretrained(None), "save_directory None is no path"),
+        (lambda: pipe.save_pretrained(tmp_path / "new", variant="a/b"), "variant 'a/b' is no part of a file's name"),
+    ):
+        with pytest.raises(InputError, match=says):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert LatentFMPipeline.from_pipe(pipe, dtype="bfloat16").dtype is torch.bfloat16
