@@ -281,4 +281,4 @@ def check_text(text: str, what: str) -> None:
     if len(text) > MOST_LETTERS:
         raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
     if not is_text(text):
-        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file")
+        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8: it is of another encoding, or a part of it is missing")
