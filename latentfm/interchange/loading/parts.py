@@ -25,6 +25,7 @@ from latentfm.models.stored import variants_in
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
+MOST_SIDE = 8192  # of latents: pictures of 65,536 pixels a side
 COMPONENTS = (*CLASSES, *EXTRA)
 # what a pipeline reads of its networks' configurations as soon as it is made
 SETTINGS = {"transformer": "joint_attention_dim", "vae": "block_out_channels"} | {
@@ -150,7 +151,12 @@ def load_file(path: str | Path, pipeline: str | Path | None, given: Mapping[str,
 
     Raises InputError as from_single_file does.
     """
-    dtype, base = dtype_asked_for(kwargs), None
+    dtype, base, size = dtype_asked_for(kwargs), None, kwargs.get("sample_size")
+    places_given = {"a single file": path, "pipeline": pipeline or "", "config": kwargs.get("config") or ""}
+    if wrong := next((what for what, place in places_given.items() if not isinstance(place, str | os.PathLike)), None):
+        raise InputError(f"{wrong} is given by its path, not by {shown(repr(places_given[wrong]), 60)}")
+    if size is not None and not (type(size) is int and 1 <= size <= MOST_SIDE):
+        raise InputError(f"sample_size {shown(repr(size), 60)} is no side of latents, a whole number from 1 to {MOST_SIDE:,}; SD3's is 128")
     if pipeline is not None and kwargs.get("config") is not None:
         raise InputError("pipeline, a folder to take from what the file lacks, may say what config says too; give one of the two")
     if pipeline is not None:
@@ -158,7 +164,7 @@ def load_file(path: str | Path, pipeline: str | Path | None, given: Mapping[str,
     elif kwargs.get("config") is not None:
         base = open_base(configuration_of(kwargs["config"], kwargs))
     wanted = tuple(name for name in PARTS if name not in given)
-    weights = open_weights(file_of(path, kwargs), parts=wanted, like=base, sample_size=kwargs.get("sample_size"))
+    weights = open_weights(file_of(path, kwargs), parts=wanted, like=base, sample_size=size)
     weights = completed(weights, base, given)
     for note in weights.notes:
         logger.warning(note)
