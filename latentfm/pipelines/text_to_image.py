@@ -351,12 +351,12 @@ def check_reference(network: torch.nn.Module, reference: Any) -> None:
 
 
 def callback_tensors(callback: Any, inputs: Any, known: list[str]) -> list[str]:
-    """The names of the tensors that a step callback is given, none for None. Raises InputError for what is none, or no known name."""
+    """The names of the tensors that a step callback is given. Raises InputError for what is none, or a name that is not known."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         inputs = callback.tensor_inputs
     if callback is not None and not callable(callback):
         raise InputError(f"callback_on_step_end must be a function, not {told(callback)}")
-    return names("callback_on_step_end_tensor_inputs", [] if inputs is None else inputs, known)
+    return names("callback_on_step_end_tensor_inputs", inputs, known)
 
 
 def steps_left_out(steps: int, strength: Any) -> int:
