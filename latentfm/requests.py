@@ -242,7 +242,8 @@ def own_prompt(where: str, row: Mapping[str, Any]) -> Prompt:
     """A row of a prompts file. Raises InputError for a key that is not known and a value that is of another kind."""
     given = {name: value for name, value in row.items() if value not in (None, "") or name == "prompt"}
     if not isinstance(given.get("prompt"), str):
-        raise InputError(f"{where} has no prompt")
+        what = f"its prompt is {shown(repr(row['prompt']), 60)}" if "prompt" in row else f"it has {listed(map(str, row)) or 'nothing'}"
+        raise InputError(f"{where} has no prompt, which is a text: {what}")
     check_text(given["prompt"], f"a prompt in {where}")
     own: dict[str, Any] = {}
     for name in given.keys() - {"prompt"}:
@@ -286,6 +287,6 @@ def check_text(text: str, what: str) -> None:
     if len(text) > MOST_LETTERS:
         raise InputError(f"{what} '{shortened(text)}' has {len(text):,} characters; the most is {MOST_LETTERS:,}")
     if not is_text(text):
-        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8; put it in a UTF-8 file and use --prompts-file")
+        raise InputError(f"{what} {shown(repr(text), 80)} is not valid UTF-8: it is of another encoding, or a part of it is missing")
     if "\0" in text:
         raise InputError(f"{what} {shown(repr(text), 80)} holds a zero byte; leave it out")

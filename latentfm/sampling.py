@@ -23,6 +23,7 @@ SOLVERS = {
     "euler_maruyama": 1, "stochastic_heun": 2,
 }  # fmt: skip
 Solver = Literal[tuple(SOLVERS)]
+FLOW = "flow_prediction"  # what schedulers of diffusers that are of several kinds call ours
 Schedule = Literal["model", "uniform", "diffusers", "karras", "beta"]
 Guidance = Literal["cfg", "cfg_zero_star", "apg", "autoguidance"]
 
@@ -72,7 +73,7 @@ class Sampler:
             raise InputError(f"shift {self.shift:g} must be above 0 and at most 1000; 1 is even steps, SD3 takes 3")
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale {self.guidance_rescale:g} is no share from 0 to 1; 0.7 is usual")
-        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise InputError(f"guidance_interval {self.guidance_interval} must be a first and a last t, 0 noise and 1 data, as (0.1, 0.8)")
         if self.num_inference_steps < 1:
             raise InputError(f"steps {self.num_inference_steps} must be at least 1")
@@ -181,10 +182,15 @@ def set_timesteps(scheduler: Any, steps: int, tokens: int, sigmas: Sequence[floa
         if unknown := extra.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
             raise ValueError(f"{type(scheduler).__name__} takes no {' and no '.join(sorted(unknown))}")
         scheduler.set_timesteps(**{"num_inference_steps": steps} if sigmas is None else {}, device="cpu", **extra)
+        if config.get("prediction_type", FLOW) != FLOW or not hasattr(scheduler, "sigmas"):
+            raise ValueError(
+                f"{type(scheduler).__name__} is none of flow matching as it is; take FlowMatchEulerDiscreteScheduler, or another with "
+                f"prediction_type='{FLOW}' and use_flow_sigmas=True"
+            )
         if not (scheduler.timesteps.isfinite().all() and len(scheduler.timesteps)):
             raise ValueError(f"its timesteps are {shortened(str(scheduler.timesteps.tolist()), 80)}")
     except (AttributeError, ValueError, TypeError, ArithmeticError, IndexError, RuntimeError) as error:
-        raise InputError(f"the scheduler's configuration cannot be followed for {steps} steps: {shown(error, 200)}") from error
+        raise InputError(f"the scheduler's configuration cannot be followed for {steps} steps: {shown(error, 240)}") from error
 
 
 def scheduler_grid(scheduler: Any, steps: int, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> "Tensor":

@@ -74,8 +74,7 @@ class Series:
 
         made, thumbnails, failures = [], [], []
         for part in batches(asked, batch):
-            arguments = self.arguments(part[0].settings)
-            images = draw(self.pipe, [(each.prompt, each.seed) for each in part], arguments, self.listener.advance, self.listener.look)
+            images = self.images(part)
             self.listener.drawn(part, images)
             with self.listener.saving():
                 for request, image in zip(part, images, strict=True):
@@ -95,6 +94,14 @@ class Series:
         if failures:
             count = f"{len(failures):,} of {count_of(len(asked), 'picture')}"
             raise Failure(f"{count} could not be drawn, {len(made):,} are saved; {failures[0]}")
+
+    def images(self, part: list[Request]) -> "list[Image.Image | InputError]":
+        """The pictures of one batch, whose settings are the same; in the place of one that cannot be drawn stands why."""
+        try:
+            arguments = self.arguments(part[0].settings)
+        except InputError as error:  # the picture to begin from cannot be read, which costs these alone
+            return [error] * len(part)
+        return draw(self.pipe, [(each.prompt, each.seed) for each in part], arguments, self.listener.advance, self.listener.look)
 
     def arguments(self, settings: Settings) -> dict[str, Any]:
         """The pipeline's arguments for pictures with these settings, but for their prompts and seeds."""

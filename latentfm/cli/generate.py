@@ -266,8 +266,6 @@ def checked(given: SimpleNamespace) -> Wanted:
         *(each[0] for each in sweeps.values()), given.schedule, given.shift, given.guidance_rule, given.guidance_rescale,
         tuple(given.guidance_interval) if given.guidance_interval else None, given.zero_init, given.noise,
     )  # fmt: skip
-    if (given.reference is None) == (sampler.guidance == "autoguidance"):
-        raise InputError("--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
     if processes() > 1 and given.seed is None:
         raise InputError(f"--seed is needed where {processes()} processes share the pictures, as --seed 0")
     if given.seed is not None and not 0 <= given.seed <= LAST_SEED - (pictures - 1):
@@ -276,10 +274,14 @@ def checked(given: SimpleNamespace) -> Wanted:
         check_text(given.negative, "--negative")
     width, height = (None, None) if given.size is None else parse_size(given.size)
     base = Settings(sampler, given.negative, width, height, given.image, given.mask, given.strength)
-    for each in requests(prompts, 1, 0, base, sweeps):
-        for path in (each.settings.image, each.settings.mask):
+    requests(prompts, 1, 0, base, sweeps)  # for what does not go together
+    for prompt in prompts:
+        settings, place = prompt.settings(base), f"{prompt.where}: " if prompt.own else ""
+        if (given.reference is None) == (settings.sampler.guidance == "autoguidance"):
+            raise InputError(f"{place}--guidance-rule autoguidance and --reference, the folder of a weaker model, need each other")
+        for path in (settings.image, settings.mask):
             if path is not None and not path.is_file():
-                raise InputError(f"there is no picture {shown(path)}")
+                raise InputError(f"{place}there is no picture {shown(path)}")
     given.without = [part for parts in given.without or [] for part in parts.split(",")]
     for part in given.without:
         check_name("--without", part, tuple(PARTS))

@@ -8,7 +8,7 @@ MMDIT, LORA = "an SD3 MM-DiT", "a LoRA"
 # (what it is, patterns that must each match some name). The first that fits counts, the most particular being first.
 SIGNS: list[tuple[str, tuple[str, ...]]] = [
     (LORA, (
-        r"\.lora_(A|B|up|down|magnitude)|\.lora\.(up|down)|lora_linear_layer|^lora_(unet|te|transformer)|^lycoris_"
+        r"\.lora_(A|B|up|down|magnitude)|[._]lora\.(up|down)|lora_linear_layer|^lora_(unet|te|transformer)|^lycoris_"
         r"|\.(lokr|hada|b?oft)_|\.dora_scale|\.diff(_b)?$",
     )),
     ("a ControlNet", (r"(^|\.)(control_model|controlnet_(blocks|down_blocks|x_embedder|cond_embedding))\.",)),

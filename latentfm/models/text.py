@@ -91,6 +91,11 @@ def assemble(parts: PromptParts, joint_dim: int, pooled_dim: int) -> Condition:
     rows, like = present[0].shape[0], present[0]
     absent = pooled_dim - sum(p.shape[-1] for p in (parts.pooled_1, parts.pooled_2) if p is not None)
     pooled = [parts.pooled_1, parts.pooled_2]
+    widths = [("pooled answers of the CLIPs", pooled_dim - absent, pooled_dim)] if absent < 0 or (absent and None not in pooled) else []
+    if parts.t5 is not None and parts.t5.shape[-1] != joint_dim:
+        widths.append(("states of T5", parts.t5.shape[-1], joint_dim))
+    for what, found, wanted in widths:
+        raise InputError(f"the {what} are {found} wide, and the network reads {wanted}: load the text encoders of its own model")
     if absent > 0:
         missing = 0 if parts.pooled_1 is None else 1
         pooled[missing] = like.new_zeros(rows, absent)

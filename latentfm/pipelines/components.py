@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from latentfm.errors import InputError
+from latentfm.interchange.loading.keywords import dtype_asked_for, dtype_of
+from latentfm.interchange.loading.parts import check_component
 from latentfm.interchange.loading.pipelines import COMPONENTS, PipelineFiles
 from latentfm.models import vae as vae_room
 from latentfm.models.encoders import ENCODERS
@@ -17,7 +19,7 @@ from latentfm.models.folder import distilled_guidance, t5_length
 from latentfm.models.mmdit import MMDiT
 from latentfm.models.preview import colours_of, latent_rgb
 from latentfm.models.text import NullCondition, PromptEncoder
-from latentfm.pipelines.arguments import whole_number
+from latentfm.pipelines.arguments import told, whole_number
 from latentfm.pipelines.known_prompts import KnownPrompts
 from latentfm.pipelines.lora import LoraLoader
 from latentfm.words import shown
@@ -66,11 +68,14 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
         feature_extractor: Any = None,
     ):
         super().__init__()
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3, tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2, tokenizer_3=tokenizer_3, transformer=transformer, scheduler=scheduler,
-            image_encoder=image_encoder, feature_extractor=feature_extractor,
-        )  # fmt: skip
+        parts = {
+            "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3,
+            "tokenizer": tokenizer, "tokenizer_2": tokenizer_2, "tokenizer_3": tokenizer_3, "transformer": transformer,
+            "scheduler": scheduler, "image_encoder": image_encoder, "feature_extractor": feature_extractor,
+        }  # fmt: skip
+        for name, part in parts.items():
+            check_component(name, part)
+        self.register_modules(**parts)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self.latent_channels)
         self.known_prompts = KnownPrompts()
         self.say(next((said for part in self.carriers() if (said := getattr(part, "said", None))), Said()))
@@ -81,13 +86,16 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
 
         dtype (or torch_dtype): what the components are converted to; they stay as they are unless given.
         """
-        torch_dtype = parts.pop("torch_dtype", None)
+        wanted = dtype_asked_for({"dtype": dtype, "torch_dtype": parts.pop("torch_dtype", None)})
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise InputError(f"from_pipe takes another pipeline's components, not {told(pipeline)}; from_pretrained loads a folder's")
+        if isinstance(wanted, dict):
+            raise InputError(f"from_pipe takes one dtype for all components, not {told(wanted)}; give parts that have theirs")
         if unknown := parts.keys() - set(COMPONENTS):
             raise InputError(f"{cls.__name__} has no component {', '.join(sorted(unknown))}; there are {', '.join(COMPONENTS)}")
         pipe = cls(**{name: pipeline.components.get(name) for name in COMPONENTS} | parts)
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        wanted = dtype or torch_dtype
-        return pipe if wanted is None else pipe.to(dtype=wanted)
+        return pipe if wanted is None else pipe.to(dtype=dtype_of("all", wanted))
 
     @property
     def config(self) -> Any:
@@ -207,10 +215,13 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
         return value
 
     def need(self, *names: str, to: str, without: str) -> None:
-        """Raises InputError when a component is None; `without` is the way out that needs none."""
+        """Raises InputError when a component is None, or the VAE another network's; `without` is the way out that needs none."""
         for name in names:
             if getattr(self, name) is None:
                 raise InputError(f"no {name} is loaded to {to}; load one, or {without}")
+        if "vae" in names and self.transformer is not None and self.vae.config.latent_channels != self.latent_channels:
+            channels = f"{self.vae.config.latent_channels} channels, the transformer's {self.latent_channels}"
+            raise InputError(f"the vae's latents have {channels}: it cannot {to} here; load the transformer's own, or {without}")
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents [B, C, h, w] without decoding them, a colour for each, in the size that the VAE would give.
@@ -219,6 +230,8 @@ class Components(PipelineFiles, LoraLoader, DiffusionPipeline):
         first asked for, in about the time of a picture, and saved with the pipeline.
         """
         self.need("vae", to="see latents by", without="decode them elsewhere")
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != self.vae.config.latent_channels:
+            raise InputError(f"latents of shape (any, {self.vae.config.latent_channels}, any, any) can be seen, not {told(latents)}")
         small = self.image_processor.postprocess(colours_of(latents, latent_rgb(self.vae)), output_type="pil")
         factor = self.vae_scale_factor
         return [image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC) for image in small]

@@ -119,6 +119,8 @@ class LoraLoader(SD3LoraLoaderMixin):
         or a list of such, one an adapter. A block's name is the whole or a part of its modules' names; the others' weight is 1. Raises
         InputError for what is no number, and for names that no module has.
         """
+        if not adapter_names:
+            raise InputError(f"adapter_names {told(adapter_names)} names no LoRA; disable_lora() turns all of them off")
         given = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights]
         weights = [
             {owner: self.weight_of(owner, weight) for owner, weight in each.items()} if isinstance(each, dict) else weight_as_number(each)
@@ -133,13 +135,26 @@ class LoraLoader(SD3LoraLoaderMixin):
             return weight if isinstance(weight, dict) else weight_as_number(weight)
         return weights_by_module(network, owner, {str(name): weight_as_number(value) for name, value in weight.items()})
 
-    def fuse_lora(self, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """Merges the adapters into the weights of the components, by default of all that a LoRA may adapt, as SD3LoraLoaderMixin."""
-        super().fuse_lora(self._lora_loadable_modules if components is None else components, *args, **kwargs)
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        """Merges the adapters into the weights of the components, by default of all that a LoRA may adapt, as SD3LoraLoaderMixin.
 
-    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        Raises InputError for a scale that is no number and for adapters that are not loaded.
+        """
+        scale = real_number("lora_scale", lora_scale, "that adapters are multiplied with")
+        there = {name for names in self.get_list_adapters().values() for name in names}
+        if unknown := [name for name in adapter_names or () if name not in there]:
+            raise InputError(f"adapter_names: no LoRA {told(unknown[0])} is loaded to be fused; there are: {listed(there) or 'none'}")
+        super().fuse_lora(self._lora_loadable_modules if components is None else components, scale, safe_fusing, adapter_names)
+
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
         """Takes the adapters out of the weights again, as SD3LoraLoaderMixin."""
-        super().unfuse_lora(self._lora_loadable_modules if components is None else components, **kwargs)
+        super().unfuse_lora(self._lora_loadable_modules if components is None else components)
 
     @classmethod
     def save_lora_weights(cls, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -162,7 +177,11 @@ def found_adapter(source: str | Path | dict[str, Tensor], options: dict[str, Any
     if unknown := next((key for key in options if key not in OPTIONS), None):
         raise InputError(f"there is no option {unknown!r} for loading a LoRA{nearest(unknown, OPTIONS)}")
     if isinstance(source, dict):
+        if wrong := [name for name, value in source.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+            raise InputError(f"the given state dict is no LoRA: {told(wrong[0])} is no name of a tensor in it")
         return adapter_of(Path("the given state dict"), source, {})
+    if not isinstance(source, str | Path):
+        raise InputError(f"a LoRA is given by its file, its folder, its name on the hub or a dict of tensors, not by {told(source)}")
     path, name = Path(source), options.get("weight_name")
     if path.exists():
         return open_adapter(path / (options.get("subfolder") or ""), name, bool(options.get("verify")))

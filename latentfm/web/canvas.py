@@ -58,7 +58,7 @@ def sources(value: Any, limits: Limits, gallery: Gallery) -> dict[str, Path]:
     """The files `image` and `mask` of what is on the canvas, kept in the gallery's folder; the mask is white where it was painted on.
 
     value: the files `background`, and `layers` with strokes, or a `mask`. Both files are missing of an empty canvas, the mask of one
-    without strokes. Raises InputError for what is no picture or too large.
+    with neither strokes nor a mask. Raises InputError for what is no picture or too large.
     """
     if value is not None and not isinstance(value, dict):
         raise InputError("the canvas is not laid out as it should be")
@@ -76,7 +76,7 @@ def sources(value: Any, limits: Limits, gallery: Gallery) -> dict[str, Path]:
         if (strokes := sent("a layer", layer)) is not None:
             mask = ImageChops.lighter(mask, painted(strokes, image.size, limits))
     found = {"image": gallery.keep_source(png(image))}
-    return found | ({"mask": gallery.keep_source(png(mask))} if mask.getbbox() else {})
+    return found | ({"mask": gallery.keep_source(png(mask))} if masked is not None or mask.getbbox() else {})
 
 
 def painted(layer: bytes, size: tuple[int, int], limits: Limits) -> Image.Image:

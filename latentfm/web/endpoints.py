@@ -45,6 +45,9 @@ def add(studio: Studio) -> None:
             "strength": strength, "canvas": {"background": image, "mask": mask},
         }  # fmt: skip
         try:
+            for name, given, other, needed in (("strength", strength, "image", image), ("lora_strength", lora_strength, "lora", lora)):
+                if needed is None and given not in (None, 1):
+                    raise InputError(f"{name} {shown(repr(given), 60)} needs {other}; leave it out, or give both")
             async for job in studio.drawn(values | ({} if model is None else {"model": model})):
                 if job.state == "failed" and not job.made:
                     raise InputError(job.error)

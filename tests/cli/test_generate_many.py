@@ -213,7 +213,7 @@ def test_lines_of_a_table_and_of_standard_input(tmp_path, monkeypatch):
     ("text", "says"),
     [
         ('{"prompt": "a", "stepz": 3}', r"line 1: no setting 'stepz' \(did you mean 'steps'\?\)"), ("{", "line 1: { is no JSON object"),
-        ('{"seed": 3}', "line 1 has no prompt"),
+        ('{"seed": 3}', "line 1 has no prompt, which is a text: it has seed"), ('{"prompt": 5}', "has no prompt, .*: its prompt is 5"),
         ('{"prompt": "a"}\n{"prompt": "b", "steps": 2.5}', "line 2: steps 2.5 is not a whole number"),
         ('{"prompt": "a", "guidance": "x"}', "guidance 'x' is not a number"), ('{"prompt": "a", "seed": [1]}', "seed .* is not a whole"),
         ('{"prompt": "a", "seed": -5}', "line 1: seed -5 is out of range"),
@@ -274,7 +274,8 @@ def test_a_pipe_is_pointed_to_standard_input(tmp_path):
         ({"guidance": 5}, ("--guidance", "1,2"), "line 1 has guidance 5.0 of its own, and several are asked for"),
         ({"seed": 2**63 - 1}, ("--number", 2), "line 1: seed 9223372036854775807 is out of range: 2 pictures need one from 0 to"),
         ({"steps": 0}, (), "line 1: steps 0 must be at least 1"), ({"strength": 0.5}, (), "line 1: strength 0.5 needs an image"),
-        ({"width": 17}, (), "line 1: size 17x32 does not fit"),
+        ({"width": 17}, (), "line 1: size 17x32 does not fit"), ({"image": "gone.png"}, (), "line 1: there is no picture gone.png"),
+        ({"guidance_rule": "autoguidance"}, (), "line 1: --guidance-rule autoguidance and --reference"),
     ],
 )  # fmt: skip
 def test_a_line_whose_settings_cannot_be_is_named(draw, tmp_path, line, arguments, says):
@@ -282,6 +283,16 @@ def test_a_line_whose_settings_cannot_be_is_named(draw, tmp_path, line, argument
     file.write_text(json.dumps({"prompt": "a cat", **line}))
     (told,) = draw("--prompts-file", file, *arguments, "--seed", 3, code=2)
     assert says in told
+
+
+def test_a_picture_to_begin_from_that_cannot_be_read_costs_its_own_alone(draw, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a cat", "seed": 1}, {"prompt": "a dog", "seed": 2, "image": "text.png"}, {"prompt": "the moon", "seed": 3}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    *_, told, last = draw("--prompts-file", file, "--steps", 2, "--out", "out", code=1)
+    assert told.startswith("not drawn: seed 2, 'a dog': cannot read text.png") and "1 of 3 pictures could not be drawn, 2 are" in last
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"1-a-cat.png", "3-the-moon.png", "grid-1.png"}
 
 
 def test_a_sweep_of_the_same_twice(draw, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
 )  # fmt: skip
 from diffusers.loaders.single_file import FromSingleFileMixin
@@ -69,9 +70,14 @@ def test_what_is_done_anyway_may_be_asked_for(tiny_folder, picture):
         ({"dtype": "half-ish"}, "dtype 'half-ish' is none that a model is loaded in"),
         ({"dtype": torch.int8}, "dtype torch.int8 is none"),
         ({"dtype": {"transformers": torch.float16}}, r"given for transformers, which is no component \(did you mean 'transformer'\?\)"),
-        ({"vae": "a/folder"}, "vae='a/folder' is no component; give one in memory"),
+        ({"vae": "a/folder"}, "vae='a/folder' is no vae; give one in memory"),
+        ({"transformer": torch.nn.Linear(2, 2)}, "transformer=Linear.* is no transformer"),
+        ({"image_encoder": torch.nn.Linear(2, 2)}, "image_encoder=Linear.* is no image_encoder"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler}, "is no scheduler"),
+        ({"tokenizer": 5}, "tokenizer=5 is no tokenizer"),
         ({"variant": "fp16"}, "has no weights of the variant fp16; there are the plain ones alone"),
         ({"max_memory": {0: "1GB"}}, 'max_memory is for device_map="balanced"'),
+        ({"max_memory": {0: "lots"}, "device_map": "balanced"}, "max_memory {0: 'lots'} is no memory by device"),
         ({"device_map": {"transformr": 0}}, r"device_map has transformr, which is no component \(did you mean 'transformer'\?\)"),
         ({"device_map": {"transformer": "nowhere"}}, "device_map 'nowhere' is no device here"),
         ({"quantization_config": 4}, "quantization_config must be a PipelineQuantizationConfig"),

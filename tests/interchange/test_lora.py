@@ -232,7 +232,7 @@ REFUSED = {
     ),
     "half of a fused pair": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": MATRIX}, "no lora_B.weight for joint_blocks.0"),
     "no module of SD3's": ({"diffusion_model.joint_blocks.0.x_block.attn.q.lora_A.weight": MATRIX}, "modules that SD3's transf"),
-    "nothing that is known": ({"decoder.up.1.lora_A.weight": MATRIX}, "is a LoRA of a model that is not known here"),
+    "nothing that is known": ({"decoder.up.1.lora_A.weight": MATRIX}, "is a LoRA of a model, or in a naming, that is not known here"),
     "no LoRA": ({"transformer.proj_out.weight": MATRIX}, "is no LoRA"),
 }
 

@@ -38,6 +38,7 @@ T5 = ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseR
 ENCODERS = {"text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5}
 PEFT = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 KOHYA = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
+NAMED = {"down": "lora_A.style.weight", "up": "lora_B.style.weight", "magnitude": "lora_magnitude_vector.style.weight"}
 TE = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 COMFY = {f"text_encoder{n}": f"text_encoders.{name}.transformer." for n, name in (("", "clip_l"), ("_2", "clip_g"), ("_3", "t5xxl"))}
 # prefixes by component, whether dots are underscores, the modules of the transformer, the endings, whether alpha is a tensor
@@ -55,6 +56,9 @@ SPELLINGS = {
     "bare": ({"transformer": ""}, False, DIFFUSERS, PEFT | {"magnitude": "dora_scale"}, True),
     "bare original": ({"transformer": ""}, False, ORIGINAL, PEFT, False),
     "peft's in one file": ({"transformer": "base_model.model."}, False, DIFFUSERS, PEFT, False),
+    "peft's with the adapter's name": ({"transformer": "base_model.model.transformer."}, False, DIFFUSERS, NAMED, False),
+    "of a network that is wrapped": ({"transformer": "module._orig_mod."}, False, DIFFUSERS, NAMED, False),
+    "diffusers' own converter to kohya": ({"transformer": "transformer_", **TE}, True, DIFFUSERS, KOHYA, True),
 }  # fmt: skip
 
 

@@ -92,6 +92,10 @@ def test_what_neither_file_nor_configuration_has_is_said(single, model, tmp_path
         ({"sample_sise": 5}, r"has no keyword sample_sise \(did you mean 'sample_size'\?\)"),
         ({"config": "nowhere/at/all"}, "no such model folder: nowhere/at/all"),
         ({"config": "a", "pipeline": "b"}, "give one of the two"),
+        ({"config": 5}, "config is given by its path, not by 5"),
+        ({"pipeline": ["a"]}, r"pipeline is given by its path, not by \['a'\]"),
+        ({"sample_size": 0}, "sample_size 0 is no side of latents"),
+        ({"sample_size": "128"}, "sample_size '128' is no side of latents"),
     ],
     ids=str,
 )

@@ -7,7 +7,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from drawn import quiet
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -191,6 +199,7 @@ def test_what_is_set_on_a_scheduler_after_it_was_made_counts(both):
         FlowMatchEulerDiscreteScheduler(shift=0.0), FlowMatchEulerDiscreteScheduler(shift=float("nan")),
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=256),
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=None),
+        DDIMScheduler(), EulerDiscreteScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True),  # which are told noise, not velocity
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
@@ -250,3 +259,34 @@ def test_a_vae_that_makes_no_numbers_makes_no_picture(both):
     with pytest.raises(InputError, match="the VAE decodes to numbers that are not finite in float32: its weights are damaged"):
         draw(both[1], output_type="pil")
     assert draw(both[1]).isfinite().all()
+
+
+def test_components_of_another_model_are_said(both):
+    sizes = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    other = AutoencoderTiny(latent_channels=8, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), **sizes)
+    for parts, says in (
+        ({"vae": other}, "the vae's latents have 8 channels, the transformer's 4: it cannot decode here"),
+        ({"text_encoder": both[1].text_encoder_2, "tokenizer": both[1].tokenizer_2}, "answers of the CLIPs are 48 wide, .* reads 40"),
+    ):
+        with pytest.raises(InputError, match=says):
+            draw(quiet(LatentFMPipeline(**both[1].components | parts)), output_type="pt")
+    with pytest.raises(InputError, match="text_encoder_3=.* is no text_encoder_3"):
+        LatentFMPipeline.from_pipe(both[1], text_encoder_3=both[1].text_encoder)
+
+
+def test_what_methods_beside_the_call_are_given_is_checked(both, tmp_path):
+    pipe, taken = both[1], tmp_path / "file"
+    taken.write_text("")
+    for call, says in (
+        (lambda: LatentFMPipeline.from_pipe("a/folder"), "not 'a/folder'; from_pretrained loads a folder's"),
+        (lambda: LatentFMPipeline.from_pipe(pipe, dtype="half-ish"), "dtype 'half-ish' is none"),
+        (lambda: LatentFMPipeline.from_pipe(pipe, dtype={"vae": torch.bfloat16}), "one dtype for all components"),
+        (lambda: pipe.preview(torch.zeros(1, 16, 8, 8)), r"\(any, 4, any, any\) can be seen, not a tensor of shape \(1, 16, 8, 8\)"),
+        (lambda: pipe.save_pretrained(taken), f"save_directory {taken}: {taken} is a file, not a folder"),
+        (lambda: pipe.save_pretrained(None), "save_directory None is no path"),
+        (lambda: pipe.save_pretrained(tmp_path / "new", variant="a/b"), "variant 'a/b' is no part of a file's name"),
+    ):
+        with pytest.raises(InputError, match=says):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert LatentFMPipeline.from_pipe(pipe, dtype="bfloat16").dtype is torch.bfloat16

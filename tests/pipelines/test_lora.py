@@ -363,3 +363,39 @@ def test_an_alpha_may_be_an_integer(ours):
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     with pytest.raises(InputError, match="which is no number to multiply with"):
         LatentFMPipeline.lora_state_dict(own | {f"{min(modules)}.alpha": torch.tensor(True)})
+
+
+@pytest.mark.parametrize("between", ["", ".processor"])
+def test_the_names_of_the_oldest_diffusers_are_read_as_stock_reads_them(ours, stock, between):
+    tensors = lora(ours.transformer, MODULES[:2])
+    for new, old in (("lora_A", "down"), ("lora_B", "up")):
+        tensors = {name.replace(f".attn.to_q.{new}", f".attn{between}.to_q_lora.{old}"): value for name, value in tensors.items()}
+        tensors = {name.replace(f".attn.to_v.{new}", f".attn{between}.to_v_lora.{old}"): value for name, value in tensors.items()}
+    before = picture(ours)
+    for pipe in (ours, stock):
+        pipe.load_lora_weights(dict(tensors))
+    assert gap(picture(ours), picture(stock)) < ROUNDING < gap(picture(ours), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "not by None"),
+        (["a.safetensors"], "dict of tensors, not by"),
+        ({1: torch.zeros(1)}, "1 is no name of a tensor"),
+        ({"transformer.proj_out.lora_A.weight": "x"}, "'transformer.proj_out.lora_A.weight' is no name of a tensor"),
+    ],
+)
+def test_what_no_lora_is_given_by_is_said(given, says, ours):
+    with pytest.raises(InputError, match=says):
+        ours.load_lora_weights(given)
+
+
+def test_a_lora_that_is_not_there_is_not_fused_in_silence(ours):
+    ours.load_lora_weights(lora(ours.transformer), adapter_name="style")
+    with pytest.raises(InputError, match="no LoRA 'stile' is loaded to be fused; there are: style"):
+        ours.fuse_lora(adapter_names=["stile"])
+    with pytest.raises(InputError, match="lora_scale nan is not a number"):
+        ours.fuse_lora(lora_scale=float("nan"))
+    with pytest.raises(InputError, match=r"names no LoRA; disable_lora\(\)"):
+        ours.set_adapters([])

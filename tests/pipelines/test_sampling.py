@@ -193,6 +193,7 @@ def test_joined_rows_are_the_weaker_condition_first(pipe, conditions):
         ({"guidance_rescale": 1.5}, "no share from 0 to 1"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
         ({"guidance_interval": 0.5}, "must be two numbers"),
+        ({"guidance_interval": (10, 80)}, r"guidance_interval \(10.0, 80.0\) must be a first and a last t, 0 noise and 1 data"),
         ({"zero_init": STEPS}, "must be fewer than the 6 steps"),
         ({"noise": -1}, "noise -1"),
         ({"guidance": "autoguidance"}, "need each other"),

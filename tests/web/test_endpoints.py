@@ -4,7 +4,7 @@ import httpx
 import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
-from web.calling import generate
+from web.calling import generate, sent
 
 from latentfm.pictures import read_settings
 
@@ -48,6 +48,18 @@ def test_from_a_picture_and_a_mask_by_program(served, client, tmp_path):
     settings = client.predict("a cat", steps="2", strength=0.5, **given, api_name="/generate")[0]["settings"]
     assert settings["strength"] == 0.5
     assert served.studio.gallery.source(settings["image"]) and Image.open(settings["mask"]).getbbox() == (0, 0, 32, 32)
+
+
+def test_what_needs_another_is_told_and_a_black_mask_keeps_the_picture(served, tmp_path):
+    for given, says in (({"strength": 0.5}, "strength 0.5 needs image"), ({"lora_strength": 2}, "lora_strength 2 needs lora")):
+        event, answer = generate(served.url, **given)
+        assert event == "error" and says in answer["error"]
+    files = {}
+    for name, colour in (("image", "red"), ("mask", "black")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
+        files[name] = sent(served.url, (tmp_path / f"{name}.png").read_bytes())
+    event, answer = generate(served.url, strength=1, size="32", **files)
+    assert event == "complete" and Image.open(answer[0][0]["settings"]["mask"]).getbbox() is None
 
 
 def test_a_sweep_has_a_table_and_partial_results_come_as_they_are_made(served, client):

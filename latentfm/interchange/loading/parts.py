@@ -19,13 +19,18 @@ from latentfm.interchange.loading.keywords import DOWNLOAD, dtype_asked_for, dty
 from latentfm.interchange.loading.placing import Places, bytes_of, places_of
 from latentfm.interchange.networks import empty
 from latentfm.interchange.weights import CLASSES, Weights, load_part, open_weights
-from latentfm.models.encoders import BY_NAME, ENCODERS, TEXT
+from latentfm.models.encoders import BY_NAME, CLIP, ENCODERS, TEXT
 from latentfm.models.folder import PARTS, check_folder, left_out, read_config, refuse_pickle
 from latentfm.models.stored import variants_in
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
+MOST_SIDE = 8192  # of latents: pictures of 65,536 pixels a side
 COMPONENTS = (*CLASSES, *EXTRA)
+# what a pipeline reads of its networks' configurations as soon as it is made
+SETTINGS = {"transformer": "joint_attention_dim", "vae": "block_out_channels"} | {
+    encoder.name: "projection_dim" if encoder.family is CLIP else "d_model" for encoder in ENCODERS
+}
 LINK = re.compile(
     r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:(?:blob|resolve)/([^/]+)/)?(.+)"
 )  # repository, revision, file
@@ -44,9 +49,20 @@ def components_in(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The components among a loading call's keyword arguments, taken out of them. Raises InputError for one that is none."""
     given = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
     for name, part in given.items():
-        if part is not None and (isinstance(part, str | os.PathLike) or (name in PARTS and not isinstance(part, nn.Module))):
-            raise InputError(f"{name}={shown(repr(part), 60)} is no component; give one in memory, or None to leave it out")
+        check_component(name, part)
     return given
+
+
+def check_component(name: str, part: Any) -> None:
+    """Raises InputError for a component that cannot be `name`; None is none."""
+    if name == "scheduler":
+        good = hasattr(part, "set_timesteps") and not isinstance(part, type)
+    elif name in PARTS:
+        good = isinstance(part, nn.Module) and hasattr(getattr(part, "config", None), SETTINGS[name])
+    else:
+        good = hasattr(part, "config") if name == "image_encoder" else callable(part) and not isinstance(part, nn.Module)
+    if part is not None and not good:
+        raise InputError(f"{name}={shown(repr(part), 60)} is no {name}; give one in memory, or None to leave it out")
 
 
 def replaced_by(given: Mapping[str, Any]) -> list[int]:
@@ -135,7 +151,12 @@ def load_file(path: str | Path, pipeline: str | Path | None, given: Mapping[str,
 
     Raises InputError as from_single_file does.
     """
-    dtype, base = dtype_asked_for(kwargs), None
+    dtype, base, size = dtype_asked_for(kwargs), None, kwargs.get("sample_size")
+    places_given = {"a single file": path, "pipeline": pipeline or "", "config": kwargs.get("config") or ""}
+    if wrong := next((what for what, place in places_given.items() if not isinstance(place, str | os.PathLike)), None):
+        raise InputError(f"{wrong} is given by its path, not by {shown(repr(places_given[wrong]), 60)}")
+    if size is not None and not (type(size) is int and 1 <= size <= MOST_SIDE):
+        raise InputError(f"sample_size {shown(repr(size), 60)} is no side of latents, a whole number from 1 to {MOST_SIDE:,}; SD3's is 128")
     if pipeline is not None and kwargs.get("config") is not None:
         raise InputError("pipeline, a folder to take from what the file lacks, may say what config says too; give one of the two")
     if pipeline is not None:
@@ -143,7 +164,7 @@ def load_file(path: str | Path, pipeline: str | Path | None, given: Mapping[str,
     elif kwargs.get("config") is not None:
         base = open_base(configuration_of(kwargs["config"], kwargs))
     wanted = tuple(name for name in PARTS if name not in given)
-    weights = open_weights(file_of(path, kwargs), parts=wanted, like=base, sample_size=kwargs.get("sample_size"))
+    weights = open_weights(file_of(path, kwargs), parts=wanted, like=base, sample_size=size)
     weights = completed(weights, base, given)
     for note in weights.notes:
         logger.warning(note)

@@ -1,17 +1,20 @@
 """How a pipeline comes from disk and goes back: folders and single files."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from latentfm.errors import InputError
-from latentfm.files import follow_umask
+from latentfm.files import check_can_be_written, follow_umask
 from latentfm.interchange.components import read_null
 from latentfm.interchange.loading.keywords import FILE_KEYWORDS, FOLDER_KEYWORDS, UPLOAD, check_keywords
 from latentfm.interchange.loading.parts import COMPONENTS, components_in, folder_of, load_file, load_folder, replaced_by
 from latentfm.models.folder import INFO_FILE, read_info, write_stock_names
 from latentfm.models.manifest import write_manifest
 from latentfm.models.preview import readable
+from latentfm.words import shown
 
 __all__ = ["COMPONENTS", "PipelineFiles"]
 
@@ -85,7 +88,12 @@ class PipelineFiles:
         The arguments are DiffusionPipeline.save_pretrained's; those of the upload (repo_id, token, ...) go with push_to_hub. Raises
         InputError for pickles, which are not written either, and for an argument that cannot be served.
         """
+        if not isinstance(save_directory, str | os.PathLike):
+            raise InputError(f"save_directory {shown(repr(save_directory), 60)} is no path of a folder")
         folder = Path(save_directory)
+        check_can_be_written(folder, "save_directory")
+        if variant is not None and not re.fullmatch(r"[\w-]+", str(variant)):
+            raise InputError(f"variant {shown(repr(variant), 60)} is no part of a file's name; give one word, as fp16")
         check_keywords("save_pretrained", kwargs | {"safe_serialization": safe_serialization}, UPLOAD if push_to_hub else ())
         for name, part in self.components.items():
             if getattr(part, "peft_config", None):  # whose weights would be saved under names that no model has

@@ -52,7 +52,11 @@ def places_of(given: Any, max_memory: Mapping[Any, Any] | None, sizes: Callable[
     if given is None:
         return Places(None)
     if isinstance(given, str) and given == BALANCED:
-        room = {device: most for device, most in get_max_memory(max_memory and dict(max_memory)).items() if device != "cpu"}
+        try:
+            memory = get_max_memory(max_memory and dict(max_memory))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"max_memory {shown(repr(max_memory), 60)} is no memory by device, as {{0: '20GB'}}: {error}") from error
+        room = {device: most for device, most in memory.items() if device != "cpu"}
         return Places(balanced(sizes(), room), next(iter(room))) if room else Places(None)
     if isinstance(given, Mapping):
         if unknown := [str(name) for name in given if name not in (*PARTS, "image_encoder")]:

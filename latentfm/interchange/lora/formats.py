@@ -56,7 +56,7 @@ FORMATS = {
 PEFT_PREFIX = "base_model.model."  # of peft's folders, which hold one network's adapter
 # prefixes that are read besides, and whose they are
 OTHER_PREFIXES = {
-    PEFT_PREFIX: "transformer", "model.diffusion_model.": "transformer", "clip_l.": "text_encoder", "clip_g.": "text_encoder_2",
-    "t5.": "text_encoder_3", "t5xxl.": "text_encoder_3",
+    PEFT_PREFIX: "transformer", "model.diffusion_model.": "transformer", "transformer_": "transformer", "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2", "t5.": "text_encoder_3", "t5xxl.": "text_encoder_3",
 }  # fmt: skip
 PREFIXES = {prefix: owner for row in FORMATS.values() for prefix, owner in zip(row.prefixes, OWNERS)} | OTHER_PREFIXES

@@ -16,13 +16,15 @@ from latentfm.words import listed, shown
 
 MOST_TENSORS = 20_000  # SD3.5 large, adapted everywhere, has 1,600
 ENDINGS = {
-    "lora_A.weight": A, "lora_A.default.weight": A, "lora_down.weight": A, "lora.down.weight": A, "lora_linear_layer.down.weight": A,
-    "lora_B.weight": B, "lora_B.default.weight": B, "lora_up.weight": B, "lora.up.weight": B, "lora_linear_layer.up.weight": B,
+    "lora_A.weight": A, "lora_A": A, "lora_down.weight": A, "lora.down.weight": A, "lora_linear_layer.down.weight": A,
+    "lora_B.weight": B, "lora_B": B, "lora_up.weight": B, "lora.up.weight": B, "lora_linear_layer.up.weight": B,
     "lora_B.bias": BIAS, "lora_magnitude_vector": MAGNITUDE, "lora_magnitude_vector.weight": MAGNITUDE, "alpha": ALPHA,
     "dora_scale": DORA_SCALE,
 } | {name: name for kind in KINDS.values() for tensors in kind.tensors for name in tensors}  # fmt: skip
 NAME = re.compile(r"(.+?)\.(" + "|".join(re.escape(ending) for ending in ENDINGS) + ")")
 BY_LENGTH = sorted(PREFIXES, key=len, reverse=True)
+WRAPPED = re.compile(r"\b(base_model\.model|module|_orig_mod)\.")  # what peft, DistributedDataParallel and torch.compile put into names
+ADAPTER_NAME = re.compile(r"\b(lora_[AB]|lora_magnitude_vector)\.[^.]+\.(weight|bias)$")  # in a network's own state dict
 OTHER_KINDS = {  # by a sign in their tensors' names; what changes a weight by more than itself, or is made for convolutions alone
     r"\.boft_": "a BOFT adapter", r"\.oft_": "an OFT adapter", r"\.[ab][12]\.weight$": "a GLoRA adapter",
     r"\.on_input$": "an (IA)3 adapter", r"\.lora_mid\.": "a LoCon with a core tensor (lora_mid)",
@@ -66,6 +68,7 @@ def own_names(path: Path, names: Iterable[str]) -> dict[str, Own]:
 
 def parse(name: str) -> Own | None:
     """Whose the tensor `name` is; None when it is nothing that is read."""
+    name = ADAPTER_NAME.sub(r"\1.\2", WRAPPED.sub("", name))
     if name.startswith("transformer."):
         (name,) = convert_unet_state_dict_to_peft({name: None})  # the names of the oldest diffusers
     if not (found := NAME.fullmatch(name)):
@@ -101,5 +104,5 @@ def foreign(path: Path, names: list[str]) -> InputError:
     for owner in OWNERS:
         prefixes = tuple(prefix for prefix, whose in PREFIXES.items() if prefix and whose == owner)
         if of_owner := [name for name in names if name.startswith(prefixes)]:
-            return InputError(f"{where} is a LoRA with modules that SD3's {owner} has not: {listed(of_owner)}")
-    return InputError(f"{where} is a LoRA of a model that is not known here: it has {listed(names)}")
+            return InputError(f"{where} is a LoRA with modules that SD3's {owner} has not, or names them another way: {listed(of_owner)}")
+    return InputError(f"{where} is a LoRA of a model, or in a naming, that is not known here: it has {listed(names)}")
