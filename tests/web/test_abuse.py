@@ -76,7 +76,7 @@ REFUSED = {
     "a number for a model": ({"model": 1}, "model 1 is not a text"),
     "a path for a LoRA": ({"lora": "/etc/passwd"}, "no LoRA '/etc/passwd'"),
     "a strength beyond": ({"lora_strength": 1e6}, "lora_strength"),
-    "a strength of a word": ({"lora_strength": "full"}, "lora_strength 'full' is not a number"),
+    "a strength of a word": ({"lora_strength": "full"}, "lora_strength 'full' needs lora"),
     "a mask alone": ({"mask": {"path": "/etc/passwd"}}, "mask"),
     "a path for a picture": ({"image": {"path": "/etc/passwd"}}, "image is no file that was sent here"),
     "a text for a picture": ({"image": "/etc/passwd"}, "image is no file"),
