@@ -3,6 +3,7 @@
 # Beyond these a number is a slip of the hand, and obeying it would fill the memory
 MOST_STEPS = 10_000  # of the sampler; the network tells a thousand times apart
 MOST_TOKENS = 8192  # of T5 for a prompt, padding included
+MOST_SIDE = 8192  # of latents: pictures of 65,536 pixels a side
 MOST_PICTURES = 1_000_000  # in one call of `latentfm generate`
 MOST_LETTERS = 1_000_000  # of a prompt; the encoders read a few hundred
 MOST_AT_ONCE = 1024  # pictures drawn together, and on one contact sheet

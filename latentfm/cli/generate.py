@@ -25,7 +25,7 @@ from latentfm.cli.checks import (
 )
 from latentfm.cli.completion import names
 from latentfm.cli.drawing import Teller
-from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, say
+from latentfm.cli.terminal import lasting, progress_bar, quiet_libraries, rank, say
 from latentfm.cli.watch import Watch
 from latentfm.drawing import PARTS, add_adapters, choose_attention, described, load, move
 from latentfm.errors import InputError
@@ -352,8 +352,7 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         common = described(given.model, folder, adapters, strengths, chosen, kind, given.attention, **more)
         if given.before.get("model_fingerprint", common["model_fingerprint"]) != common["model_fingerprint"]:
             say(f"note: {shown(given.like)} was made by a model of other weights than {common['model']}", bar)
-        rank = int(os.environ.get("RANK", 0))
-        asked = requests(wanted.prompts, given.number, seed, base, sweeps)[rank :: processes()]
+        asked = requests(wanted.prompts, given.number, seed, base, sweeps)[rank() :: processes()]
         bar.update(task, description="drawing", total=sum(each.settings.sampler.num_inference_steps for each in asked))
         move(pipe, chosen, given.compiled)
         if given.compiled:
@@ -361,7 +360,7 @@ def draw_wanted(given: SimpleNamespace, wanted: Wanted) -> None:
         several = wanted.count > 1 and processes() == 1
         with_grid = several and (wanted.count <= GRID_UP_TO if given.grid is None else given.grid)
         swept = [name for name, each in sweeps.items() if len(each) > 1]
-        watched = Watch(given.out / "watch.png") if given.watch and rank == 0 else None
+        watched = Watch(given.out / "watch.png") if given.watch and rank() == 0 else None
         if watched is not None and watched.protocol is None:
             say(f"the pictures form in {watched.path}", bar)
         teller = Teller(bar, task, given.out, len(asked), given.as_json, watched)

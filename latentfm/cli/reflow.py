@@ -84,27 +84,25 @@ def reflow(
 
 def tell_stage(stage: "RunConfig") -> None:
     """Says what begins."""
-    import os
 
-    from latentfm.cli.terminal import say
+    from latentfm.cli.terminal import rank, say
     from latentfm.training.pairs import folded_guidance, teacher_folder
 
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         scale, _ = folded_guidance(stage)
         say(f"{Path(stage.output.folder).name}: pairs of {teacher_folder(stage)} in {stage.data.pairs.steps} steps at guidance {scale:g}")
 
 
 def tell_paths(stage: "RunConfig", model: Path) -> None:
     """Says how straight the paths of a stage's teacher and of its model are."""
-    import os
 
-    from latentfm.cli.terminal import say
+    from latentfm.cli.terminal import rank, say
     from latentfm.drawing import load
     from latentfm.evaluation.paths import pipeline_paths
     from latentfm.training.pairs import folded_guidance, pairs_of, teacher_folder
     from latentfm.training.precision import computing_device
 
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         return
     prompts = [sample.captions[0] for sample in pairs_of(stage).samples[:MEASURED]]
     for what, folder, guidance in (("before", teacher_folder(stage), folded_guidance(stage)[0]), ("after", model, 1.0)):

@@ -213,11 +213,16 @@ def tell_result(train: Callable[[], Path], goes_on_by: str = "--resume") -> None
         made = train()
     except Stopped as error:
         stopped = str(error).replace("--resume", goes_on_by)
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         return
     say(stopped or f"finished: {made}")
     if made:
         result(made)
+
+
+def rank() -> int:
+    """Which of the processes this is, as their launcher says; the first alone speaks for all."""
+    return int(os.environ.get("RANK", 0))
 
 
 def say(line: str, bar: "Progress | None" = None) -> None:

@@ -1,6 +1,5 @@
 """`latentfm train`: a configuration and overrides to a finished pipeline folder, or to what the run would take."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,7 +75,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
 
     from latentfm.cli.plan import chosen_gpu, chosen_parallelism
     from latentfm.cli.plan_tables import show_dry_run
-    from latentfm.cli.terminal import progress_bar
+    from latentfm.cli.terminal import progress_bar, rank
     from latentfm.planning.devices import Device
     from latentfm.planning.run import Parallelism
     from latentfm.training.dry_run import dry_run
@@ -91,7 +90,7 @@ def say_what_it_takes(run: "RunConfig", resume: bool, gpu: str | None, gpus: int
             run, resume, parallelism, None if gpu is None else Device.of(chosen_gpu(gpu)),
             lambda done, of: bar.update(task, completed=done, total=of),
         )  # fmt: skip
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         return
     if as_json:
         print(json.dumps(found, indent=2))

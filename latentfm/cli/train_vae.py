@@ -1,6 +1,5 @@
 """`latentfm train-vae`: a configuration and overrides to a finished autoencoder, or to what the run would take."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +46,7 @@ def train_vae(
         raise InputError("--json goes with --dry-run; give that too, or leave --json out")
     run = load_config(config, overrides, VAEConfig)
 
-    from latentfm.cli.terminal import quiet_libraries, tell_result
+    from latentfm.cli.terminal import quiet_libraries, rank, tell_result
 
     quiet_libraries()
     if dry_run:
@@ -57,7 +56,7 @@ def train_vae(
         from latentfm.training.vae.dry_run import lines
 
         found = look(run, resume)
-        if int(os.environ.get("RANK", 0)):
+        if rank():
             return
         print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
         return

@@ -11,6 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import nn
 
+from latentfm.bounds import MOST_SIDE
 from latentfm.errors import InputError
 from latentfm.files import reason
 from latentfm.interchange.completing import completed, open_base, tokenizer_of
@@ -25,7 +26,6 @@ from latentfm.models.stored import variants_in
 from latentfm.words import listed, shown
 
 logger = logging.getLogger(__name__)
-MOST_SIDE = 8192  # of latents: pictures of 65,536 pixels a side
 COMPONENTS = (*CLASSES, *EXTRA)
 # what a pipeline reads of its networks' configurations as soon as it is made
 SETTINGS = {"transformer": "joint_attention_dim", "vae": "block_out_channels"} | {
